@@ -1,0 +1,9 @@
+"""Operations of Llama training, one a file. Each runs in any float type on any device; usable without the trainer."""
+
+from megacpt_kernels.attention import Documents, attention
+from megacpt_kernels.cross_entropy import cross_entropy_
+from megacpt_kernels.rms_norm import rms_norm
+from megacpt_kernels.rope import rope_qk
+from megacpt_kernels.swiglu import swiglu
+
+__all__ = ["Documents", "attention", "cross_entropy_", "rms_norm", "rope_qk", "swiglu"]

@@ -1,0 +1,3 @@
+from megacpt.cli import main
+
+main()

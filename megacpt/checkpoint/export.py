@@ -1,0 +1,65 @@
+"""A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
+
+import json
+from pathlib import Path
+
+from megacpt.checkpoint.load import StoredModel
+from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, verify
+from megacpt.config.load import load_recipe
+from megacpt.errors import CheckpointError, ConfigError
+from megacpt.model.config import LlamaConfig, change_rope, read_config
+from megacpt.model.hf import write_pretrained
+
+HUGGING_FACE = "huggingface"
+"""Folder of a run that holds config.json, tokenizer files and dtypes.json of what it started from."""
+
+
+def find_checkpoint(run_directory: Path, step: int | None) -> tuple[Path, int]:
+    """(folder, step) of a sound checkpoint: the newest, or the one that was asked for."""
+    checkpoints = run_directory / "checkpoints"
+    if step is not None:
+        if step not in list_steps(checkpoints):
+            have = ", ".join(map(str, list_steps(checkpoints))) or "none"
+            raise ConfigError([f"{checkpoints}: no checkpoint of step {step}. There are: {have}."], "the arguments")
+        directory = checkpoints / directory_name(step)
+        verify(directory)
+        return directory, step
+    found = newest_sound(checkpoints)
+    if found is None:
+        raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
+    return found[0], found[1].step
+
+
+def run_config(run_directory: Path, stage: str | None = None) -> tuple[LlamaConfig, int]:
+    """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
+    recipe = load_recipe(str(run_directory / "recipe.toml"))
+    config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
+    names = [s.name for s in recipe.stages]
+    last = names.index(stage) if stage in names else len(names) - 1
+    for s in recipe.stages[: last + 1]:
+        config = change_rope(config, s.rope)
+    return config, max(s.seq_len for s in recipe.stages[: last + 1])
+
+
+def export(run_directory: Path, output: Path, step: int | None = None, dtype: str | None = None) -> int:
+    """Writes the weights of a checkpoint as a complete Hugging Face directory. Returns the step.
+
+    Args:
+        dtype: of all tensors; default is what each had when it was imported.
+    """
+    directory, step = find_checkpoint(run_directory, step)
+    config, longest = run_config(run_directory, verify(directory).stage)
+    stored = StoredModel(directory)
+    try:
+        dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{run_directory / HUGGING_FACE / 'dtypes.json'}: {error}") from None
+    if dtype:
+        dtypes = dict.fromkeys(dtypes, dtype)
+    shapes = config.shapes()
+
+    def read(name: str):
+        return stored.read(name)[: shapes[name][0]]
+
+    write_pretrained(output, config, run_directory / HUGGING_FACE, read, dtypes, longest)
+    return step

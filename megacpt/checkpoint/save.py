@@ -1,0 +1,57 @@
+"""Saving: Distributed Checkpoint into .tmp-step-…, manifest last, one rename, then retention."""
+
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from megacpt.checkpoint.manifest import State, directory_name, list_steps, sync_directory, write_manifest
+
+
+def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
+    """What is stored: parameters under their Hugging Face names, moments beside them."""
+    tree: dict[str, Any] = {"model": {name: parameter.detach() for name, parameter in parameters.items()}}
+    if optimizer is not None:
+        tree["optim"] = {"exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    return tree
+
+
+def save(checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
+    """Publishes a checkpoint; all ranks call it. Returns the seconds it took."""
+    begin = time.monotonic()
+    final = checkpoints / directory_name(state.step)
+    partial = checkpoints / f".tmp-{final.name}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, sync_files=False, overwrite=True))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_manifest(partial, state, facts)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        sync_directory(checkpoints)
+    dist.barrier()
+    return time.monotonic() - begin
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
+    """Removes what retention does not keep, oldest first, after a newer one was published. Returns the steps removed."""
+    steps = list_steps(checkpoints)
+    keep = set(steps[-keep_last:]) | {s for s in steps if keep_every_steps and s and s % keep_every_steps == 0}
+    removed = [step for step in steps if step not in keep]
+    for step in removed:
+        directory = checkpoints / directory_name(step)
+        doomed = checkpoints / f".tmp-removed-{directory.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(directory, doomed)  # never half a checkpoint under its name
+        shutil.rmtree(doomed)
+    return removed

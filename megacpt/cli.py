@@ -1,0 +1,357 @@
+"""The verbs. Thin: each reads its arguments, calls its room, prints. A verb that needs no torch imports none."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megacpt import __version__
+from megacpt.errors import ConfigError, MegacptError
+
+_OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb and leaves with its exit code: 0 done, 2 arguments or recipe, 76 damaged data or checkpoint."""
+    try:
+        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    except MegacptError as error:
+        print(f"megacpt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output has left
+        os._exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown arguments for {options.verb}: {' '.join(rest)}")
+    options.overrides = rest
+    return options.call(options) or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megacpt",
+        description="Continual pre-training of Llama-family models: text in, Hugging Face checkpoint out.",
+    )
+    parser.add_argument("--version", action="version", version=f"megacpt {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, call: Callable, text: str, recipe: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=text, description=text + (f" {_OVERRIDES}" if recipe else ""), allow_abbrev=False
+        )
+        sub.set_defaults(call=call, takes_overrides=recipe)
+        return sub
+
+    p = verb("prepare", _prepare, "Tokenize jsonl, parquet or plain text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
+    p.add_argument("inputs", nargs="*", metavar="INPUT", help="files or folders; .gz and .zst too")
+    p.add_argument("--tokenizer", required=True, help="Hugging Face directory, tokenizer.json or sentencepiece .model")
+    p.add_argument("--output", metavar="PREFIX", help="prefix of the output; parent folders are made")
+    p.add_argument("--adopt", metavar="PREFIX", help="write a manifest for a .bin/.idx that Megatron's tools made")
+    p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    p.add_argument("--part", metavar="I/N", help="prepare part I of N (from 0) into PREFIX-0000I")
+    p.add_argument("--text-field", default="text", help="field or column with the text (default: text)")
+    p.add_argument("--format", choices=["auto", "jsonl", "parquet", "text"], default="auto", help="default: by suffix")
+    p.add_argument("--no-bos", action="store_true", help="do not prepend BOS where the tokenizer itself would")
+    p.add_argument("--no-eos", action="store_true", help="do not append the end-of-text token to each document")
+    p.add_argument("--eos-token", help="the end-of-text token, where the tokenizer does not name it")
+    p.add_argument("--vocab-size", type=int, help="the model's vocabulary, if it is not the tokenizer's")
+    p.add_argument("--max-bad-lines", type=int, default=10, help="unreadable records that are skipped (default: 10)")
+    p.add_argument(
+        "--engine",
+        choices=["tokenizers", "gigatoken"],
+        default="tokenizers",
+        help="gigatoken is faster; its ids are checked on the first thousand documents of each worker",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    p = verb("check", _check, "Validate a recipe and print the resolved run.", recipe=True)
+    p.add_argument("recipe")
+    p.add_argument("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
+    p.add_argument("--no-files", action="store_true", help="do not read model files and data")
+
+    p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
+    p.add_argument("recipe")
+    p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+
+    p = verb("inspect", _inspect, "Show the exact global batch of a step.", recipe=True)
+    p.add_argument("recipe")
+    p.add_argument("--step", type=int, required=True, help="step number, from 1")
+    p.add_argument("--decode", action="store_true", help="print the text of every document in the batch")
+    p.add_argument("--output", metavar="FILE.npz", help="write the arrays")
+
+    p = verb("train", _train, "Train; resumes by itself when the run directory holds a checkpoint.", recipe=True)
+    p.add_argument("recipe")
+    _dtype(p)
+
+    p = verb("score", _score, "Mean loss of every document of a prepared set with a model.")
+    p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
+    p.add_argument("prefix", metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="FILE.jsonl")
+    p.add_argument("--seq-len", type=int, default=8192, help="window of long documents (default: 8192)")
+    p.add_argument("--micro-batch-tokens", type=int, help="tokens at once (default: one window)")
+    _dtype(p)
+
+    p = verb("evaluate", _evaluate, "Validation loss by domain of a model or run.", recipe=True)
+    p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
+    p.add_argument("recipe")
+    p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+    p.add_argument("--output", metavar="FILE.json")
+    _dtype(p)
+
+    p = verb("export", _export, "Write a checkpoint as a complete Hugging Face directory.")
+    p.add_argument("run", metavar="RUN_DIR")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--step", type=int, help="default: the newest sound checkpoint")
+    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
+
+    p = verb("checkpoint", _checkpoint, "List the checkpoints of a run, or verify every byte of them.")
+    p.add_argument("action", choices=["list", "verify"])
+    p.add_argument("run", metavar="RUN_DIR")
+
+    verb("doctor", _doctor, "Versions, devices, attention backends, NCCL, disk.")
+    return parser
+
+
+def _dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float64"],
+        help="type of the computation (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+
+
+def _load(options, with_dtype: bool = False):
+    from megacpt.config.load import load_recipe
+
+    flags = list(options.overrides)
+    if with_dtype and options.dtype:
+        flags.append(f"--precision.compute={options.dtype}")
+    return load_recipe(options.recipe, flags)
+
+
+def _checked(options, recipe, world_size: int) -> None:
+    """Stops with all problems; prints warnings from rank 0."""
+    from megacpt.log import warn
+    from megacpt.plan.check import check
+
+    report = check(recipe, world_size)
+    if report.problems:
+        raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def _prepare(options) -> None:
+    from megacpt.data.prepare import Options, adopt, prepare
+
+    if options.adopt:
+        if options.inputs or options.output:
+            raise ConfigError(["--adopt PREFIX: takes no INPUT and no --output."], "the arguments")
+        manifest = adopt(options.adopt, options.tokenizer, options.eos_token)
+        prefix = options.adopt
+    else:
+        problems = [] if options.inputs else ["INPUT: give files or folders."]
+        problems += [] if options.output else ["--output: give the prefix of the output."]
+        part, trouble = _part(options.part)
+        if options.workers < 0:
+            trouble.append(f"--workers {options.workers}: must not be negative.")
+        if problems + trouble:
+            raise ConfigError(problems + trouble, "the arguments")
+        settings = Options(
+            options.tokenizer,
+            options.text_field,
+            options.format,
+            not options.no_bos,
+            not options.no_eos,
+            options.eos_token,
+            options.engine,
+            options.max_bad_lines,
+            options.vocab_size,
+        )
+        manifest = prepare(options.inputs, options.output, settings, options.workers, part, options.overwrite)
+        prefix = options.output if part is None else f"{options.output}-{part[0]:05d}"
+    print(
+        f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({manifest['dtype']}), "
+        f"{manifest['bin']['bytes']:,} bytes"
+    )
+
+
+def _part(text: str | None) -> tuple[tuple[int, int] | None, list[str]]:
+    if text is None:
+        return None, []
+    index, slash, count = text.partition("/")
+    if slash and index.isdigit() and count.isdigit() and int(index) < int(count):
+        return (int(index), int(count)), []
+    return None, [f"--part {text}: write I/N with I from 0 to N - 1, for example 0/8."]
+
+
+def _check(options) -> int:
+    from megacpt.plan.check import check
+
+    recipe = _load(options)
+    parallel = recipe.parallel
+    least = (
+        parallel.tensor * parallel.context * parallel.pipeline * parallel.data_replicate * (parallel.data_shard or 1)
+    )
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", least))
+    report = check(recipe, world_size, files=not options.no_files)
+    if report.problems:
+        raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
+    print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    return 0
+
+
+def _index(options) -> None:
+    from megacpt.data.loader import open_domains, selection_of
+    from megacpt.data.packing import open_index
+
+    recipe = _load(options)
+    workers = options.workers or os.cpu_count() or 1
+    domains = open_domains(recipe, list(recipe.data))
+    validated = {name for validation in recipe.validation for name in validation.domains}
+    for seq_len in sorted({stage.seq_len for stage in recipe.stages}):
+        trained = {
+            name for stage in recipe.stages if stage.seq_len == seq_len for name, w in stage.mixture.items() if w > 0
+        }
+        for name in recipe.data:
+            for holdout in (False, True):
+                if name in (validated if holdout else trained):
+                    selection = selection_of(recipe, name, seq_len, holdout)
+                    index = open_index(domains[name], selection, recipe.packing.directory, workers)
+                    print(
+                        f"{name} seq_len {seq_len}{' held out' if holdout else ''}: {index.num_rows:,} rows, "
+                        f"{index.num_pieces:,} documents or parts of documents"
+                    )
+
+
+def _inspect(options) -> None:
+    from megacpt.config.clock import Clock
+    from megacpt.data.loader import StageData, mixtures, open_domains
+    from megacpt.model.config import ARCHITECTURES, parse_config, read_config
+
+    recipe = _load(options)
+    _checked(options, recipe, 1)
+    clock = Clock(recipe)
+    if not 1 <= options.step <= clock.num_steps:
+        raise ConfigError([f"--step {options.step}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
+    step = clock.step(options.step)
+    stage, model = recipe.stages[step.stage], recipe.model
+    config = (
+        parse_config(ARCHITECTURES[model.architecture], "")
+        if model.architecture
+        else read_config(model.pretrained or model.config)
+    )
+    domains = open_domains(recipe, list(stage.mixture))
+    pad = next((d.manifests[0]["eos_token_id"] for d in domains.values()), None) or 0
+    data = StageData(recipe, stage, mixtures(recipe, clock)[step.stage], domains, pad, config.vocab_size)
+    picks = data.picks(step.first_sequence, step.rows)
+    batch = data.batch(picks)
+    counts = {name: batch.domain.count(name) for name in stage.mixture}
+    print(
+        f"step {step.number}, stage {stage.name}: {step.rows} rows of {step.seq_len}, tokens {step.tokens_before:,} to "
+        f"{step.tokens_after:,}, {len(batch.document_starts)} documents, {(batch.labels >= 0).sum():,} labels, rows by domain {counts}"
+    )
+    if options.decode:
+        from megacpt.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(model.tokenizer or model.pretrained)
+        flat, edges = batch.tokens.reshape(-1), [*batch.document_starts.tolist(), batch.tokens.size]
+        for row, pick in enumerate(picks):
+            print(f"--- row {row}: domain {pick.domain}, epoch {pick.epoch}, packed row {pick.row}")
+            for i in range(batch.row_offsets[row], batch.row_offsets[row + 1]):
+                print(f"[{edges[i + 1] - edges[i]} tokens] {tokenizer.decode(flat[edges[i] : edges[i + 1]])!r}")
+    if options.output:
+        import numpy as np
+
+        np.savez(
+            options.output,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            positions=batch.positions,
+            document_starts=batch.document_starts,
+            row_offsets=batch.row_offsets,
+            domain=np.array(batch.domain),
+        )
+        print(f"written {options.output}")
+
+
+def _train(options) -> None:
+    recipe = _load(options, with_dtype=True)
+    _checked(options, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    from megacpt.log import info
+    from megacpt.train.loop import train
+
+    status = train(recipe)
+    info(f"{status}: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export")
+
+
+def _score(options) -> None:
+    from megacpt.evaluate.score import score
+    from megacpt.train.standalone import open_model
+
+    if options.seq_len < 2:
+        raise ConfigError([f"--seq-len {options.seq_len}: at least 2."], "the arguments")
+    model = open_model(options.model, options.dtype)
+    score(
+        model,
+        options.prefix,
+        Path(options.output),
+        options.seq_len,
+        options.micro_batch_tokens or options.seq_len,
+        options.model,
+    )
+
+
+def _evaluate(options) -> None:
+    recipe = _load(options)
+    if not recipe.validation:
+        raise ConfigError([f"{options.recipe}: has no [[validation]]."], "the arguments")
+    from megacpt.log import is_rank0
+    from megacpt.train.standalone import evaluate
+
+    results = evaluate(options.model, recipe, options.dtype, options.step)
+    if is_rank0():
+        for name, result in results.items():
+            print(f"{name}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
+        if options.output:
+            Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _export(options) -> None:
+    from megacpt.checkpoint.export import export
+
+    step = export(Path(options.run), Path(options.output), options.step, options.dtype)
+    print(f"{options.output}: the model of {options.run} at step {step}")
+
+
+def _checkpoint(options) -> int:
+    from megacpt.checkpoint.manifest import directory_name, list_steps, verify
+    from megacpt.errors import CheckpointError
+
+    checkpoints, bad = Path(options.run) / "checkpoints", 0
+    for step in list_steps(checkpoints):
+        directory = checkpoints / directory_name(step)
+        line = str(directory)
+        if options.action == "verify":
+            try:
+                line += f": sound, {verify(directory).tokens:,} tokens"
+            except CheckpointError as error:
+                bad, line = bad + 1, f"{line}: DAMAGED: {error}"
+        print(line)
+    if not list_steps(checkpoints):
+        raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
+    return 76 if bad else 0
+
+
+def _doctor(options) -> None:
+    from megacpt.doctor import report
+
+    print("\n".join(report()))

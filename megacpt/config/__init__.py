@@ -1,0 +1,1 @@
+"""The recipe: one TOML file, validated whole before anything starts. Imports no torch."""

@@ -1,0 +1,192 @@
+"""Reads a recipe: TOML, then flags over it, then the models. Every problem at once, each with the file or flag it
+came from and the nearest valid choice."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from megacpt.config.recipe import Recipe
+from megacpt.errors import ConfigError
+
+Path_ = tuple[str | int, ...]
+
+
+def load_recipe(path: str, flags: Sequence[str] = ()) -> Recipe:
+    """The recipe in file `path` with `--section.key=value` flags laid over it.
+
+    Raises:
+        ConfigError: all problems of the file and of the flags.
+    """
+    tree = read_toml(path)
+    overrides, problems = _apply_flags(tree, flags)
+    recipe, found = _validate(tree, overrides, path)
+    if problems or recipe is None or found:
+        raise ConfigError(problems + found, path)
+    return recipe
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file. The first argument is a recipe in TOML."], "the arguments") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            [f"{path}: is a directory. The first argument is a recipe in TOML."], "the arguments"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"not valid TOML: {error}"], path) from None
+
+
+def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[Path_, tuple[str, str]], list[str]]:
+    """Writes flags into `tree`. Returns {path: (flag, raw text)} and problems."""
+    overrides, problems = {}, []
+    for flag in flags:
+        name, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not equals or not all(name.split(".")):
+            problems.append(f"{flag}: not understood. Flags over the recipe are written --section.key=value.")
+            continue
+        where = _place(tree, name.split("."))
+        if isinstance(where, str):
+            problems.append(f"{flag}: {where}")
+            continue
+        node: Any = tree
+        for key in where[:-1]:
+            node = node[key] if isinstance(key, int) else node.setdefault(key, {})
+            if not isinstance(node, dict | list):
+                problems.append(f"{flag}: {'.'.join(map(str, where[:-1]))} is a value, not a section.")
+                break
+        else:
+            node[where[-1]] = _value(text)
+            overrides[where] = (flag, text)
+    return overrides, problems
+
+
+def _place(tree: dict, keys: list[str]) -> Path_ | str:
+    """Keys of a flag as a path; tables of an array by name (stages) or by number. A string says what is wrong."""
+    section = tree.get(keys[0])
+    if keys[0] in ("stages", "validation") and len(keys) > 1:
+        items = section if isinstance(section, list) else []
+        names = [item.get("name") for item in items if isinstance(item, dict)]
+        if keys[1] in names:
+            return (keys[0], names.index(keys[1]), *keys[2:])
+        if keys[1].isdigit() and int(keys[1]) < len(items):
+            return (keys[0], int(keys[1]), *keys[2:])
+        return f"no {keys[0]} entry {keys[1]!r}. There are: {', '.join(str(n) for n in names if n) or len(items)}."
+    return tuple(keys)
+
+
+def _value(text: str) -> Any:
+    """A flag's text as a TOML value; what is no TOML value is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _validate(tree: dict, overrides: dict[Path_, tuple[str, str]], path: str) -> tuple[Recipe | None, list[str]]:
+    for attempt in range(2):
+        try:
+            return Recipe.model_validate(tree), []
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        # --run.name=5 is a string although 5 reads as a number: try once more with the raw text there.
+        texts = [tuple(e["loc"]) for e in errors if e["type"] == "string_type" and tuple(e["loc"]) in overrides]
+        if attempt == 0 and texts:
+            for where in texts:
+                node: Any = tree
+                for key in where[:-1]:
+                    node = node[key]
+                node[where[-1]] = overrides[where][1]
+            continue
+        break
+    return None, [_problem(e, tree, overrides, path) for e in errors]
+
+
+def _problem(error: dict, tree: dict, overrides: dict[Path_, tuple[str, str]], path: str) -> str:
+    where = tuple(error["loc"])
+    unknown = error["type"] == "extra_forbidden"  # a flag may have made the section that is unknown
+    source = next(
+        (
+            flag
+            for at, (flag, _) in overrides.items()
+            if where[: len(at)] == at or (unknown and at[: len(where)] == where)
+        ),
+        path,
+    )
+    name = show_path(where, tree)
+    if unknown:
+        text = f"unknown key. {nearest(str(where[-1]), _keys_at(where[:-1]))}"
+        return f"{name}: {text} ({source})"
+    if error["type"] == "missing":
+        return f"{name}: is required. ({source})"
+    value = error["input"]
+    if error["type"] == "literal_error":
+        text = nearest(
+            str(value), [c for c in error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")]
+        )
+    elif error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+    else:
+        text = error["msg"].replace("Input should be", "should be")
+    shown = "" if isinstance(value, dict | list) else f" = {value!r}".replace("'", '"')
+    return f"{name}{shown}: {text.rstrip('.')}. ({source})"
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """'Did you mean …?' when one is near, else the list."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    listed = ", ".join(choices)
+    return f"Did you mean {close[0]!r}? Possible: {listed}." if close else f"Possible: {listed}."
+
+
+def show_path(where: Path_, tree: dict) -> str:
+    """('stages', 0, 'seq_len') -> 'stages.adapt.seq_len'."""
+    parts, node = [], tree
+    for key in where:
+        try:
+            node = node[key]
+        except (KeyError, IndexError, TypeError):
+            node = None
+        named = isinstance(key, int) and isinstance(node, dict) and isinstance(node.get("name"), str)
+        parts.append(node["name"] if named else str(key))
+    return ".".join(parts) or "recipe"
+
+
+def _keys_at(where: Path_) -> list[str]:
+    """Keys that the models allow at a path."""
+    kind: Any = Recipe
+    for key in where:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
+            kind = kind.model_fields[key].annotation
+        else:  # an element of a list or a value of a dict
+            kind = get_args(kind)[-1]
+        kind = (
+            next((a for a in get_args(kind) if isinstance(a, type) and issubclass(a, BaseModel)), kind)
+            if (type(None) in get_args(kind))
+            else kind
+        )
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as TOML-ready values: every key, None as the word that stands for it or left out."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if v is not None}
+        return [clean(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return clean(recipe.model_dump())
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe; reading it again gives an equal one."""
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(plain(recipe)), encoding="utf-8")

@@ -1,0 +1,300 @@
+"""The recipe as frozen models: every key, its default and its one-line meaning. The reference page is made from here.
+
+Token quantities are integers or strings (`quantity.parse_tokens`). "auto" and "keep" are read as None: decided later
+from the world size, the device or the checkpoint.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from megacpt.config.quantity import parse_tokens
+
+Tokens = Annotated[
+    int,
+    BeforeValidator(parse_tokens),
+    WithJsonSchema({"type": ["integer", "string"], "pattern": "^[0-9][0-9_]*(\\.[0-9]+)? *(K|M|B|T|Ki|Mi|Gi|Ti)?$"}),
+]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Field(ge=1)]
+DType = Literal["bfloat16", "float32", "float64"]
+
+
+def _word_is_none(word: str):
+    return BeforeValidator(lambda value: None if value == word else value)
+
+
+def _or_word(schema: dict[str, Any], word: str):
+    return WithJsonSchema({"anyOf": [schema, {"const": word}]})
+
+
+class Section(BaseModel):
+    """Strict: no coercion. Frozen. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: Name
+    """Name of the run; its directory is `runs/NAME` unless `directory` says otherwise."""
+    directory: str | None = None
+    """Where everything of the run is written. Relative to the working directory."""
+    start: Literal["auto", "scratch", "pretrained", "resume"] = "auto"
+    """auto resumes when the run directory holds a sound checkpoint, else starts as `[model]` says."""
+    seed: int = Field(1, ge=0, lt=2**32)
+    """Seed of the data order and of a model made from scratch."""
+    stop_at_step: int | None = Field(None, ge=0)
+    """Save and leave after this step, as after a stop request. 0 imports the model, saves it and leaves."""
+
+
+class Rope(Section):
+    theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies. Default: the checkpoint's."""
+    type: Literal["default", "linear", "llama3", "yarn"] | None = None
+    """Scaling rule. Default: the checkpoint's."""
+    factor: float | None = Field(None, ge=1)
+    """Scaling factor."""
+    original_max_position_embeddings: Count | None = None
+    """Context length before scaling."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above original / low are divided by the factor."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original / high stay."""
+    attention_factor: float | None = Field(None, gt=0)
+    """yarn: factor on cos and sin. Default: 0.1 ln(factor) + 1."""
+    beta_fast: float | None = Field(None, gt=0)
+    """yarn: rotations above which a dimension is not interpolated. Default 32."""
+    beta_slow: float | None = Field(None, gt=0)
+    """yarn: rotations below which a dimension is fully interpolated. Default 1."""
+
+
+RopeChoice = Annotated[Rope | None, _word_is_none("keep"), _or_word({"$ref": "#/$defs/Rope"}, "keep")]
+
+
+class Model(Section):
+    pretrained: str | None = None
+    """Hugging Face directory to continue from (config.json, safetensors, tokenizer)."""
+    config: str | None = None
+    """config.json of a model to train from scratch."""
+    architecture: str | None = None
+    """Named shape to train from scratch: llama3.2-1b, llama3.2-3b, llama3.1-8b, llama3.1-70b, llama3.1-405b."""
+    tokenizer: str | None = None
+    """Tokenizer directory, needed from scratch. Default: the one of `pretrained`."""
+    vocab_multiple: Count = 128
+    """The vocabulary is padded to a multiple of this inside the trainer, never in an export."""
+    rope: RopeChoice = None
+    """Change of the rotary embedding for the whole run, or "keep"."""
+
+
+class Parallel(Section):
+    tensor: Count = 1
+    """Ranks that share each matrix, with sequence parallelism."""
+    context: Count = 1
+    """Ranks that share each sequence."""
+    pipeline: Count = 1
+    """Ranks that share the layers."""
+    virtual_stages: Count = 1
+    """Pipeline stages a rank."""
+    data_replicate: Count = 1
+    """Replicas of the sharded model (HSDP)."""
+    data_shard: Annotated[Count | None, _word_is_none("auto"), _or_word({"type": "integer", "minimum": 1}, "auto")] = (
+        None
+    )
+    """Ranks over which FSDP shards; "auto" is the world size over the other degrees."""
+    micro_batch_tokens: Tokens | None = None
+    """Tokens that one data-parallel rank runs at once. Default: one row of `seq_len`."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """selective keeps the outputs of matrix products and attention; full keeps the input of each block."""
+
+
+class Precision(Section):
+    compute: Annotated[
+        DType | None, _word_is_none("auto"), WithJsonSchema({"enum": ["auto", "bfloat16", "float32", "float64"]})
+    ] = None
+    """Type of activations and matrix products. auto: bfloat16 on a GPU, float32 on a CPU. Masters are at least fp32."""
+    reduce: Literal["auto", "step", "micro_batch"] = "auto"
+    """When gradients are reduced: once a step (memory) or every micro-batch (traffic). auto: micro_batch."""
+
+
+class LearningRate(Section):
+    shape: Literal["constant", "cosine", "linear", "wsd"]
+    """Course after the warm-up. wsd: constant, then a tail of `decay_tokens`."""
+    peak: float = Field(gt=0)
+    """Learning rate after the warm-up."""
+    min: float = Field(0.0, ge=0)
+    """Learning rate at the last token (not for constant)."""
+    warmup_tokens: Tokens = 0
+    """Linear warm-up from 0."""
+    decay_tokens: Tokens | None = None
+    """wsd: length of the tail."""
+    tail: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """wsd: shape of the tail."""
+
+
+class Optimizer(Section):
+    lr: LearningRate | None = None
+    """Learning rate over the whole run. Or one in every stage, not both."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay, on matrices only."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Bound of the global gradient norm."""
+
+
+class Checkpoint(Section):
+    every_steps: Count = 500
+    """Interval of saves. The last step is always saved."""
+    keep_last: Count = 2
+    """Newest checkpoints kept."""
+    keep_every_steps: Count | None = None
+    """Checkpoints at multiples of this stay for good."""
+
+
+class Domain(Section):
+    paths: list[str] = Field(min_length=1)
+    """Prefixes of prepared data (PREFIX.bin, .idx, .json); globs of prefixes are sorted by number."""
+    holdout_documents: int = Field(0, ge=0)
+    """Documents kept for validation and never trained on."""
+    min_tokens: int | None = Field(None, ge=0)
+    """Only documents of at least this length."""
+    max_tokens: Count | None = None
+    """Only documents of at most this length."""
+
+
+class Packing(Section):
+    method: Literal["best_fit", "concatenate"] = "best_fit"
+    """best_fit cuts only documents longer than a row; concatenate fills every row and cuts where it must."""
+    directory: str = "runs/.packing"
+    """Where packing indices are kept, by content."""
+
+
+class Validation(Section):
+    domains: list[str] = Field(min_length=1)
+    """One loss each, from the domain's held-out documents."""
+    every_tokens: Tokens | None = None
+    """Interval. Always also before the first and after the last step."""
+    max_tokens: Tokens | None = None
+    """At most this many tokens of each domain."""
+
+
+class StageParallel(Section):
+    micro_batch_tokens: Tokens | None = None
+    """As in `[parallel]`, for this stage."""
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    """As in `[parallel]`, for this stage."""
+
+
+def _ramp(value: Any) -> Any:
+    """8192 or "4Mi" -> ((0, tokens),); [["0", "2Mi"], ["2B", "4Mi"]] -> pairs of (position, tokens)."""
+    if not isinstance(value, list | tuple):
+        return ((0, parse_tokens(value)),)
+    if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise ValueError(
+            'write a token quantity, or pairs [position, tokens], for example [["0", "2Mi"], ["2B", "4Mi"]]'
+        )
+    pairs = tuple((parse_tokens(at), parse_tokens(tokens)) for at, tokens in value)
+    positions = [at for at, _ in pairs]
+    if positions[0] != 0 or positions != sorted(set(positions)):
+        raise ValueError(f"positions must begin at 0 and grow; they are {positions}")
+    return pairs
+
+
+_TOKENS_SCHEMA = {"type": ["integer", "string"]}
+BatchTokens = Annotated[
+    tuple[tuple[int, int], ...],
+    BeforeValidator(_ramp),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TOKENS_SCHEMA,
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 2, "maxItems": 2},
+                },
+            ]
+        }
+    ),
+]
+
+
+class Stage(Section):
+    name: Name
+    """Name in metrics, events and flags (`--stages.NAME.key=value`)."""
+    tokens: Tokens
+    """Length, rounded up to whole steps."""
+    seq_len: Count
+    """Tokens of a row."""
+    batch_tokens: BatchTokens
+    """Tokens of a step, or a ramp of pairs [tokens since the stage's start, tokens of a step]."""
+    mixture: dict[str, float]
+    """Share of tokens by domain; normalised to 1."""
+    lr: LearningRate | None = None
+    """Learning rate of this stage."""
+    rope: RopeChoice = None
+    """Change of the rotary embedding from this stage's start, or "keep"."""
+    parallel: StageParallel = StageParallel()
+    """Merged over `[parallel]`."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """As in `[optimizer]`, for this stage."""
+    weight_decay: float | None = Field(None, ge=0)
+    """As in `[optimizer]`, for this stage."""
+    clip_norm: float | None = Field(None, gt=0)
+    """As in `[optimizer]`, for this stage."""
+
+
+class Kernels(Section):
+    attention: Literal["auto", "sdpa", "varlen", "flash-attn"] = "auto"
+    """Backend of document attention; one that is named and missing is an error."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits twice."""
+
+
+class Log(Section):
+    every_steps: Count = 1
+    """Interval of the console line. metrics.jsonl and TensorBoard have every step."""
+    tensorboard: bool = True
+    """Write `tb/` in the run directory."""
+    peak_tflops: Annotated[
+        float | None, Field(gt=0), _word_is_none("auto"), _or_word({"type": "number", "exclusiveMinimum": 0}, "auto")
+    ] = None
+    """Dense peak of one device that MFU refers to. auto: the device's data sheet; on a CPU, a measured matmul."""
+
+
+class Profile(Section):
+    steps: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    """First and last step of a Kineto trace (`profile/` in the run directory)."""
+    ranks: list[int] = [0]
+    """Ranks that record."""
+    memory: bool = False
+    """Record a CUDA memory snapshot over the same steps."""
+
+
+class Recipe(Section):
+    """One run. The sections stand in the order of the work: what, from what, where, how, on which data, when."""
+
+    run: Run
+    model: Model
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    data: dict[Name, Domain]
+    packing: Packing = Packing()
+    validation: list[Validation] = []
+    stages: list[Stage] = Field(min_length=1)
+    kernels: Kernels = Kernels()
+    log: Log = Log()
+    profile: Profile = Profile()
+
+    @property
+    def directory(self) -> str:
+        return self.run.directory or f"runs/{self.run.name}"
+
+    def parallel_of(self, stage: Stage) -> Parallel:
+        """`[parallel]` with the stage's own keys merged over it."""
+        merged = self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
+        return merged if merged.micro_batch_tokens else merged.model_copy(update={"micro_batch_tokens": stage.seq_len})

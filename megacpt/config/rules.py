@@ -1,0 +1,144 @@
+"""Rules across fields: what a recipe alone can tell, without files. Each problem names its key, the numbers, the way
+out. Rules that need the model's shape or the data stand in plan/check.py."""
+
+from megacpt.config.layout import resolve_layout
+from megacpt.config.load import nearest
+from megacpt.config.recipe import LearningRate, Recipe, Stage
+
+
+def problems_of(recipe: Recipe, world_size: int) -> list[str]:
+    """All problems of the recipe for this many processes."""
+    return [
+        *_start(recipe),
+        *_layout(recipe, world_size),
+        *_learning_rates(recipe),
+        *(p for stage in recipe.stages for p in _stage(recipe, stage)),
+        *_validation(recipe),
+        *_domains(recipe),
+    ]
+
+
+def _start(recipe: Recipe) -> list[str]:
+    model, problems = recipe.model, []
+    given = [key for key in ("pretrained", "config", "architecture") if getattr(model, key)]
+    if len(given) != 1:
+        problems.append(
+            f"model: {' and '.join(given) if given else 'no model'} given. Give one of pretrained (a Hugging Face "
+            "directory), config (a config.json, from scratch) or architecture (a name, from scratch)."
+        )
+    if model.pretrained is None and not model.tokenizer:
+        problems.append(
+            "model.tokenizer: a model from scratch needs a tokenizer directory, so that the export is whole."
+        )
+    if recipe.run.start == "pretrained" and not model.pretrained:
+        problems.append('run.start = "pretrained": needs model.pretrained.')
+    if recipe.run.start == "scratch" and model.pretrained:
+        problems.append(f'run.start = "scratch": model.pretrained = "{model.pretrained}" would be ignored. Remove one.')
+    if recipe.profile.steps and recipe.profile.steps[0] > recipe.profile.steps[1]:
+        problems.append(f"profile.steps = {list(recipe.profile.steps)}: the first is after the last.")
+    return problems
+
+
+def _layout(recipe: Recipe, world_size: int) -> list[str]:
+    problems = []
+    try:
+        resolve_layout(recipe.parallel, world_size)
+    except ValueError as error:
+        problems.append(f"parallel: {error}")
+    for axis in ("context", "pipeline", "virtual_stages"):
+        degree = getattr(recipe.parallel, axis)
+        if degree != 1:
+            problems.append(f"parallel.{axis} = {degree}: this version trains with {axis} = 1.")
+    return problems
+
+
+def _learning_rates(recipe: Recipe) -> list[str]:
+    problems = []
+    staged = [stage.name for stage in recipe.stages if stage.lr]
+    if recipe.optimizer.lr and staged:
+        problems.append(
+            f"optimizer.lr and stages.{staged[0]}.lr: give one for the run or one in every stage, not both."
+        )
+    if not recipe.optimizer.lr:
+        problems += [
+            f"stages.{s.name}.lr: is missing, and there is no optimizer.lr." for s in recipe.stages if not s.lr
+        ]
+    whole = sum(stage.tokens for stage in recipe.stages)
+    if recipe.optimizer.lr:
+        problems += _learning_rate("optimizer.lr", recipe.optimizer.lr, whole)
+    for stage in recipe.stages:
+        if stage.lr:
+            problems += _learning_rate(f"stages.{stage.name}.lr", stage.lr, stage.tokens)
+    return problems
+
+
+def _learning_rate(name: str, lr: LearningRate, tokens: int) -> list[str]:
+    problems = []
+    if lr.min > lr.peak:
+        problems.append(f"{name}.min = {lr.min}: is above peak = {lr.peak}.")
+    if (lr.shape == "wsd") != (lr.decay_tokens is not None):
+        problems.append(f'{name}.decay_tokens: belongs to shape = "wsd" and is required there; shape is "{lr.shape}".')
+    if lr.warmup_tokens + (lr.decay_tokens or 0) > tokens:
+        problems.append(
+            f"{name}: warmup_tokens {lr.warmup_tokens} + decay_tokens {lr.decay_tokens or 0} = "
+            f"{lr.warmup_tokens + (lr.decay_tokens or 0)} exceed the {tokens} tokens they must fit in."
+        )
+    return problems
+
+
+def multiples(name: str, value: int, of: str, unit: int) -> list[str]:
+    """A problem, with the nearest two valid values, unless `value` is a positive multiple of `unit`."""
+    if value > 0 and value % unit == 0:
+        return []
+    below = value // unit * unit
+    choices = ", ".join(str(v) for v in (below, below + unit) if v > 0)
+    return [f"{name} = {value}: must be a multiple of {of} = {unit}. Nearest: {choices}."]
+
+
+def _stage(recipe: Recipe, stage: Stage) -> list[str]:
+    name, problems = f"stages.{stage.name}", []
+    if (
+        sum(other.name == stage.name for other in recipe.stages) > 1
+        and next(s for s in recipe.stages if s.name == stage.name) is stage
+    ):
+        problems.append(f"{name}: two stages have this name.")
+    if stage.tokens == 0:
+        problems.append(f"{name}.tokens = 0: a stage has at least one step.")
+    for _, batch in stage.batch_tokens:
+        problems += multiples(f"{name}.batch_tokens", batch, "seq_len", stage.seq_len)
+    micro = recipe.parallel_of(stage).micro_batch_tokens
+    problems += multiples("parallel.micro_batch_tokens", micro, f"{name}.seq_len", stage.seq_len)
+    problems += multiples(f"{name}.seq_len", stage.seq_len, "parallel.tensor", recipe.parallel.tensor)
+    if stage.seq_len < 2:
+        problems.append(f"{name}.seq_len = {stage.seq_len}: a row of one token has no label. At least 2.")
+    for domain, weight in stage.mixture.items():
+        if domain not in recipe.data:
+            problems.append(f"{name}.mixture.{domain}: no such domain in [data]. {nearest(domain, list(recipe.data))}")
+        if not 0 <= weight < float("inf"):
+            problems.append(f"{name}.mixture.{domain} = {weight}: weights are finite and not negative.")
+    if not sum(stage.mixture.values()) > 0:
+        problems.append(
+            f"{name}.mixture: the weights sum to {sum(stage.mixture.values())}. At least one must be positive."
+        )
+    return problems
+
+
+def _validation(recipe: Recipe) -> list[str]:
+    problems = []
+    for i, validation in enumerate(recipe.validation):
+        for domain in validation.domains:
+            if domain not in recipe.data:
+                problems.append(f"validation.{i}.domains: no domain {domain!r}. {nearest(domain, list(recipe.data))}")
+            elif recipe.data[domain].holdout_documents == 0:
+                problems.append(
+                    f"validation.{i}.domains: {domain} holds out no documents. Set data.{domain}.holdout_documents."
+                )
+    return problems
+
+
+def _domains(recipe: Recipe) -> list[str]:
+    return [
+        f"data.{name}: min_tokens {domain.min_tokens} is above max_tokens {domain.max_tokens}."
+        for name, domain in recipe.data.items()
+        if domain.min_tokens and domain.max_tokens and domain.min_tokens > domain.max_tokens
+    ]

@@ -1,0 +1,1 @@
+"""Text to tokens to packed batches. Knows nothing of torch or ranks."""

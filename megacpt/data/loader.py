@@ -1,0 +1,248 @@
+"""Rows to batches: tokens, labels, positions and document starts, on the host, the same for every layout.
+
+positions restart at each document; labels[i] = tokens[i + 1] inside a document, else -100; the room that is left in a
+row is one document of EOS without labels. A document cut at a row's edge is two documents.
+"""
+
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from megacpt.config.clock import Clock
+from megacpt.config.recipe import Recipe, Stage
+from megacpt.data.manifest import expand_paths
+from megacpt.data.mixture import Mixture, row_of
+from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
+from megacpt.errors import DataError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows.
+
+    Attributes:
+        tokens, labels, positions: int64 [rows, seq_len].
+        document_starts: int64, places in the flattened rows at which documents begin; the first is 0.
+        row_offsets: int64 [rows + 1], the documents of row i are document_starts[row_offsets[i]:row_offsets[i + 1]].
+        domain: name of each row's domain, "" for a filler row.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    document_starts: np.ndarray
+    row_offsets: np.ndarray
+    domain: list[str]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One row of one domain; None in its place is a filler row."""
+
+    domain: str
+    epoch: int
+    row: int
+
+
+def make_batch(
+    rows: Sequence[tuple[PackingIndex, str, int] | None], seq_len: int, pad_id: int, vocab_size: int
+) -> Batch:
+    """Reads rows of packed domains; None gives a row of padding without labels.
+
+    Raises:
+        DataError: for a token id outside the vocabulary, with its document.
+    """
+    shape = (len(rows), seq_len)
+    tokens = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORE, np.int64)
+    positions = np.zeros(shape, np.int64)
+    starts, offsets = [], [0]
+    for i, entry in enumerate(rows):
+        at = 0
+        for document, offset, length in entry[0].row(entry[2]) if entry else []:
+            piece = entry[0].domain.read(document, offset, length)
+            if length and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
+                wrong = int(piece.max()) if int(piece.max()) >= vocab_size else int(piece.min())
+                raise DataError(
+                    f"domain {entry[1]}, document {document}: token id {wrong} is outside the model's vocabulary of "
+                    f"{vocab_size}. The data was prepared with another tokenizer, or is damaged."
+                )
+            tokens[i, at : at + length] = piece
+            labels[i, at : at + length - 1] = piece[1:]
+            positions[i, at : at + length] = np.arange(length)
+            starts.append(i * seq_len + at)
+            at += length
+        if at < seq_len:
+            positions[i, at:] = np.arange(seq_len - at)
+            starts.append(i * seq_len + at)
+        offsets.append(len(starts))
+    return Batch(
+        tokens,
+        labels,
+        positions,
+        np.array(starts, np.int64),
+        np.array(offsets, np.int64),
+        [entry[1] if entry else "" for entry in rows],
+    )
+
+
+def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -> list[list[int | None]]:
+    """Row numbers of every micro-batch of one data rank; None where the last micro-batch is filled.
+
+    All ranks have the same number of micro-batches, so any number of ranks trains any batch.
+    """
+    per_round = data_ranks * rows_per_micro_batch
+    micro_batches = []
+    for begin in range(0, num_rows, per_round):
+        mine = range(begin + rank * rows_per_micro_batch, begin + (rank + 1) * rows_per_micro_batch)
+        micro_batches.append([row if row < num_rows else None for row in mine])
+    return micro_batches
+
+
+def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
+    return {name: DomainData(expand_paths(recipe.data[name].paths)) for name in names}
+
+
+def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False) -> Selection:
+    """What of a domain is packed: its length bounds, and either the held-out documents or all others."""
+    domain = recipe.data[name]
+    return Selection(
+        seq_len,
+        recipe.packing.method,
+        domain.min_tokens or 0,
+        domain.max_tokens or 2**31,
+        domain.holdout_documents,
+        holdout,
+    )
+
+
+def mixtures(recipe: Recipe, clock: Clock) -> list[Mixture]:
+    """The order of every stage. A domain's rows go on where an earlier stage of the same seq_len left them."""
+    orders: list[Mixture] = []
+    consumed: dict[int, dict[str, int]] = {}
+    for i, stage in enumerate(recipe.stages):
+        before = consumed.setdefault(stage.seq_len, {})
+        orders.append(Mixture(stage.mixture, zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode()), before))
+        for name, count in orders[-1].consumed(clock.stage_tokens(i) // stage.seq_len).items():
+            before[name] = before.get(name, 0) + count
+    return orders
+
+
+def domain_tokens(recipe: Recipe, clock: Clock, orders: Sequence[Mixture], step: int) -> dict[str, int]:
+    """Tokens of each domain that the run has consumed after a step."""
+    tokens = dict.fromkeys(recipe.data, 0)
+    for i, stage in enumerate(recipe.stages):
+        taken = min(clock.tokens_at(step) - clock.stage_first_token[i], clock.stage_tokens(i)) // stage.seq_len
+        for name, count in orders[i].consumed(taken).items() if taken > 0 else ():
+            tokens[name] += count * stage.seq_len
+    return tokens
+
+
+class StageData:
+    """The rows of one stage in order.
+
+    Args:
+        order: of the stage, from `mixtures`.
+        pad_id: EOS. vocab_size: the model's true vocabulary.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, order: Mixture, domains: dict[str, DomainData], pad_id: int, vocab_size: int
+    ):
+        self.seq_len, self.seed, self.pad_id, self.vocab_size = stage.seq_len, recipe.run.seed, pad_id, vocab_size
+        self.mixture = order
+        self.indices: dict[str, PackingIndex] = {}
+        for name in self.mixture.domains:
+            selection = selection_of(recipe, name, stage.seq_len)
+            self.indices[name] = open_index(domains[name], selection, recipe.packing.directory)
+            if self.indices[name].num_rows == 0:
+                raise DataError(
+                    f"domain {name} has no rows for training: {domains[name].num_documents} documents, of which "
+                    f"{selection.holdout_documents} are held out."
+                )
+
+    def picks(self, first_sequence: int, count: int) -> list[Pick]:
+        """Rows [first_sequence, first_sequence + count) of the stage."""
+        picks = []
+        for sequence in range(first_sequence, first_sequence + count):
+            name, number = self.mixture.at(sequence)
+            picks.append(Pick(name, *row_of(number, self.indices[name].num_rows, self.seed, name, self.seq_len)))
+        return picks
+
+    def count(self, picks: Sequence[Pick]) -> tuple[int, int]:
+        """(labels, visible pairs of query and key) of some rows, from the index alone. A document of n tokens has
+        n - 1 labels and n (n + 1) / 2 pairs; the padding behind a row's documents counts as a document in pairs."""
+        labels = pairs = 0
+        for pick in picks:
+            lengths = [length for _, _, length in self.indices[pick.domain].row(pick.row)]
+            rest = self.seq_len - sum(lengths)
+            labels += sum(lengths) - len(lengths)
+            pairs += sum(n * (n + 1) // 2 for n in [*lengths, rest])
+        return labels, pairs
+
+    def batch(self, picks: Sequence[Pick | None]) -> Batch:
+        rows = [(self.indices[pick.domain], pick.domain, pick.row) if pick else None for pick in picks]
+        return make_batch(rows, self.seq_len, self.pad_id, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One step as one data rank sees it."""
+
+    micro_batches: list[Batch]
+    num_labels: int
+    """Labels of the whole step, over all ranks: the loss is divided by it."""
+    num_pairs: int
+    """Visible pairs of query and key of the whole step."""
+
+
+def load_step(
+    data: StageData, first_sequence: int, num_rows: int, data_ranks: int, rank: int, rows_per_micro_batch: int
+) -> StepData:
+    picks = data.picks(first_sequence, num_rows)
+    dealt = deal(num_rows, data_ranks, rows_per_micro_batch, rank)
+    batches = [data.batch([picks[row] if row is not None else None for row in rows]) for rows in dealt]
+    return StepData(batches, *data.count(picks))
+
+
+def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Iterator[StepData]:
+    """`make(n)` for each n, a few steps ahead in a thread. An error there is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        for number in numbers:
+            try:
+                item = partial(_give, make(number))
+            except BaseException as error:
+                item = partial(_raise, error)
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if stop.is_set() or item.func is _raise:
+                return
+
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    try:
+        for _ in numbers:
+            yield ready.get()()
+    finally:
+        stop.set()
+
+
+def _give(value: StepData) -> StepData:
+    return value
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,69 @@
+"""PREFIX.json: what prepared data is. Written last, so data without it is unfinished. Needs nothing but JSON."""
+
+import glob
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megacpt.errors import DataError
+
+FORMAT = 1
+
+
+def read_manifest(prefix: str) -> dict[str, Any]:
+    """The manifest of prepared data, with the sizes of the files compared.
+
+    Raises:
+        DataError: if it is missing, not ours, or the files beside it have other sizes.
+    """
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        beside = os.path.exists(prefix + ".idx")
+        raise DataError(
+            f"{path}: no manifest. "
+            + (
+                f"For data from Megatron: megacpt prepare --adopt {prefix} --tokenizer DIR."
+                if beside
+                else "Nothing prepared there: megacpt prepare INPUT --tokenizer DIR --output " + prefix
+            )
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path}: format {manifest['format']}; this version reads {FORMAT}.")
+        for kind in ("bin", "idx"):
+            file, expected = f"{prefix}.{kind}", manifest[kind]["bytes"]
+            actual = os.path.getsize(file) if os.path.isfile(file) else None
+            if actual != expected:
+                state = "is missing" if actual is None else f"has {actual:,} bytes"
+                raise DataError(f"{file}: {state}, but its manifest says {expected:,} bytes. Copy or prepare it again.")
+        for key in ("documents", "tokens", "vocab_size", "eos_token_id"):
+            if not isinstance(manifest[key], int | None):
+                raise TypeError(f"{key} is {manifest[key]!r}")
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}).") from None
+    return manifest
+
+
+def expand_paths(paths: list[str]) -> list[str]:
+    """Prefixes that the paths of a domain name; globs in numeric order (part-2 before part-10).
+
+    Raises:
+        DataError: if a glob finds no prepared data.
+    """
+    prefixes = []
+    for path in paths:
+        if not glob.has_magic(path):
+            prefixes.append(path)
+            continue
+        found = [name.removesuffix(".idx") for name in glob.glob(path + ".idx")]
+        if not found:
+            raise DataError(f"{path}: no prepared data (PREFIX.idx) matches.")
+        prefixes += sorted(found, key=_numeric)
+    return prefixes
+
+
+def _numeric(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,82 @@
+"""Which row is next: a pure function from a stage's sequence number to (domain, sequence of that domain).
+
+Sequences are dealt in blocks. In block b a domain of weight w has floor((b+1)·B·w) - floor(b·B·w) sequences, so every
+block is within one sequence of the weights and the run as a whole is exact. Inside a block each domain's sequences
+are spread evenly, with a random phase for each. Nothing depends on ranks, workers or micro-batches (idea of blocks:
+Levanter's MixtureDataset).
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+from megacpt.data.permutation import permute
+
+BLOCK = 1024
+_ONE = 1 << 32
+
+
+class Mixture:
+    """The order of one stage.
+
+    Args:
+        weights: share of tokens by domain, any positive scale.
+        seed: of the order inside blocks.
+        first: sequences of each domain that stages before have consumed.
+    """
+
+    def __init__(self, weights: dict[str, float], seed: int, first: dict[str, int] | None = None):
+        total = sum(weights.values())
+        self.domains = [name for name, weight in weights.items() if weight > 0]
+        self.shares = [max(1, round(weights[name] / total * _ONE)) for name in self.domains]
+        self.seed = seed
+        self.first = {name: (first or {}).get(name, 0) for name in self.domains}
+        self._block = lru_cache(maxsize=64)(self._make_block)
+
+    def _before(self, block: int) -> list[int]:
+        """Sequences of each domain before a block."""
+        return [block * BLOCK * share // _ONE for share in self.shares]
+
+    def _find(self, sequence: int) -> int:
+        """The block that holds a sequence of the stage."""
+        block = sequence // BLOCK
+        while sum(self._before(block + 1)) <= sequence:
+            block += 1
+        while sum(self._before(block)) > sequence:
+            block -= 1
+        return block
+
+    def _make_block(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(first sequence, domain of each sequence, its number inside the domain)."""
+        before, after = self._before(block), self._before(block + 1)
+        counts = [b - a for a, b in zip(before, after, strict=True)]
+        digest = hashlib.blake2b(repr((self.seed, "block", block, self.domains)).encode(), digest_size=8).digest()
+        random = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        domain = np.repeat(np.arange(len(counts)), counts)
+        number = np.concatenate([np.arange(c) for c in counts])
+        place = (number + random.random(len(number))) / np.repeat(np.maximum(counts, 1), counts)
+        order = np.argsort(place, kind="stable")
+        return sum(before), domain[order], (number + np.repeat(before, counts))[order]
+
+    def at(self, sequence: int) -> tuple[str, int]:
+        """(domain, sequence of that domain since the run began) of a sequence of the stage."""
+        first, domain, number = self._block(self._find(sequence))
+        k = sequence - first
+        name = self.domains[int(domain[k])]
+        return name, int(number[k]) + self.first[name]
+
+    def consumed(self, sequences: int) -> dict[str, int]:
+        """Sequences of each domain among the first `sequences` of the stage."""
+        block = self._find(sequences) if sequences else 0
+        first, domain, _ = self._block(block)
+        inside = np.bincount(domain[: sequences - first], minlength=len(self.domains))
+        return {
+            name: before + int(k) for name, before, k in zip(self.domains, self._before(block), inside, strict=True)
+        }
+
+
+def row_of(number: int, num_rows: int, seed: int, domain: str, seq_len: int) -> tuple[int, int]:
+    """(epoch, row) of a domain's sequence `number`: every epoch is another permutation of the rows."""
+    epoch, place = divmod(number, num_rows)
+    return epoch, int(permute(np.array([place]), num_rows, key=(seed, domain, seq_len, epoch))[0])

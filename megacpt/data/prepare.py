@@ -1,0 +1,491 @@
+"""Text to tokens: pieces of the input go to processes, their outputs are joined in the order of the input.
+
+    PREFIX.parts/plan.json          what is being made; another plan there is discarded
+    PREFIX.parts/000012.{bin,len,json}   one finished piece; its .json is renamed into place last
+    PREFIX.bin, .idx, .json         joined; each renamed into place, the manifest last
+
+So a killed run leaves nothing that looks finished, and the next one does only the pieces that are missing. A piece's
+output depends on the piece alone: the result does not depend on the number of workers.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
+from megacpt.data.manifest import FORMAT
+from megacpt.data.text import BadLine, Piece, cut, find_files, line_in_file, read_piece
+from megacpt.data.tokenizer import FastTokenizer, Tokenizer
+from megacpt.errors import ConfigError, DataError
+from megacpt.log import duration, info, short_number, warn
+
+_BATCH_CHARS = 1 << 20
+_COPY_BYTES = 8 << 20
+_SHOWN_BAD_LINES = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the output depends on, besides the input itself."""
+
+    tokenizer: str
+    text_field: str = "text"
+    format: str = "auto"
+    bos: bool = True
+    eos: bool = True
+    eos_token: str | None = None
+    engine: str = "tokenizers"
+    max_bad_lines: int = 10
+    vocab_size: int | None = None
+    """The model's vocabulary, when it is smaller or larger than the tokenizer's."""
+
+
+def prepare(
+    inputs: list[str],
+    output: str,
+    options: Options,
+    workers: int = 0,
+    part: tuple[int, int] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Tokenizes files into PREFIX.bin/.idx/.json and returns the manifest.
+
+    Args:
+        inputs: files or folders of jsonl, parquet or plain text.
+        output: the prefix; with `part` (I, N) the prefix is `output-0000I`.
+        workers: processes; 0 is one a core.
+
+    Raises:
+        ConfigError: for arguments that cannot be right, all at once.
+        DataError: for input that cannot be read, too many bad lines, or a full disk.
+    """
+    prefix = f"{output}-{part[0]:05d}" if part else output
+    finished = [f"{prefix}.{kind}" for kind in ("bin", "idx", "json") if os.path.exists(f"{prefix}.{kind}")]
+    if finished and not overwrite:
+        raise ConfigError([f"{', '.join(finished)}: exists. Give another --output, or --overwrite."], "the arguments")
+    tokenizer = Tokenizer(options.tokenizer, options.eos_token)
+    if options.eos and tokenizer.eos_id is None:
+        raise ConfigError(
+            [f"{options.tokenizer}: names no end-of-text token. Give --eos-token TEXT, or --no-eos."], "the tokenizer"
+        )
+    if options.engine == "gigatoken":
+        _require_gigatoken()
+    files = find_files(inputs, options.format)
+    pieces = cut(files)
+    if part:
+        pieces = _share(pieces, *part)
+    vocab_size = options.vocab_size or tokenizer.vocab_size
+    os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
+    parts = Path(prefix + ".parts")
+    parts.mkdir(exist_ok=True)
+    with open(parts / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError([f"{prefix}: another megacpt prepare is writing it."], "the arguments") from None
+        _open_plan(parts, pieces, options, tokenizer)
+        for path in finished:
+            os.remove(path)
+        try:
+            _tokenize_all(parts, pieces, options, vocab_size, workers or os.cpu_count() or 1)
+            manifest = _join(prefix, parts, pieces, options, tokenizer, vocab_size, files, part)
+        except OSError as error:
+            raise _disk_error(error, prefix) from error
+        shutil.rmtree(parts)
+    return manifest
+
+
+def _require_gigatoken() -> None:
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            ["--engine gigatoken: is not installed. pip install gigatoken, or use --engine tokenizers."],
+            "the arguments",
+        ) from None
+
+
+def _share(pieces: list[Piece], index: int, count: int) -> list[Piece]:
+    """Part `index` of `count`: contiguous pieces, split where the bytes are even."""
+    total = sum(piece.num_bytes for piece in pieces)
+    ends = np.cumsum([piece.num_bytes for piece in pieces])
+    middles = ends - np.array([piece.num_bytes for piece in pieces]) / 2
+    owner = np.minimum((middles * count / max(total, 1)).astype(int), count - 1)
+    return [piece for piece, i in zip(pieces, owner, strict=True) if i == index]
+
+
+def _open_plan(parts: Path, pieces: list[Piece], options: Options, tokenizer: Tokenizer) -> None:
+    """Keeps finished pieces of the same plan, discards those of another."""
+    stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for piece in pieces for path in piece.paths}
+    plan = {
+        "format": FORMAT,
+        "pieces": [asdict(p) for p in pieces],
+        "stamps": stamps,
+        "options": asdict(options),
+        "tokenizer": tokenizer.sha256,
+    }
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    path = parts / "plan.json"
+    if path.exists() and path.read_text() != digest:
+        info(f"{parts}: holds pieces of another input or other options; they are discarded.")
+    if not path.exists() or path.read_text() != digest:
+        for stale in parts.iterdir():
+            if stale.name != "lock":
+                stale.unlink()
+        path.write_text(digest)
+
+
+def _tokenize_all(parts: Path, pieces: list[Piece], options: Options, vocab_size: int, workers: int) -> None:
+    todo = [i for i in range(len(pieces)) if not (parts / f"{i:06d}.json").exists()]
+    done_before = len(pieces) - len(todo)
+    if done_before:
+        info(f"continuing: {done_before} of {len(pieces)} pieces were finished before.")
+    total = sum(pieces[i].num_bytes for i in todo)
+    workers = max(1, min(workers, len(todo)))
+    bad = sum(_read_piece_report(parts, i)["bad_lines"] for i in range(len(pieces)) if i not in set(todo))
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    if not todo:
+        return
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (options, vocab_size, counter, threads))
+    try:
+        with _Progress(total, counter) as progress:
+            futures = {pool.submit(_tokenize_piece, str(parts), i, pieces[i]): i for i in todo}
+            for future in as_completed(futures):
+                report = future.result()
+                progress.tokens += report["tokens"]
+                bad += report["bad_lines"]
+                if bad > options.max_bad_lines:
+                    raise DataError(_bad_lines_message(parts, pieces, bad, options.max_bad_lines, report))
+    except BrokenProcessPool:
+        raise DataError(
+            f"a worker was killed (out of memory?). Run the same command again: it continues with the pieces that are "
+            f"missing in {parts}. Fewer --workers need less memory."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_piece_report(parts: Path, index: int) -> dict[str, Any]:
+    return json.loads((parts / f"{index:06d}.json").read_text())
+
+
+def _bad_lines_message(parts: Path, pieces: list[Piece], bad: int, limit: int, last: dict[str, Any]) -> str:
+    shown = list(last["bad_examples"])
+    for i in range(len(pieces)):
+        if (parts / f"{i:06d}.json").exists():
+            shown += [b for b in _read_piece_report(parts, i)["bad_examples"] if b not in shown]
+    lines = "\n".join(f"  {path}:{line}: {reason}" for path, line, reason in shown[:_SHOWN_BAD_LINES])
+    return (
+        f"{bad} records could not be read, more than --max-bad-lines {limit}:\n{lines}\nMend them or raise the limit."
+    )
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; bytes from a counter that the workers share."""
+
+    def __init__(self, total: int, counter):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total, self.counter, self.tokens = total, counter, 0
+        self.bar = Progress(
+            TextColumn("prepare"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}% {task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self.task = self.bar.add_task("", total=total, rate="")
+
+    def __enter__(self):
+        import threading
+
+        self._stop = threading.Event()
+        self._begin = self._said = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if self.bar.console.is_terminal:
+            self.bar.start()
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self._show()
+
+    def _show(self, last: bool = False) -> None:
+        done, now = self.counter.value, time.monotonic()
+        rate = done / max(now - self._begin, 1e-9)
+        self.bar.update(self.task, completed=done, rate=f"{rate / 1e6:.1f} MB/s")
+        if not self.bar.console.is_terminal and (last or now - self._said >= 10):
+            self._said = now
+            left = duration((self.total - done) / rate) if rate else "?"
+            info(f"prepare {100 * done / max(self.total, 1):.0f} % at {rate / 1e6:.1f} MB/s, ETA {left}")
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self._show(last=True)
+        self.bar.stop()
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        if self.tokens:
+            info(f"tokenized {short_number(self.tokens)} tokens at {short_number(self.tokens / seconds)} tokens/s")
+
+
+# --- in the worker processes ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Worker:
+    tokenizer: Any
+    options: Options
+    dtype: np.dtype
+    vocab_size: int
+    prefix: list[int]
+    suffix: list[int]
+    counter: Any
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(options: Options, vocab_size: int, counter, threads: int) -> None:
+    global _worker
+    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(threads), "true"
+    tokenizer = Tokenizer(options.tokenizer, options.eos_token)
+    _worker = _Worker(
+        FastTokenizer(tokenizer) if options.engine == "gigatoken" else tokenizer,
+        options,
+        token_dtype(vocab_size),
+        vocab_size,
+        [tokenizer.bos_id] if options.bos and tokenizer.bos_id is not None else [],
+        [tokenizer.eos_id] if options.eos else [],
+        counter,
+    )
+
+
+def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
+    """Writes one piece's tokens and lengths, then its report. Returns the report."""
+    worker = _worker
+    stem = os.path.join(parts, f"{index:06d}")
+    bad: list[BadLine] = []
+    report = {"documents": 0, "tokens": 0, "empty": 0, "bad_lines": 0, "bad_examples": []}
+    texts: list[str] = []
+    chars = seen = 0
+    try:
+        with open(stem + ".bin", "wb") as binary, open(stem + ".len", "wb") as lengths:
+
+            def flush() -> None:
+                nonlocal texts, chars
+                if texts:
+                    _write_batch(worker, texts, binary, lengths, report, piece)
+                texts, chars = [], 0
+
+            for record, position in read_piece(piece, worker.options.text_field):
+                if isinstance(record, BadLine):
+                    bad.append(record)
+                    if len(bad) > worker.options.max_bad_lines:
+                        break
+                elif not record:
+                    report["empty"] += 1
+                else:
+                    texts.append(record)
+                    chars += len(record)
+                    if chars >= _BATCH_CHARS:
+                        flush()
+                if position - seen > 1 << 20:
+                    with worker.counter.get_lock():
+                        worker.counter.value += min(position, piece.num_bytes) - min(seen, piece.num_bytes)
+                    seen = position
+            flush()
+            with worker.counter.get_lock():
+                worker.counter.value += piece.num_bytes - min(seen, piece.num_bytes)
+            for file in (binary, lengths):
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise _disk_error(error, stem) from error
+    report["bad_lines"] = len(bad)
+    report["bad_examples"] = [(b.path, line_in_file(piece, b.line), b.reason) for b in bad[:_SHOWN_BAD_LINES]]
+    if len(bad) <= worker.options.max_bad_lines:
+        with open(stem + ".tmp", "w") as file:
+            json.dump(report, file)
+        os.replace(stem + ".tmp", stem + ".json")
+    return report
+
+
+def _write_batch(worker: _Worker, texts: list[str], binary, lengths, report: dict[str, Any], piece: Piece) -> None:
+    flat: list[int] = []
+    ends = []
+    for ids in worker.tokenizer.encode_batch(texts):
+        flat += worker.prefix
+        flat += ids
+        flat += worker.suffix
+        ends.append(len(flat))
+    tokens = np.array(flat, dtype=np.int64)
+    if len(tokens) and (tokens.max() >= worker.vocab_size or tokens.min() < 0):
+        at = int(np.argmax((tokens >= worker.vocab_size) | (tokens < 0)))
+        document = int(np.searchsorted(ends, at, side="right"))
+        raise DataError(
+            f"{piece.paths[0]}: token id {tokens[at]} is outside the vocabulary of {worker.vocab_size} entries, in the "
+            f"document that begins {texts[document][:60]!r}. The tokenizer is not the model's, or --vocab-size is wrong."
+        )
+    binary.write(tokens.astype(worker.dtype).tobytes())
+    lengths.write(np.diff(ends, prepend=0).astype("<i4").tobytes())
+    report["documents"] += len(ends)
+    report["tokens"] += len(tokens)
+
+
+def _disk_error(error: OSError, path: str) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        return DataError(
+            f"{path}: the disk is full or the file too large ({error.strerror}; {free / 1e6:,.0f} MB free). Make room and "
+            "run the same command again: finished pieces are kept."
+        )
+    return error
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+
+class _Lengths:
+    """The pieces' length files as blocks that can be read twice."""
+
+    def __init__(self, parts: Path, count: int):
+        self.files = [parts / f"{i:06d}.len" for i in range(count)]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for file in self.files:
+            with open(file, "rb") as handle:
+                while raw := handle.read(4 << 20):
+                    yield np.frombuffer(raw, "<i4")
+
+
+def _join(prefix, parts: Path, pieces, options, tokenizer, vocab_size, files, part) -> dict[str, Any]:
+    reports = [_read_piece_report(parts, i) for i in range(len(pieces))]
+    documents = sum(r["documents"] for r in reports)
+    bad = [b for r in reports for b in r["bad_examples"]]
+    for path, line, reason in bad[:_SHOWN_BAD_LINES]:
+        warn(f"skipped {path}:{line}: {reason}")
+    for path in [path for path, _ in files if os.path.getsize(path) == 0]:
+        warn(f"{path}: is empty.")
+    if documents == 0:
+        part_text = f" of part {part[0]}/{part[1]}" if part else ""
+        raise DataError(f"{len(files)} files{part_text} hold no documents. Nothing was written.")
+    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx", "json")}
+    crc = 0
+    with open(tmp["bin"], "wb") as out:
+        for i in range(len(pieces)):
+            with open(parts / f"{i:06d}.bin", "rb") as file:
+                while chunk := file.read(_COPY_BYTES):
+                    crc = zlib.crc32(chunk, crc)
+                    out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    lengths = _Lengths(parts, len(pieces))
+    write_index(Path(tmp["idx"]), token_dtype(vocab_size), lengths, documents)
+    manifest = {
+        "format": FORMAT,
+        **_counts(lengths),
+        "dtype": str(token_dtype(vocab_size)),
+        "vocab_size": vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+        "bos_prepended": bool(options.bos and tokenizer.bos_id is not None),
+        "eos_appended": options.eos,
+        "bin": {"bytes": os.path.getsize(tmp["bin"]), "crc32": crc},
+        "idx": {"bytes": os.path.getsize(tmp["idx"]), "crc32": crc32_of(tmp["idx"])},
+        "tokenizer": {"path": options.tokenizer, "sha256": tokenizer.sha256},
+        "part": list(part) if part else None,
+        "empty_documents": sum(r["empty"] for r in reports),
+        "bad_lines": sum(r["bad_lines"] for r in reports),
+        "sources": [{"path": path, "bytes": os.path.getsize(path)} for path, _ in files[:1000]],
+        "num_sources": len(files),
+    }
+    _publish(prefix, tmp, manifest)
+    return manifest
+
+
+def _counts(lengths) -> dict[str, Any]:
+    """documents, tokens and the histogram: key 2^k counts documents of 2^k up to 2^(k+1) - 1 tokens."""
+    counts, sums = np.zeros(32, np.int64), np.zeros(32, np.int64)
+    for block in lengths:
+        bucket = np.log2(np.maximum(block, 1)).astype(int)
+        counts += np.bincount(bucket, minlength=32)
+        sums += np.bincount(bucket, weights=block, minlength=32).astype(np.int64)
+    histogram = {str(1 << k): {"documents": int(counts[k]), "tokens": int(sums[k])} for k in range(32) if counts[k]}
+    return {"documents": int(counts.sum()), "tokens": int(sums.sum()), "length_histogram": histogram}
+
+
+def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
+    """Renames data, index, then the manifest; each is on disk before."""
+    with open(tmp["json"], "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, ensure_ascii=False)
+    for kind in ("bin", "idx", "json"):
+        if kind in tmp:
+            with open(tmp[kind], "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(tmp[kind], f"{prefix}.{kind}")
+
+
+def crc32_of(path: str) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_COPY_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:
+    """Writes a manifest for a .bin/.idx that another program made (Megatron's preprocess_data).
+
+    Raises:
+        DataError: if the files are damaged or hold ids outside the tokenizer's vocabulary.
+    """
+    if os.path.exists(prefix + ".json"):
+        raise ConfigError([f"{prefix}.json: exists, so the data is adopted already."], "the arguments")
+    tokenizer = Tokenizer(tokenizer_path, eos_token)
+    data = IndexedDataset(prefix)
+    for start in range(0, data.num_tokens, 1 << 24):
+        block = data.tokens[start : start + (1 << 24)]
+        if len(block) and not 0 <= int(block.min()) <= int(block.max()) < tokenizer.vocab_size:
+            raise DataError(
+                f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
+                f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
+            )
+    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
+    ends_with_eos = data.num_documents > 0 and all(
+        data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
+        for i in range(min(100, data.num_documents))
+    )
+    manifest = {
+        "format": FORMAT,
+        **_counts(blocks),
+        "dtype": str(data.dtype),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+        "bos_prepended": None,
+        "eos_appended": ends_with_eos,
+        "adopted": True,
+        **{k: {"bytes": os.path.getsize(f"{prefix}.{k}"), "crc32": crc32_of(f"{prefix}.{k}")} for k in ("bin", "idx")},
+        "tokenizer": {"path": tokenizer_path, "sha256": tokenizer.sha256},
+    }
+    if not ends_with_eos:
+        warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
+    _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)
+    return manifest

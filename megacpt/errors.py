@@ -1,0 +1,37 @@
+"""Errors for users. Each message says what is wrong, the numbers, and the way out; the class carries the exit code."""
+
+
+class MegacptError(ValueError):
+    """Something the user can mend. The command line prints it without a traceback and leaves with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(MegacptError):
+    """All problems of a recipe or of the arguments at once.
+
+    Args:
+        problems: one line each, `where: what is wrong. The way out.`
+        title: what was being read.
+    """
+
+    def __init__(self, problems: list[str], title: str = "the recipe"):
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{count} in {title}:", *(f"  {problem}" for problem in self.problems)]))
+        self.title = title
+
+    def __reduce__(self):
+        return ConfigError, (self.problems, self.title)  # crosses process borders
+
+
+class DataError(MegacptError):
+    """Prepared data, or text to be prepared, is damaged or is not what it claims to be."""
+
+    exit_code = 76
+
+
+class CheckpointError(MegacptError):
+    """A checkpoint or a model directory is damaged, incomplete or of another kind."""
+
+    exit_code = 76

@@ -1,0 +1,1 @@
+"""Validation by domain and per-document scores."""

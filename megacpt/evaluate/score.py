@@ -1,0 +1,112 @@
+"""Perplexity of every document with a model: one JSON object a document, documents as they were prepared.
+
+A document is scored alone, from its first token; one longer than a window is scored window by window, each alone.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megacpt.data.indexed import IndexedDataset
+from megacpt.data.loader import IGNORE, Batch
+from megacpt.data.manifest import read_manifest
+from megacpt.errors import DataError
+from megacpt.log import info
+from megacpt.model.inputs import to_inputs
+from megacpt.model.llama import Llama
+
+
+def windows_of(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int, int]]:
+    """(document, offset, length) of every window, in order."""
+    return [
+        (document, offset, min(seq_len, int(length) - offset))
+        for document, length in enumerate(lengths)
+        for offset in range(0, int(length), seq_len)
+    ]
+
+
+@torch.no_grad()
+def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tokens: int, model_dir: str) -> int:
+    """Writes {"document", "tokens", "nll"} lines, nll the mean over the document's labels or null, and FILE.json with
+    hashes of model and tokenizer. Returns the number of documents.
+    """
+    manifest = read_manifest(prefix)
+    data = IndexedDataset(prefix)
+    sums, counts = np.zeros(data.num_documents), np.zeros(data.num_documents, np.int64)
+    group: list[tuple[int, int, int]] = []
+    filled = 0
+    for window in windows_of(data.lengths, seq_len):
+        if group and filled + window[2] > micro_batch_tokens:
+            _score_group(model, data, group, sums, counts)
+            group, filled = [], 0
+        group.append(window)
+        filled += window[2]
+    if group:
+        _score_group(model, data, group, sums, counts)
+    partial = output.with_name(output.name + ".tmp")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w", encoding="utf-8") as file:
+        for document in range(data.num_documents):
+            nll = float(sums[document] / counts[document]) if counts[document] else None
+            file.write(json.dumps({"document": document, "tokens": int(data.lengths[document]), "nll": nll}) + "\n")
+    os.replace(partial, output)
+    facts = {
+        "model": model_dir,
+        "model_sha256": model_hash(Path(model_dir)),
+        "tokenizer_sha256": manifest["tokenizer"]["sha256"],
+        "data": prefix,
+        "data_crc32": manifest["bin"]["crc32"],
+        "seq_len": seq_len,
+        "documents": data.num_documents,
+        "tokens": data.num_tokens,
+        "mean_nll": float(sums.sum() / max(1, counts.sum())),
+    }
+    Path(str(output.with_suffix("")) + ".json").write_text(json.dumps(facts, indent=1) + "\n")
+    info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}")
+    return data.num_documents
+
+
+def model_hash(directory: Path) -> str:
+    """SHA-256 over the names and contents of config.json and the safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 23):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _score_group(model: Llama, data: IndexedDataset, group, sums: np.ndarray, counts: np.ndarray) -> None:
+    """Packs windows one behind the other and adds up each document's losses."""
+    total = sum(length for _, _, length in group)
+    padded = -(-total // model.mesh.tensor.size()) * model.mesh.tensor.size()
+    tokens, labels, positions = (
+        np.zeros(padded, np.int64),
+        np.full(padded, IGNORE, np.int64),
+        np.zeros(padded, np.int64),
+    )
+    starts, at = [], 0
+    for document, offset, length in group:
+        piece = data.read(document, offset, length)
+        if int(piece.max()) >= model.config.vocab_size:
+            raise DataError(
+                f"{data.prefix}: document {document} holds token id {int(piece.max())}, but the model has "
+                f"{model.config.vocab_size} entries. Prepare it with the model's tokenizer."
+            )
+        tokens[at : at + length], labels[at : at + length - 1] = piece, piece[1:]
+        positions[at : at + length] = np.arange(length)
+        starts.append(at)
+        at += length
+    starts += [at] if at < padded else []
+    batch = Batch(tokens[None], labels[None], positions[None], np.array(starts), np.array([0, len(starts)]), [""])
+    nll = model(to_inputs(batch, model.mesh.device), None).double().cpu().numpy()
+    at = 0
+    for document, _, length in group:
+        sums[document] += nll[at : at + length - 1].sum()
+        counts[document] += length - 1
+        at += length

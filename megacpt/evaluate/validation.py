@@ -1,0 +1,46 @@
+"""Validation: mean loss over the labels of a domain's held-out documents, the same rows on every layout."""
+
+import torch
+import torch.distributed as dist
+
+from megacpt.config.recipe import Recipe
+from megacpt.data.loader import deal, make_batch, open_domains, selection_of
+from megacpt.data.packing import DomainData, PackingIndex, open_index
+from megacpt.model.inputs import to_inputs
+from megacpt.model.llama import Llama
+
+
+class ValidationSets:
+    """The held-out rows of every domain that a recipe validates, for one seq_len."""
+
+    def __init__(self, recipe: Recipe, seq_len: int, domains: dict[str, DomainData] | None = None):
+        self.seq_len = seq_len
+        limits: dict[str, int | None] = {}
+        for validation in recipe.validation:
+            limits |= dict.fromkeys(validation.domains, validation.max_tokens)
+        domains = domains or open_domains(recipe, list(limits))
+        self.rows: dict[str, tuple[PackingIndex, int]] = {}
+        for name, limit in limits.items():
+            index = open_index(
+                domains[name], selection_of(recipe, name, seq_len, holdout=True), recipe.packing.directory
+            )
+            count = index.num_rows if limit is None else min(index.num_rows, max(1, limit // seq_len))
+            self.rows[name] = (index, count)
+
+
+@torch.no_grad()
+def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, float]:
+    """Mean negative log-likelihood by domain. All ranks call it and get the same numbers."""
+    mesh, losses = model.mesh, {}
+    for name, (index, count) in sets.rows.items():
+        total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        for rows in deal(count, mesh.layout.data, micro_batch_rows, mesh.data_rank):
+            picked = [(index, name, row) if row is not None else None for row in rows]
+            inputs = to_inputs(make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size), mesh.device)
+            nll = model(inputs, None)
+            total += torch.stack([nll.double().sum(), (inputs.labels >= 0).sum()])
+        for axis in ("dp_replicate", "dp_shard"):
+            if mesh.full[axis].size() > 1:
+                dist.all_reduce(total, group=mesh.full[axis].get_group())
+        losses[name] = (total[0] / total[1]).item()
+    return losses

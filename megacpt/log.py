@@ -1,0 +1,35 @@
+"""Plain lines to stderr from rank 0, so that stdout stays free for results."""
+
+import os
+import sys
+import time
+
+
+def is_rank0() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def info(message: str) -> None:
+    """One line, with the time, from rank 0 only."""
+    if is_rank0():
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    info(f"warning: {message}")
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1h02m', 65 -> '1m05s', 9.3 -> '9s'."""
+    seconds = int(max(0, seconds))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def short_number(value: float) -> str:
+    """1234567 -> '1.23M'; for people, not for files."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}"

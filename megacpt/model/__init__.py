@@ -1,0 +1,1 @@
+"""Llama on the parallel layers, and its Hugging Face form."""

@@ -1,0 +1,290 @@
+"""config.json of Llama models, read and written. Imports no torch.
+
+Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`, `rope_scaling`) and 5's
+(`rope_parameters`), and written back as they came. What would change the computation and is not known is refused.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megacpt.config.load import nearest
+from megacpt.config.recipe import Rope
+from megacpt.errors import ConfigError
+
+_ROPE_FIELDS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Base and scaling of the rotary embedding; `fields` are those of the type, as in transformers."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int | None:
+        """The context length that the scaling is made for, None if it names none."""
+        original = self.fields.get("original_max_position_embeddings")
+        return math.floor(original * self.fields["factor"]) if original else None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a model. `raw` is the file it came from, carried through to the export."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    initializer_range: float
+    rope: RopeConfig
+    raw: dict[str, Any]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos = self.raw.get("eos_token_id")
+        return eos[0] if isinstance(eos, list) else eos
+
+    @property
+    def dtype(self) -> str | None:
+        """The type that the file names, in either spelling."""
+        return self.raw.get("dtype") or self.raw.get("torch_dtype")
+
+    def padded_vocab(self, multiple: int) -> int:
+        return -(-self.vocab_size // multiple) * multiple
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter by Hugging Face name, in the order of the model, without vocabulary padding."""
+        h, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, h)}
+        for i in range(self.num_hidden_layers):
+            layer = f"model.layers.{i}."
+            shapes |= {
+                layer + "self_attn.q_proj.weight": (self.num_attention_heads * d, h),
+                layer + "self_attn.k_proj.weight": (self.num_key_value_heads * d, h),
+                layer + "self_attn.v_proj.weight": (self.num_key_value_heads * d, h),
+                layer + "self_attn.o_proj.weight": (h, self.num_attention_heads * d),
+                layer + "mlp.gate_proj.weight": (f, h),
+                layer + "mlp.up_proj.weight": (f, h),
+                layer + "mlp.down_proj.weight": (h, f),
+                layer + "input_layernorm.weight": (h,),
+                layer + "post_attention_layernorm.weight": (h,),
+            }
+        shapes["model.norm.weight"] = (h,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, h)
+        return shapes
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """config.json, or the folder that holds it.
+
+    Raises:
+        ConfigError: all that is missing, unknown or not trained here, at once.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: no such file. A Hugging Face directory holds config.json."], "the model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise ConfigError([f"{file}: not valid JSON: {error}"], "the model") from None
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
+    """As `read_config`, from the content."""
+    problems = []
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{source}: is a {type(raw).__name__}, not an object."], "the model")
+    if raw.get("model_type", "llama") != "llama":
+        problems.append(f"model_type = {raw['model_type']!r}: this version trains 'llama'.")
+    refused = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "attention_dropout": 0,
+        "quantization_config": None,
+    }
+    for key, only in refused.items():
+        if raw.get(key, only) not in (only, None):
+            problems.append(f"{key} = {raw[key]!r}: only {only!r} is trained.")
+    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in integers:
+        if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
+            problems.append(f"{key} = {raw.get(key)!r}: must be a positive integer.")
+    if problems:
+        raise ConfigError(problems, source)
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    kv_heads = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or hidden // heads
+    if heads % kv_heads:
+        problems.append(f"num_key_value_heads = {kv_heads}: does not divide num_attention_heads = {heads}.")
+    if not raw.get("head_dim") and hidden % heads:
+        problems.append(f"hidden_size = {hidden}: is no multiple of num_attention_heads = {heads}.")
+    if head_dim % 2:
+        problems.append(f"head_dim = {head_dim}: rotary embedding needs an even one.")
+    longest = raw.get("max_position_embeddings") or 2048
+    rope = _parse_rope(raw, longest, problems)
+    if problems:
+        raise ConfigError(problems, source)
+    return LlamaConfig(
+        raw["vocab_size"],
+        hidden,
+        raw["intermediate_size"],
+        raw["num_hidden_layers"],
+        heads,
+        kv_heads,
+        head_dim,
+        float(raw.get("rms_norm_eps", 1e-6)),
+        longest,
+        bool(raw.get("tie_word_embeddings", False)),
+        float(raw.get("initializer_range", 0.02)),
+        rope,
+        raw,
+    )
+
+
+def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeConfig:
+    given = raw.get("rope_parameters")
+    name = "rope_parameters" if given is not None else "rope_scaling"
+    given = dict(given if given is not None else raw.get("rope_scaling") or {})
+    theta = given.pop("rope_theta", raw.get("rope_theta") or 10000.0)
+    kind = given.pop("rope_type", None)
+    kind = given.pop("type", kind) or kind or "default"
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
+    if kind not in _ROPE_FIELDS:
+        reason = (
+            " Its frequencies depend on the length of the input, so packed training has no defined value for them."
+            if (kind == "dynamic")
+            else ""
+        )
+        problems.append(f"{name}.rope_type = {kind!r}: is not trained.{reason} {nearest(kind, list(_ROPE_FIELDS))}")
+        return RopeConfig()
+    required, optional = _ROPE_FIELDS[kind]
+    if kind == "yarn":
+        given.setdefault("original_max_position_embeddings", longest)
+    fields = {key: value for key, value in given.items() if value is not None}
+    for key in required:
+        if key not in fields:
+            problems.append(f"{name}.{key}: is required for rope_type {kind!r}.")
+    for key, value in fields.items():
+        if key not in required + optional:
+            problems.append(f"{name}.{key}: unknown for rope_type {kind!r}. {nearest(key, [*required, *optional])}")
+        elif not isinstance(value, bool if key == "truncate" else int | float):
+            problems.append(f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number'}.")
+    if kind == "llama3" and not problems and fields["low_freq_factor"] >= fields["high_freq_factor"]:
+        problems.append(
+            f"{name}: low_freq_factor {fields['low_freq_factor']} must be below high_freq_factor "
+            f"{fields['high_freq_factor']}."
+        )
+    if not isinstance(theta, int | float) or theta <= 0:
+        problems.append(f"rope_theta = {theta!r}: must be a positive number.")
+        return RopeConfig()
+    return RopeConfig(float(theta), kind, fields)
+
+
+def change_rope(config: LlamaConfig, change: Rope | None) -> LlamaConfig:
+    """The config with a recipe's change of the rotary embedding.
+
+    Raises:
+        ConfigError: if fields of the new type are missing.
+    """
+    if change is None:
+        return config
+    given = change.model_dump(exclude_none=True)
+    theta, kind = given.pop("theta", config.rope.theta), given.pop("type", config.rope.type)
+    fields = {**(config.rope.fields if kind == config.rope.type else {}), **given}
+    problems: list[str] = []
+    rope = _parse_rope(
+        {"rope_parameters": {"rope_theta": theta, "rope_type": kind, **fields}},
+        config.max_position_embeddings,
+        problems,
+    )
+    if problems:
+        raise ConfigError([p.replace("rope_parameters", "rope") for p in problems], "the recipe")
+    return replace(config, rope=rope)
+
+
+def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, Any]:
+    """config.json of an export: what came in, with the rotary embedding, type and length of now.
+
+    Args:
+        longest: the longest row that was trained.
+    """
+    raw = dict(config.raw)
+    raw.setdefault("architectures", ["LlamaForCausalLM"])
+    raw["model_type"] = "llama"
+    raw["vocab_size"] = config.vocab_size
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+    if longest > config.max_position_embeddings or "max_position_embeddings" in raw:
+        raw["max_position_embeddings"] = max(longest, config.max_position_embeddings)
+    before: list[str] = []
+    if _parse_rope(config.raw, config.max_position_embeddings, before) != config.rope:
+        rope = {"rope_type": config.rope.type, **config.rope.fields}
+        if "rope_parameters" in raw:
+            raw["rope_parameters"] = {"rope_theta": config.rope.theta, **rope}
+        else:
+            raw["rope_theta"] = config.rope.theta
+            raw["rope_scaling"] = None if config.rope.type == "default" else rope
+    return raw
+
+
+def _llama3(hidden: int, ffn: int, layers: int, heads: int, factor: float, tied: bool) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.02,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+
+
+# Llama 3 paper, Table 3; scaling factors from the models' config.json (32 for 3.2).
+ARCHITECTURES = {
+    "llama3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
+    "llama3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
+    "llama3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, False),
+    "llama3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
+    "llama3.1-405b": _llama3(16384, 53248, 126, 128, 8.0, False),
+}

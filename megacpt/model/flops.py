@@ -1,0 +1,47 @@
+"""Floating-point operations of training, forward and backward, recomputation not counted.
+
+Matrix products: 6 per parameter and token (all matrices but the embedding's look-up). Attention: 12 heads d per pair
+of query and key and layer. Two conventions: PaLM's (Chowdhery et al. 2022, appendix B) counts all S^2 pairs of a row;
+the exact one counts the pairs that a causal mask inside documents leaves. Peaks are dense bf16, from data sheets.
+"""
+
+from megacpt.model.config import LlamaConfig
+
+PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "H800": 989.4e12,
+    "GH200": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
+
+
+def matmul_flops_per_token(config: LlamaConfig) -> int:
+    """Forward and backward of all matrix products with weights."""
+    heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    h, layers = config.hidden_size, config.num_hidden_layers
+    per_layer = h * (heads + 2 * kv) * d + heads * d * h + 3 * h * config.intermediate_size
+    return 6 * (layers * per_layer + h * config.vocab_size)
+
+
+def attention_flops_per_pair(config: LlamaConfig) -> int:
+    """Forward and backward of one query with one key, over all heads and layers."""
+    return 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+
+
+def step_flops(config: LlamaConfig, tokens: int, seq_len: int, pairs: int) -> tuple[int, int]:
+    """(PaLM convention, exact) of a step.
+
+    Args:
+        pairs: visible pairs of query and key, each query's own key included.
+    """
+    products, pair = matmul_flops_per_token(config) * tokens, attention_flops_per_pair(config)
+    return products + pair * tokens * seq_len, products + pair * pairs

@@ -1,0 +1,181 @@
+"""Llama on the parallel layers. Parameter names are Hugging Face's; layers carry their global index.
+
+Shapes: T tokens of a micro-batch (all rows one after another), t = T / tp local tokens, h hidden, heads and kv_heads
+of this tp rank, d head_dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from megacpt_kernels import Documents, attention, rms_norm, rope_qk, swiglu
+from torch import Tensor, nn
+
+from megacpt.model.config import LlamaConfig, RopeConfig
+from megacpt.model.rope import RopeTables
+from megacpt.parallel.cross_entropy import linear_cross_entropy, token_losses
+from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.tensor import (
+    COLUMN,
+    REPLICATED,
+    ROW,
+    Weight,
+    column_parallel,
+    embedding,
+    replicated,
+    row_parallel,
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is run, beside its shape."""
+
+    vocab_multiple: int = 128
+    attention_backend: str = "auto"
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch on the device.
+
+    Attributes:
+        tokens, positions: int64 [T]. labels: int64 [T], -100 without.
+        documents: where documents begin. longest: rows of the rotary tables that are needed.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Documents
+    longest: int
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+        super().__init__()
+        h, d = config.hidden_size, config.head_dim
+        make = lambda shape, placement: Weight(shape, placement, mesh.tensor, dtype)
+        self.q_proj = make((config.num_attention_heads * d, h), COLUMN)
+        self.k_proj = make((config.num_key_value_heads * d, h), COLUMN)
+        self.v_proj = make((config.num_key_value_heads * d, h), COLUMN)
+        self.o_proj = make((h, config.num_attention_heads * d), ROW)
+        self.head_dim, self.group, self.options = d, mesh.tensor_group, options
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in column_parallel(x, weights, self.group))
+        q, k = rope_qk(q, k, cos, sin)
+        out = attention(
+            q, k, v, documents, backend=self.options.attention_backend, deterministic=self.options.deterministic
+        )
+        return row_parallel(out.flatten(1), self.o_proj.weight, self.group)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        h, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
+        self.up_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
+        self.down_proj = Weight((h, f), ROW, mesh.tensor, dtype)
+        self.group = mesh.tensor_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.group)
+        return row_parallel(swiglu(gate, up), self.down_proj.weight, self.group)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), on [t, h]."""
+
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+        super().__init__()
+        self.input_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
+        self.self_attn = Attention(config, mesh, dtype, options)
+        self.post_attention_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
+        self.mlp = MLP(config, mesh, dtype)
+        self.eps = config.rms_norm_eps
+        self.run = self._run
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, documents)
+        return x + self.mlp(rms_norm(x, replicated(self.post_attention_layernorm.weight), self.eps))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        return self.run(x, cos, sin, documents)
+
+
+_KEPT = ("mm", "addmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "varlen")
+
+
+def _keep_products(context, operation, *args, **kwargs):
+    name = operation.name().split("::")[-1]
+    kept = name.startswith(_KEPT) or name.split(".")[0] in _KEPT
+    policy = checkpointing.CheckpointPolicy
+    return policy.MUST_SAVE if kept else policy.PREFER_RECOMPUTE
+
+
+def _checkpointed(run: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """`run` as it is, with only its input kept (full), or with products and attention kept (selective)."""
+    if mode == "none":
+        return run
+    extra = {}
+    if mode == "selective":
+        extra["context_fn"] = lambda: checkpointing.create_selective_checkpoint_contexts(_keep_products)
+    return lambda *args: checkpointing.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+
+
+class Decoder(nn.Module):
+    """Holds the parameters under Hugging Face's prefix `model.`; `Llama` runs them."""
+
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+        super().__init__()
+        rows = config.padded_vocab(options.vocab_multiple)
+        self.embed_tokens = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, mesh, dtype, options) for i in range(config.num_hidden_layers)}
+        )
+        self.norm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
+
+
+class Llama(nn.Module):
+    """The whole model; made on the meta device, see `train/build.py`.
+
+    Args:
+        dtype: of the parameters as made (the masters), not of the computation.
+    """
+
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+        super().__init__()
+        self.config, self.mesh, self.options = config, mesh, options
+        self.model = Decoder(config, mesh, dtype, options)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            rows = config.padded_vocab(options.vocab_multiple)
+            self.lm_head = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
+        self.set_rope(config.rope)
+
+    def set_rope(self, rope: RopeConfig) -> None:
+        """The rotary embedding from now on."""
+        self.rope = RopeTables(rope, self.config.head_dim, self.mesh.device)
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """none, selective (products and attention are kept) or full (only each block's input is)."""
+        for block in self.model.layers.values():
+            block.run = _checkpointed(block._run, mode)
+
+    def forward(self, inputs: Inputs, scale: float | None) -> Tensor:
+        """With `scale`: scale * sum of the token losses, a scalar. Without: the token losses [T], no gradient."""
+        group = self.mesh.tensor_group
+        x = embedding(inputs.tokens, self.model.embed_tokens.weight, group)
+        cos, sin = self.rope.at(inputs.positions, inputs.longest, x.dtype)
+        for block in self.model.layers.values():
+            x = block(x, cos, sin, inputs.documents)
+        x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps)
+        head = (self.lm_head or self.model.embed_tokens).weight
+        if scale is None:
+            return token_losses(x, head, inputs.labels, self.config.vocab_size, group)
+        return linear_cross_entropy(x, head, inputs.labels, self.config.vocab_size, group, scale)

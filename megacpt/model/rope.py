@@ -1,0 +1,77 @@
+"""Inverse frequencies and tables of the rotary embedding, in fp32 as in transformers (modeling_rope_utils): default,
+linear (Chen et al. 2023, arXiv 2306.15595), llama3 (Llama 3.1's reference code), YaRN (Peng et al. 2023, 2309.00071)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megacpt.model.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """(fp32 [head_dim / 2], factor on cos and sin)."""
+    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    plain = 1.0 / powers
+    if rope.type == "default":
+        return plain, 1.0
+    factor = rope.fields["factor"]
+    if rope.type == "linear":
+        return plain / factor, 1.0
+    return _llama3(plain, rope.fields) if rope.type == "llama3" else _yarn(powers, rope, head_dim)
+
+
+def _llama3(plain: Tensor, fields: dict) -> tuple[Tensor, float]:
+    factor, low, high = fields["factor"], fields["low_freq_factor"], fields["high_freq_factor"]
+    original = fields["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / plain
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * plain / factor + smooth * plain
+    scaled = torch.where(wavelength > original / low, plain / factor, blended)
+    return torch.where(wavelength < original / high, plain, scaled), 1.0
+
+
+def _yarn(powers: Tensor, rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    fields = rope.fields
+    factor, original = fields["factor"], fields["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) dimension that turns this often over the original length: eq. 17 solved for it."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(fields.get("beta_fast") or 32), dimension(fields.get("beta_slow") or 1)
+    if fields.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    frequencies = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
+    return frequencies, _yarn_attention_factor(factor, fields)
+
+
+def _yarn_attention_factor(factor: float, fields: dict) -> float:
+    if fields.get("attention_factor") is not None:
+        return float(fields["attention_factor"])
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        return scale(fields["mscale"]) / scale(fields["mscale_all_dim"])
+    return scale(1.0)
+
+
+class RopeTables:
+    """cos and sin of every position, fp32 [positions, head_dim / 2], on the device; grown when a longer row comes."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device):
+        self.rope, self.head_dim, self.device = rope, head_dim, device
+        self.cos = self.sin = torch.empty(0, head_dim // 2, device=device)
+
+    def at(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of the tables for int64 positions [t] below `longest`, in `dtype`."""
+        if longest > len(self.cos):
+            frequencies, scale = inverse_frequencies(self.rope, self.head_dim)
+            angles = torch.outer(torch.arange(longest, dtype=torch.float32), frequencies)
+            self.cos, self.sin = (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device)
+        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)

@@ -1,0 +1,1 @@
+"""AdamW, clipping and schedules on the token clock."""

@@ -1,0 +1,37 @@
+"""The global gradient norm, each element counted once, and the coefficient that clips it. No host sync."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megacpt.optim.adamw import local
+from megacpt.parallel.mesh import Mesh
+
+
+@torch.no_grad()
+def grad_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
+    """Norm over all parameters of all ranks, a float64 scalar on the device.
+
+    Every tp rank holds the whole gradient of a parameter that tp replicates, so its square counts 1 / tp there.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for replicated in (False, True):
+        grads = [local(p.grad) for p in parameters if p.grad is not None and _is_replicated(p) == replicated]
+        if grads:
+            squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+            total += squares / (mesh.tensor.size() if replicated else 1)
+    for axis in ("dp_shard", "cp", "tp", "pp"):
+        if mesh.full[axis].size() > 1:
+            dist.all_reduce(total, group=mesh.full[axis].get_group())
+    return total.sqrt()
+
+
+def _is_replicated(parameter: nn.Parameter) -> bool:
+    return parameter.placements[-1].is_replicate()
+
+
+def inverse_clip(norm: Tensor, clip_norm: float | None) -> Tensor | None:
+    """max(1, norm / clip_norm): what gradients are divided by. None if nothing is clipped."""
+    if clip_norm is None:
+        return None
+    return (norm / clip_norm).clamp(min=1.0).float()

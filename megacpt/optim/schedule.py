@@ -1,0 +1,39 @@
+"""The learning rate as a pure function of consumed tokens. Imports no torch.
+
+A step's rate is that at its end: the first step of a warm-up is not wasted on 0, and the last step stands at the
+minimum exactly, whatever the batch ramp was. WSD: Hu et al. 2024 (arXiv 2404.06395); 1-sqrt tail: Hägele et al. 2024
+(2405.18392).
+"""
+
+import math
+
+from megacpt.config.clock import Clock, Step
+from megacpt.config.recipe import LearningRate, Recipe
+
+
+def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
+    """The rate after `tokens` of a schedule that is `total` tokens long."""
+    if tokens < lr.warmup_tokens:
+        return lr.peak * tokens / lr.warmup_tokens
+    if lr.shape == "constant":
+        return lr.peak
+    begin = total - lr.decay_tokens if lr.shape == "wsd" else lr.warmup_tokens
+    if tokens <= begin or total <= begin:
+        return lr.peak
+    passed = min(1.0, (tokens - begin) / (total - begin))
+    return lr.min + (lr.peak - lr.min) * _remaining(lr.tail if lr.shape == "wsd" else lr.shape, passed)
+
+
+def _remaining(shape: str, passed: float) -> float:
+    """1 at the tail's begin, 0 at its end."""
+    if shape == "linear":
+        return 1 - passed
+    return 0.5 * (1 + math.cos(math.pi * passed)) if shape == "cosine" else 1 - math.sqrt(passed)
+
+
+def rate_of_step(recipe: Recipe, clock: Clock, step: Step) -> float:
+    """The rate of a step, from the run's schedule or its stage's."""
+    if recipe.optimizer.lr:
+        return learning_rate(recipe.optimizer.lr, step.tokens_after, clock.num_tokens)
+    passed = step.tokens_after - clock.stage_first_token[step.stage]
+    return learning_rate(recipe.stages[step.stage].lr, passed, clock.stage_tokens(step.stage))

@@ -1,0 +1,1 @@
+"""Mesh, collectives and the parallel layers."""

@@ -1,0 +1,76 @@
+"""The device mesh. Ranks keep Llama 3's order, (dp_replicate, dp_shard, pp, cp, tp) with tp fastest; the mesh itself is
+laid out (pp, dp_replicate, dp_shard, cp, tp), because the axes that FSDP flattens must be neighbours.
+
+cp ranks hold the same weights and different tokens, so FSDP shards over dp_shard x cp.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megacpt.config.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What layers and the loop ask of the layout. Axis names: pp, dp_replicate, dp_shard, cp, tp."""
+
+    layout: Layout
+    device: torch.device
+    full: DeviceMesh
+    fsdp: DeviceMesh
+    """What `fully_shard` gets: the flattened dp_shard x cp, behind dp_replicate when that is above 1."""
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        return self.full["tp"]
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return self.full["tp"].get_group()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.full.get_local_rank("tp")
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows this rank reads, 0 … layout.data - 1."""
+        return self.full.get_local_rank("dp_replicate") * self.layout.data_shard + self.full.get_local_rank("dp_shard")
+
+
+def device_of_process() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def start_process_group(device: torch.device, timeout_seconds: float = 600) -> None:
+    """Joins the group that torchrun describes, or makes one of this process alone."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def build_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """The mesh over all ranks of the process group, whose size must be the layout's."""
+    world = dist.get_world_size()
+    assert world == layout.world_size, f"{layout} needs {layout.world_size} ranks, the process group has {world}"
+    shape = (layout.data_replicate, layout.data_shard, layout.pipeline, layout.context, layout.tensor)
+    ranks = torch.arange(world).view(shape).permute(2, 0, 1, 3, 4).contiguous()
+    full = DeviceMesh(device.type, ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+    flat = full["dp_shard", "cp"]._flatten("fsdp")
+    fsdp = DeviceMesh._concatenate([full["dp_replicate"], flat]) if layout.data_replicate > 1 else flat
+    return Mesh(layout, device, full, fsdp)

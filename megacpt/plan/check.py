@@ -1,0 +1,164 @@
+"""Everything that can be said of a recipe before a process starts: all problems at once, then the resolved run as text.
+Imports no torch and no numpy; answers in a fraction of a second."""
+
+from dataclasses import dataclass, field
+
+from megacpt.config.clock import Clock
+from megacpt.config.layout import resolve_layout
+from megacpt.config.quantity import show_tokens
+from megacpt.config.recipe import Recipe
+from megacpt.config.rules import problems_of
+from megacpt.data.manifest import expand_paths, read_manifest
+from megacpt.errors import ConfigError, MegacptError
+from megacpt.log import short_number
+from megacpt.model.config import ARCHITECTURES, LlamaConfig, change_rope, parse_config, read_config
+from megacpt.optim.schedule import rate_of_step
+
+
+@dataclass
+class Report:
+    """What `check` found."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
+    """Rules of the recipe, of the model's shape and of the data together.
+
+    Args:
+        files: False leaves out what would be read from disk, and says so.
+    """
+    report = Report(problems=problems_of(recipe, world_size))
+    config = _model(recipe, report, files)
+    tokens = _data(recipe, report, config) if files else {}
+    if not files:
+        report.warnings.append("--no-files: model files and data were not read.")
+    if config:
+        _model_rules(recipe, config, report)
+    if not report.problems:
+        _resolved(recipe, world_size, config, tokens, report)
+    return report
+
+
+def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
+    model = recipe.model
+    try:
+        if model.architecture:
+            if model.architecture not in ARCHITECTURES:
+                report.problems.append(
+                    f"model.architecture = {model.architecture}: possible are {', '.join(ARCHITECTURES)}."
+                )
+                return None
+            return change_rope(parse_config(ARCHITECTURES[model.architecture], model.architecture), model.rope)
+        if files and (model.pretrained or model.config):
+            return change_rope(read_config(model.pretrained or model.config), model.rope)
+    except ConfigError as error:
+        report.problems += [f"model: {problem}" for problem in error.problems]
+    return None
+
+
+def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
+    tensor = recipe.parallel.tensor
+    sizes = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "the padded vocabulary": config.padded_vocab(recipe.model.vocab_multiple),
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            report.problems.append(f"parallel.tensor = {tensor}: does not divide the model's {name} = {size}.")
+    for stage in recipe.stages:
+        try:
+            config = change_rope(config, stage.rope)
+        except ConfigError as error:
+            report.problems += [f"stages.{stage.name}.{p}" for p in error.problems]
+            continue
+        longest = config.rope.longest
+        if longest and stage.seq_len > longest:
+            report.problems.append(
+                f"stages.{stage.name}.seq_len = {stage.seq_len}: the rotary embedding ({config.rope.type}, factor "
+                f"{config.rope.fields['factor']:g} x {config.rope.fields['original_max_position_embeddings']}) ends at {longest}. "
+                f"Nearest: {longest}; or set stages.{stage.name}.rope."
+            )
+        elif not longest and stage.seq_len > config.max_position_embeddings and stage.rope is None:
+            report.warnings.append(
+                f"stages.{stage.name}.seq_len = {stage.seq_len} is beyond the model's max_position_embeddings = "
+                f"{config.max_position_embeddings}, and its rotary embedding is kept."
+            )
+
+
+def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[str, int]:
+    """Tokens of each domain, as the manifests have them."""
+    tokens: dict[str, int] = {}
+    for name, domain in recipe.data.items():
+        try:
+            manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
+        except MegacptError as error:
+            report.problems.append(f"data.{name}: {error}")
+            continue
+        documents = sum(m["documents"] for m in manifests)
+        tokens[name] = sum(m["tokens"] for m in manifests)
+        if domain.holdout_documents >= documents:
+            report.problems.append(
+                f"data.{name}.holdout_documents = {domain.holdout_documents}: the domain has {documents} "
+                "documents; some must be left to train on."
+            )
+        if len({m["tokenizer"]["sha256"] for m in manifests}) > 1:
+            report.problems.append(f"data.{name}: its parts were prepared with different tokenizers.")
+        largest = max(m["vocab_size"] for m in manifests)
+        if config and largest > config.vocab_size:
+            report.warnings.append(
+                f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
+                "id beyond it stops the run."
+            )
+    return tokens
+
+
+def _resolved(
+    recipe: Recipe, world_size: int, config: LlamaConfig | None, tokens: dict[str, int], report: Report
+) -> None:
+    clock, layout = Clock(recipe), resolve_layout(recipe.parallel, world_size)
+    lines = report.lines
+    lines.append(f"run {recipe.run.name} in {recipe.directory}, start {recipe.run.start}, seed {recipe.run.seed}")
+    if config:
+        lines.append(
+            f"model {short_number(config.num_parameters())} parameters, {config.num_hidden_layers} layers, vocabulary "
+            f"{config.vocab_size} (padded {config.padded_vocab(recipe.model.vocab_multiple)}), rope {config.rope.type} theta "
+            f"{config.rope.theta:g}"
+        )
+    lines.append(f"layout {layout} on {layout.world_size} processes")
+    need = dict.fromkeys(recipe.data, 0.0)
+    for i, stage in enumerate(recipe.stages):
+        parallel, steps = recipe.parallel_of(stage), clock.stage_steps(i)
+        first = clock.step(1 + sum(clock.stage_steps(j) for j in range(i)))
+        last = clock.step(first.number + steps - 1)
+        sizes = " -> ".join(show_tokens(batch) for _, batch in stage.batch_tokens)
+        per_round = layout.data * parallel.micro_batch_tokens // stage.seq_len
+        rounds = -(-last.rows // per_round)
+        lines.append(
+            f"stage {stage.name}: {show_tokens(clock.stage_tokens(i))} tokens in {steps} steps of {sizes} tokens, rows of "
+            f"{stage.seq_len}, {rounds} micro-batches of {show_tokens(parallel.micro_batch_tokens)} on {layout.data} data ranks, lr "
+            f"{rate_of_step(recipe, clock, first):.3g} .. {rate_of_step(recipe, clock, last):.3g}"
+        )
+        waste = 1 - last.rows / (rounds * per_round)
+        if waste > 0:
+            text = f"stage {stage.name}: {waste:.0%} of the micro-batch rows are filling ({last.rows} rows over {rounds} x {per_round})"
+            (report.warnings if waste > 0.1 else lines).append(text)
+        total = sum(stage.mixture.values())
+        for name, weight in stage.mixture.items():
+            need[name] += clock.stage_tokens(i) * weight / total
+    for name, taken in need.items():
+        if name in tokens and taken:
+            epochs = taken / max(1, tokens[name])
+            lines.append(
+                f"domain {name}: {show_tokens(tokens[name])} tokens, {short_number(taken)} taken = {epochs:.2f} epochs"
+            )
+            if epochs > 4:
+                report.warnings.append(
+                    f"domain {name}: is repeated {epochs:.1f} times; beyond 4 the gain of repeated data "
+                    "falls off (Muennighoff et al. 2023)."
+                )
+    lines.append(f"total {show_tokens(clock.num_tokens)} tokens, {clock.num_steps} steps")

@@ -1,0 +1,136 @@
+"""What is seen of a run: the row of metrics.jsonl, TensorBoard's tags, the console line with ETA."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacpt.config.clock import Clock, Step
+from megacpt.log import duration, short_number
+from megacpt.model.config import LlamaConfig
+from megacpt.model.flops import PEAK_FLOPS, step_flops
+
+
+def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float, str]:
+    """(FLOP/s that MFU refers to, where it comes from)."""
+    if given_tflops:
+        return given_tflops * 1e12, "log.peak_tflops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        found = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return (found, f"data sheet of {name}, dense bf16") if found else (float("nan"), f"unknown for {name}")
+    a = torch.randn(512, 512)
+    best = float("inf")
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 512**3 / best, f"measured fp32 matmul on {torch.get_num_threads()} CPU threads"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak so far: of the allocator on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class StepMetrics:
+    """Turns what a step measured into its row."""
+
+    def __init__(self, config: LlamaConfig, world_size: int, peak: float):
+        self.config, self.world_size, self.peak = config, world_size, peak
+
+    def row(
+        self,
+        step: Step,
+        stage: str,
+        loss: float,
+        norm: float,
+        lr: float,
+        pairs: int,
+        domain_tokens: dict[str, int],
+        step_seconds: float,
+        data_seconds: float,
+        memory: float,
+    ) -> dict[str, Any]:
+        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, pairs)
+        available = self.peak * self.world_size * step_seconds
+        return {
+            "step": step.number,
+            "tokens": step.tokens_after,
+            "stage": stage,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "batch_tokens": step.batch_tokens,
+            "seq_len": step.seq_len,
+            "domain_tokens": domain_tokens,
+            "tokens_per_second": round(step.batch_tokens / step_seconds, 1),
+            "mfu": round(dense / available, 4),
+            "mfu_exact": round(exact / available, 4),
+            "step_s": round(step_seconds, 4),
+            "data_s": round(data_seconds, 4),
+            "memory_gib": round(memory, 3),
+        }
+
+
+class TensorBoard:
+    """tb/ with slash groups. A resumed run hides what it repeats (`purge_step`)."""
+
+    def __init__(self, path: Path, world_size: int, purge_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.world_size = world_size
+        self.writer = SummaryWriter(str(path), purge_step=purge_step)
+
+    def step(self, row: dict[str, Any]) -> None:
+        tags = {
+            "train/loss": row["loss"],
+            "train/grad_norm": row["grad_norm"],
+            "train/tokens": row["tokens"],
+            "train/batch_tokens": row["batch_tokens"],
+            "train/seq_len": row["seq_len"],
+            "optim/lr": row["lr"],
+            "perf/tokens_per_s_per_gpu": row["tokens_per_second"] / self.world_size,
+            "perf/mfu": row["mfu"],
+            "perf/mfu_exact": row["mfu_exact"],
+            "perf/step_s": row["step_s"],
+            "perf/data_s": row["data_s"],
+            "mem/peak_gib": row["memory_gib"],
+            **{f"data/tokens/{name}": count for name, count in row["domain_tokens"].items()},
+        }
+        for tag, value in tags.items():
+            self.writer.add_scalar(tag, value, row["step"])
+
+    def validation(self, losses: dict[str, float], step: int) -> None:
+        for name, loss in losses.items():
+            self.writer.add_scalar(f"val/{name}/loss", loss, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Console:
+    """One line a step (or every few), with the time that is left at the recent rate."""
+
+    def __init__(self, clock: Clock, every_steps: int):
+        self.clock, self.every, self.rate = clock, every_steps, None
+
+    def line(self, row: dict[str, Any]) -> str | None:
+        rate = row["tokens_per_second"]
+        self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
+        if row["step"] % self.every and row["step"] != self.clock.num_steps:
+            return None
+        left = duration((self.clock.num_tokens - row["tokens"]) / self.rate)
+        return (
+            f"{row['stage']} step {row['step']}/{self.clock.num_steps}  tokens {short_number(row['tokens'])}  "
+            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"{short_number(row['tokens_per_second'])} tok/s  MFU {100 * row['mfu']:.1f} % ({100 * row['mfu_exact']:.1f} % exact)  "
+            f"{row['memory_gib']:.2f} GiB  ETA {left}"
+        )
