@@ -47,7 +47,7 @@ def cross_entropy_(
     if grad_scale is not None:
         factor = torch.where(has_label, grad_scale / sums[0], 0).unsqueeze(1)
         wide.mul_(factor)
-        wide.scatter_add_(1, column, torch.where(mine & has_label, -grad_scale, 0.0).to(wide.dtype).unsqueeze(1))
+        wide.scatter_add_(1, column, (mine & has_label).to(wide.dtype).mul_(-grad_scale).unsqueeze(1))
         if wide is not logits:
             logits.copy_(wide)
     return nll, log_sum + maximum

@@ -6,7 +6,8 @@ from the world size, the device or the checkpoint.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, WithJsonSchema
+from pydantic_core import core_schema
 
 from megacpt.config.quantity import parse_tokens
 
@@ -20,12 +21,19 @@ Count = Annotated[int, Field(ge=1)]
 DType = Literal["bfloat16", "float32", "float64"]
 
 
-def _word_is_none(word: str):
-    return BeforeValidator(lambda value: None if value == word else value)
+class _OrWord:
+    """A value that a word may stand for: the word is read as None."""
 
+    def __init__(self, word: str):
+        self.word = word
 
-def _or_word(schema: dict[str, Any], word: str):
-    return WithJsonSchema({"anyOf": [schema, {"const": word}]})
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_before_validator_function(lambda v: None if v == self.word else v, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        schema = handler(core)
+        choices = [choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null"]
+        return {"anyOf": [*choices, {"const": self.word}]}
 
 
 class Section(BaseModel):
@@ -68,7 +76,7 @@ class Rope(Section):
     """yarn: rotations below which a dimension is fully interpolated. Default 1."""
 
 
-RopeChoice = Annotated[Rope | None, _word_is_none("keep"), _or_word({"$ref": "#/$defs/Rope"}, "keep")]
+RopeChoice = Annotated[Rope | None, _OrWord("keep")]
 
 
 class Model(Section):
@@ -97,9 +105,7 @@ class Parallel(Section):
     """Pipeline stages a rank."""
     data_replicate: Count = 1
     """Replicas of the sharded model (HSDP)."""
-    data_shard: Annotated[Count | None, _word_is_none("auto"), _or_word({"type": "integer", "minimum": 1}, "auto")] = (
-        None
-    )
+    data_shard: Annotated[Count | None, _OrWord("auto")] = None
     """Ranks over which FSDP shards; "auto" is the world size over the other degrees."""
     micro_batch_tokens: Tokens | None = None
     """Tokens that one data-parallel rank runs at once. Default: one row of `seq_len`."""
@@ -108,9 +114,7 @@ class Parallel(Section):
 
 
 class Precision(Section):
-    compute: Annotated[
-        DType | None, _word_is_none("auto"), WithJsonSchema({"enum": ["auto", "bfloat16", "float32", "float64"]})
-    ] = None
+    compute: Annotated[DType | None, _OrWord("auto")] = None
     """Type of activations and matrix products. auto: bfloat16 on a GPU, float32 on a CPU. Masters are at least fp32."""
     reduce: Literal["auto", "step", "micro_batch"] = "auto"
     """When gradients are reduced: once a step (memory) or every micro-batch (traffic). auto: micro_batch."""
@@ -258,9 +262,7 @@ class Log(Section):
     """Interval of the console line. metrics.jsonl and TensorBoard have every step."""
     tensorboard: bool = True
     """Write `tb/` in the run directory."""
-    peak_tflops: Annotated[
-        float | None, Field(gt=0), _word_is_none("auto"), _or_word({"type": "number", "exclusiveMinimum": 0}, "auto")
-    ] = None
+    peak_tflops: Annotated[PositiveFloat | None, _OrWord("auto")] = None
     """Dense peak of one device that MFU refers to. auto: the device's data sheet; on a CPU, a measured matmul."""
 
 

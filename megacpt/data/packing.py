@@ -19,6 +19,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,10 @@ def _best_fit_rows(sizes: np.ndarray, seq_len: int) -> np.ndarray:
                 open_rows[room] = []
             open_rows[room].append(which)
 
-    starts = np.flatnonzero(np.diff(sizes, prepend=-1)) if len(sizes) else []
-    for begin, end in zip(starts, [*starts[1:], len(sizes)], strict=True):
+    if not len(sizes):
+        return rows
+    edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1), len(sizes)]
+    for begin, end in pairwise(edges):
         size, at = int(sizes[begin]), int(begin)
         while at < end:
             k = bisect_left(rooms, size)

@@ -43,10 +43,15 @@ class AdamW:
                 continue
             tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
             weights = [local(self.parameters[name]) for name in names]
+            grads = [local(self.parameters[name].grad) for name in names]
+            scale = inverse_clip
+            if scale is not None and weights[0].dtype == torch.float64:  # the fused kernel reads its scale in fp32
+                torch._foreach_div_(grads, scale)
+                scale = None
             count = torch.full((), float(self.num_updates), dtype=torch.float32, device=weights[0].device)
             torch._fused_adamw_(
                 weights,
-                [local(self.parameters[name].grad) for name in names],
+                grads,
                 *tensors,
                 [],
                 [count] * len(names),
@@ -57,7 +62,7 @@ class AdamW:
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
-                grad_scale=inverse_clip,
+                grad_scale=None if scale is None else scale.float(),
             )
 
     def _groups(self, weight_decay: float) -> list[tuple[float, list[str]]]:

@@ -34,4 +34,4 @@ def inverse_clip(norm: Tensor, clip_norm: float | None) -> Tensor | None:
     """max(1, norm / clip_norm): what gradients are divided by. None if nothing is clipped."""
     if clip_norm is None:
         return None
-    return (norm / clip_norm).clamp(min=1.0).float()
+    return (norm / clip_norm).clamp(min=1.0)

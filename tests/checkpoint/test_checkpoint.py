@@ -1,0 +1,140 @@
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from megacpt.checkpoint.load import SafeReader, StoredModel, load
+from megacpt.checkpoint.manifest import State, list_steps, newest_sound, verify
+from megacpt.checkpoint.save import prune, save, tensors_of
+from megacpt.errors import CheckpointError
+from megacpt.optim.adamw import AdamW
+
+
+def tensors(mesh, seed):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: nn.Parameter(DTensor.from_local(torch.randn(shape, generator=generator), mesh.tensor, [Replicate()]))
+    parameters = {"a.weight": make(5, 3), "b.weight": make(7)}
+    optimizer = AdamW(parameters)
+    for moments in (optimizer.exp_avg, optimizer.exp_avg_sq):
+        for moment in moments.values():
+            moment._local_tensor.copy_(torch.randn(moment.shape, generator=generator))
+    return parameters, optimizer
+
+
+def flat(parameters, optimizer):
+    return [t._local_tensor for group in (parameters, optimizer.exp_avg, optimizer.exp_avg_sq) for t in group.values()]
+
+
+@pytest.fixture
+def saved(mesh, tmp_path):
+    """Folder with sound checkpoints of steps 1, 2 and 3, each of its own seed."""
+    for step in (1, 2, 3):
+        save(tmp_path, tensors_of(*tensors(mesh, step)), State(step, step * 10, step, "s", [], {"a": "x"}), {"layout": "one"})
+    return tmp_path
+
+
+def test_what_was_saved_is_loaded_bit_for_bit(saved, mesh):
+    path, state, complaints = newest_sound(saved)
+    assert (state.step, state.tokens, state.num_updates, state.stage, state.fingerprints) == (3, 30, 3, "s", {"a": "x"})
+    assert complaints == [] and path.name == "step-00000003"
+    fresh = tensors(mesh, 99)
+    load(path, tensors_of(*fresh))
+    assert all(torch.equal(a, b) for a, b in zip(flat(*fresh), flat(*tensors(mesh, 3)), strict=True))
+    assert torch.equal(StoredModel(path).read("a.weight"), tensors(mesh, 3)[0]["a.weight"]._local_tensor)
+
+
+def damage_bit(path):
+    file = next(path.glob("*.distcp"))
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def truncate(path):
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "CRC32": damage_bit, "bytes, manifest.json says": truncate, "is missing or no plain file": lambda p: os.remove(next(p.glob("*.distcp"))),
+    "the save was not finished": lambda p: os.remove(p / "manifest.json"), "not a manifest": lambda p: (p / "manifest.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGES)
+def test_a_damaged_newest_is_reported_and_the_one_before_is_used(saved, complaint):
+    DAMAGES[complaint](saved / "step-00000003")
+    path, state, complaints = newest_sound(saved)
+    assert state.step == 2 and path.name == "step-00000002"
+    assert len(complaints) == 1 and complaint in complaints[0] and "step-00000003" in complaints[0]
+
+
+def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(saved):
+    for step in (1, 2, 3):
+        damage_bit(saved / f"step-{step:08d}")
+    with pytest.raises(CheckpointError, match="no checkpoint is sound"):
+        newest_sound(saved)
+    assert newest_sound(saved / "none") is None
+
+
+def test_leftovers_do_not_count_and_do_not_block(saved, mesh):
+    (saved / ".tmp-step-00000004").mkdir()
+    (saved / ".tmp-step-00000004/rubbish").write_text("x")
+    (saved / "step-4").mkdir()
+    assert list_steps(saved) == [1, 2, 3]
+    save(saved, tensors_of(*tensors(mesh, 4)), State(4, 40, 4, "s"), {})
+    assert newest_sound(saved)[1].step == 4 and not (saved / "step-00000004/rubbish").exists()
+
+
+def test_retention(saved, mesh):
+    for step in (4, 5):
+        shutil.copytree(saved / "step-00000003", saved / f"step-{step:08d}")
+    assert prune(saved, 1, 2) == [1, 3] and list_steps(saved) == [2, 4, 5]
+    assert prune(saved, 1, None) == [2, 4] and list_steps(saved) == [5]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/megacpt-bomb-went-off",)
+
+
+def test_a_forged_metadata_file_runs_nothing(saved):
+    path = saved / "step-00000003"
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="names posix.mkdir, which no checkpoint needs"):
+        SafeReader(path).read_metadata()
+    assert not os.path.exists("/tmp/megacpt-bomb-went-off")
+
+
+def test_metadata_that_leaves_its_folder_is_refused(saved):
+    path = saved / "step-00000003"
+    metadata = SafeReader(path).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../step-00000001/__0_0.distcp"
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        SafeReader(path).read_metadata()
+    (path / ".metadata").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SafeReader(path).read_metadata()
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(saved):
+    path = saved / "step-00000003/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../step-00000002/manifest.json"] = {"bytes": 1, "crc32": 0}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no plain file of this folder"):
+        verify(path.parent)
+
+
+def test_a_missing_tensor_is_an_error(saved, mesh):
+    parameters, optimizer = tensors(mesh, 1)
+    parameters["c.weight"] = parameters.pop("a.weight")
+    with pytest.raises(CheckpointError, match=r"c\.weight"):
+        load(saved / "step-00000003", tensors_of(parameters, None))

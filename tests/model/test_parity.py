@@ -1,0 +1,154 @@
+"""Logits, losses and every gradient against transformers' Llama, for each rotary scaling, tied and untied, beyond the
+original context; documents packed here, one by one there."""
+
+import pytest
+import torch
+import transformers
+from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
+from tolerances import PARITY, difference
+
+from megacpt.data.loader import IGNORE
+from megacpt.model.build import build_model
+from megacpt.model.config import parse_config
+from megacpt.model.hf import fill_shard
+from megacpt.model.llama import Inputs, ModelOptions
+from megacpt_kernels import Documents
+
+VARIANTS = {
+    "llama2": tiny_config(num_key_value_heads=4),
+    "llama3": tiny_config(rope_theta=500000.0),
+    "llama3.1": tiny_config(rope_scaling=ROPE_LLAMA3),
+    "llama3.2-tied": tiny_config(rope_scaling=ROPE_LLAMA3 | {"factor": 32.0}, tie_word_embeddings=True, head_dim=16),
+    "linear": tiny_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "yarn": tiny_config(rope_scaling=ROPE_YARN),
+    "yarn-mscale": tiny_config(rope_scaling=ROPE_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}),
+    "v5": {k: v for k, v in tiny_config().items() if k not in ("rope_theta", "rope_scaling")}
+    | {"rope_parameters": {"rope_theta": 20000.0, **ROPE_LLAMA3}},
+}
+LENGTHS = [150, 1, 37, 2]
+
+
+class Lifted(torch.nn.Module):
+    """transformers' RMSNorm without its cast to float32."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def reference(raw: dict, dtype: torch.dtype):
+    """transformers' model with random weights."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")})
+    config._attn_implementation = "sdpa"
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter))
+    for layer in model.model.layers:
+        layer.input_layernorm = Lifted(layer.input_layernorm)
+        layer.post_attention_layernorm = Lifted(layer.post_attention_layernorm)
+    model.model.norm = Lifted(model.model.norm)
+    return model
+
+
+def ours(raw: dict, mesh, dtype: torch.dtype, source):
+    config = parse_config(raw, "test")
+    model = build_model(config, mesh, dtype, ModelOptions())
+    weights = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill_shard(parameter, config.shapes()[name], lambda box, name=name: weights[name][box])
+    return model
+
+
+def packed(lengths, vocab: int) -> tuple[Inputs, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
+    tokens = torch.cat(documents)
+    labels = torch.cat([torch.cat([d[1:], torch.tensor([IGNORE])]) for d in documents])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    starts = [0, *torch.tensor(lengths).cumsum(0)[:-1].tolist()]
+    return Inputs(tokens, labels, positions, Documents.of(starts, len(tokens)), max(lengths)), documents
+
+
+def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda inputs: inputs) -> dict[str, float]:
+    """Differences by name: the token losses and every gradient."""
+    theirs = reference(raw, dtype)
+    model = ours(raw, mesh, dtype, theirs)
+    inputs, documents = packed(LENGTHS, raw["vocab_size"])
+    losses, labels = [], sum(len(d) - 1 for d in documents)
+    for document in documents:
+        logits = theirs(document[None], position_ids=torch.arange(len(document))[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="none"))
+    expected = torch.cat(losses)
+    (expected.sum() / labels).backward()
+    with torch.no_grad():
+        got = model(change(inputs), None)[inputs.labels >= 0]
+    model(change(inputs), 1.0 / labels).backward()
+    gradients = dict(theirs.named_parameters())
+    found = {"nll": difference(got, expected)}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad._local_tensor[: gradients[name].shape[0]]
+        found[name] = difference(grad, gradients[name].grad)
+        assert not parameter.grad._local_tensor[gradients[name].shape[0]:].any(), f"{name}: padding rows have a gradient"
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_equal_transformers(mesh, variant, dtype):
+    found = compare(VARIANTS[variant], mesh, dtype)
+    assert max(found.values()) < PARITY[dtype], found
+
+
+def _shift(inputs: Inputs) -> Inputs:
+    positions = inputs.positions.clone()
+    positions[:150] += torch.arange(150) // 75  # RoPE is relative: only an uneven shift is visible
+    return Inputs(inputs.tokens, inputs.labels, positions, inputs.documents, inputs.longest + 2)
+
+
+def _move_boundary(inputs: Inputs) -> Inputs:
+    starts = list(inputs.documents.q[:-1])
+    starts[3] -= 1  # the last document now sees the last token of the one before
+    return Inputs(inputs.tokens, inputs.labels, inputs.positions, Documents.of(starts, len(inputs.tokens)), inputs.longest)
+
+
+@pytest.mark.parametrize("broken", [_shift, _move_boundary])
+def test_the_comparison_sees_a_broken_model(mesh, broken):
+    found = compare(VARIANTS["llama3"], mesh, torch.float32, broken)
+    assert found["nll"] > 10 * PARITY[torch.float32]
+
+
+def test_logits_equal_transformers_beyond_the_original_context(mesh):
+    """The full logits, not only the losses: the head applied to our final hidden states, at positions up to 149 > 64."""
+    raw = VARIANTS["llama3.1"]
+    theirs = reference(raw, torch.float64)
+    model = ours(raw, mesh, torch.float64, theirs)
+    inputs, documents = packed([150], raw["vocab_size"])
+    rows = []
+    for token in range(raw["vocab_size"]):  # nll with every token as target is -log_softmax
+        target = torch.full((150,), token)
+        with torch.no_grad():
+            rows.append(-model(Inputs(inputs.tokens, target, inputs.positions, inputs.documents, 150), None))
+        if token == 40:
+            break
+    expected = theirs(documents[0][None]).logits[0].log_softmax(-1)[:, :41]
+    assert difference(torch.stack(rows, 1), expected) < PARITY[torch.float64]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_gives_the_same_gradients(mesh, mode):
+    raw = VARIANTS["llama3"]
+    model = ours(raw, mesh, torch.float64, reference(raw, torch.float64))
+    inputs, _ = packed(LENGTHS, raw["vocab_size"])
+    grads = []
+    for checkpointing in ("none", mode):
+        model.set_activation_checkpointing(checkpointing)
+        model.zero_grad()
+        model(inputs, 1.0).backward()
+        grads.append([p.grad._local_tensor.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
