@@ -7,7 +7,17 @@ import sysconfig
 from pathlib import Path
 
 VOCABULARY = 4096
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "ensurepip", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "turtledemo",
+    "pydoc_data",
+    "ensurepip",
+    "__pycache__",
+}
 
 
 def documentation() -> list[str]:
@@ -46,7 +56,9 @@ def make_text(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end_of_text|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((text for texts in domains.values() for text in texts), trainer)
@@ -55,10 +67,21 @@ def make_text(directory: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>", "model_max_length": 256}
     (directory / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
     model = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": True, "initializer_range": 0.02, "eos_token_id": 0,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "eos_token_id": 0,
     }
     (directory / "config.json").write_text(json.dumps(model, indent=2))
 
@@ -80,7 +103,11 @@ def show(run: Path) -> None:
     torch.manual_seed(0)
     prompt = tokenizer("def read(self, size):\n", return_tensors="pt")
     out = model.generate(
-        input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=60, do_sample=True, top_k=20,
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=60,
+        do_sample=True,
+        top_k=20,
         pad_token_id=0,
     )
     print(f"\n{export} loaded with transformers {transformers.__version__}; a sample:\n")

@@ -49,7 +49,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|end_of_text|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400,
+        special_tokens=["<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
@@ -91,13 +93,33 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
             "log": {"peak_tflops": 1.0},
             "data": {name: {"paths": [str(prepared / name)], "holdout_documents": 5} for name in "ab"},
             "validation": [{"domains": ["a", "b"], "every_tokens": 1024}],
-            "stages": [{
-                "name": "s", "tokens": 2048, "seq_len": 64, "batch_tokens": 256, "mixture": {"a": 0.7, "b": 0.3},
-                "lr": {"shape": "wsd", "peak": 1e-3, "min": 1e-4, "warmup_tokens": 512, "decay_tokens": 512},
-            }],
+            "stages": [
+                {
+                    "name": "s",
+                    "tokens": 2048,
+                    "seq_len": 64,
+                    "batch_tokens": 256,
+                    "mixture": {"a": 0.7, "b": 0.3},
+                    "lr": {"shape": "wsd", "peak": 1e-3, "min": 1e-4, "warmup_tokens": 512, "decay_tokens": 512},
+                }
+            ],
         } | sections
         path = tmp_path / "recipe.toml"
         path.write_text(tomli_w.dumps(recipe))
         return str(path)
 
     return write
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        folder = report.nodeid.split("/")[1] if report.nodeid.count("/") > 1 else report.nodeid.split("::")[0]
+        _seconds[folder] = _seconds.get(folder, 0.0) + report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Where the time went, by folder."""
+    terminalreporter.write_line("seconds by folder: " + ", ".join(f"{k} {v:.0f}" for k, v in sorted(_seconds.items())))
+
+
+_seconds: dict[str, float] = {}

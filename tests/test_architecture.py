@@ -6,9 +6,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ["megacpt_kernels", "errors", "log", "config", "data", "parallel", "model", "optim", "checkpoint", "evaluate", "train",
-         "plan", "doctor", "cli", "__main__"]
-TORCH_FREE = ["errors", "log", "config", "data", "plan", "cli", "optim/schedule.py", "model/config.py", "checkpoint/manifest.py"]
+ROOMS = [
+    "megacpt_kernels",
+    "errors",
+    "log",
+    "config",
+    "data",
+    "parallel",
+    "model",
+    "optim",
+    "checkpoint",
+    "evaluate",
+    "train",
+    "plan",
+    "doctor",
+    "cli",
+    "__main__",
+]
+TORCH_FREE = [
+    "errors",
+    "log",
+    "config",
+    "data",
+    "plan",
+    "cli",
+    "optim/schedule.py",
+    "model/config.py",
+    "checkpoint/manifest.py",
+]
 
 
 def files():
@@ -73,5 +98,12 @@ def test_kernels_is_no_package_of_its_own():
 def test_nothing_unsafe_and_nothing_of_one_machine():
     for path in [*files(), *(ROOT / "launch").rglob("*.*")]:
         text = path.read_text()
-        for word in ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "bind_all", "0.0.0.0", "shell=True"):
+        for word in (
+            "allow_pickle=True",
+            "weights_only=False",
+            "trust_remote_code=True",
+            "bind_all",
+            "0.0.0.0",
+            "shell=True",
+        ):
             assert word not in text, f"{path}: {word}"

@@ -18,10 +18,21 @@ Token quantities are integers or strings: K M B T are powers of ten, Ki Mi Gi Ti
 command line: `--section.key=value`, a stage's with `--stages.NAME.key=value`. Unknown keys are errors.
 """
 _TABLES = {  # heading by model
-    "Run": "[run]", "Model": "[model]", "Rope": "rope (in [model] and stages)", "Parallel": "[parallel]",
-    "Precision": "[precision]", "Optimizer": "[optimizer]", "LearningRate": "lr (in [optimizer] or every stage)",
-    "Checkpoint": "[checkpoint]", "Domain": "[data] NAME", "Packing": "[packing]", "Validation": "[[validation]]",
-    "Stage": "[[stages]]", "StageParallel": "parallel (in a stage)", "Kernels": "[kernels]", "Log": "[log]",
+    "Run": "[run]",
+    "Model": "[model]",
+    "Rope": "rope (in [model] and stages)",
+    "Parallel": "[parallel]",
+    "Precision": "[precision]",
+    "Optimizer": "[optimizer]",
+    "LearningRate": "lr (in [optimizer] or every stage)",
+    "Checkpoint": "[checkpoint]",
+    "Domain": "[data] NAME",
+    "Packing": "[packing]",
+    "Validation": "[[validation]]",
+    "Stage": "[[stages]]",
+    "StageParallel": "parallel (in a stage)",
+    "Kernels": "[kernels]",
+    "Log": "[log]",
     "Profile": "[profile]",
 }
 

@@ -107,7 +107,7 @@ def _open_index(path: Path, check: bool) -> tuple[np.ndarray, np.ndarray, np.dty
     if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences:
         raise DataError(f"{path}: document boundaries do not run from 0 to the {sequences:,} sequences.")
     if check:
-        _check_index(path, lengths, offsets, documents, dtype)
+        _check_index(path, sequences, boundaries, dtype)
     if boundaries != sequences + 1:
         lengths = np.add.reduceat(lengths, documents[:-1], dtype=np.int64) if sequences else lengths
         if lengths.size and lengths.max() >= 2**31:
@@ -116,17 +116,25 @@ def _open_index(path: Path, check: bool) -> tuple[np.ndarray, np.ndarray, np.dty
     return lengths, offsets, dtype
 
 
-def _check_index(path: Path, lengths: np.ndarray, offsets: np.ndarray, documents: np.ndarray, dtype: np.dtype) -> None:
-    """Every offset is the sum of the lengths before it; boundaries grow. In blocks, so that memory stays flat."""
+def _check_index(path: Path, sequences: int, boundaries: int, dtype: np.dtype) -> None:
+    """Every offset is the sum of the lengths before it; boundaries grow. Read in blocks, not mapped: memory stays flat."""
+
+    def block(kind: str, base: int, start: int, end: int) -> np.ndarray:
+        item = np.dtype(kind).itemsize
+        return np.fromfile(path, kind, max(0, end - start), offset=base + start * item).astype(np.int64)
+
     expected = 0
-    for start in range(0, len(lengths), _BLOCK):
-        block = np.asarray(lengths[start : start + _BLOCK], np.int64)
-        ends = np.cumsum(block * dtype.itemsize) + expected
-        if block.min() < 0 or not np.array_equal(offsets[start : start + len(block)], ends - block * dtype.itemsize):
+    for start in range(0, sequences, _BLOCK):
+        end = min(start + _BLOCK, sequences)
+        lengths = block("<i4", _HEADER.size, start, end)
+        ends = np.cumsum(lengths * dtype.itemsize) + expected
+        offsets = block("<i8", _HEADER.size + 4 * sequences, start, end)
+        if lengths.min() < 0 or not np.array_equal(offsets, ends - lengths * dtype.itemsize):
             raise DataError(
                 f"{path}: sequence offsets do not follow from the lengths near sequence {start:,}. The index is damaged."
             )
         expected = int(ends[-1])
-    for start in range(0, len(documents) - 1, _BLOCK):
-        if np.diff(documents[start : start + _BLOCK + 1]).min() <= 0:
+    for start in range(0, boundaries - 1, _BLOCK):
+        documents = block("<i8", _HEADER.size + 12 * sequences, start, min(start + _BLOCK + 1, boundaries))
+        if np.diff(documents).min() <= 0:
             raise DataError(f"{path}: document boundaries do not grow near document {start:,}. The index is damaged.")

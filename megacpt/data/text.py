@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megacpt.errors import ConfigError, DataError
 
-PIECE_BYTES = 32 << 20
+MIN_PIECE_BYTES, MAX_PIECE_BYTES, PIECES = 2 << 20, 256 << 20, 1024
 MAX_DOCUMENT_BYTES = 1 << 30
 _KINDS = {
     ".jsonl": "jsonl",
@@ -79,7 +79,10 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
 
 
 def cut(files: list[tuple[str, str]]) -> list[Piece]:
-    """Pieces of about `PIECE_BYTES`, in the order of the input."""
+    """About `PIECES` pieces within the bounds of their size, in the order of the input. Small ones, so that workers end
+    together; what is tokenized does not depend on where the cuts are."""
+    total = sum(os.path.getsize(path) for path, _ in files)
+    piece_bytes = min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, total // PIECES))
     pieces: list[Piece] = []
     texts: list[str] = []
     text_bytes = 0
@@ -94,16 +97,16 @@ def cut(files: list[tuple[str, str]]) -> list[Piece]:
         size = os.path.getsize(path)
         if kind == "text":
             texts, text_bytes = [*texts, path], text_bytes + size
-            if text_bytes >= PIECE_BYTES or len(texts) >= 4096:
+            if text_bytes >= piece_bytes or len(texts) >= 4096:
                 flush()
             continue
         flush()
         if kind == "parquet":
-            pieces += _parquet_pieces(path, size)
+            pieces += _parquet_pieces(path, size, piece_bytes)
         elif _bare(path) != path:
             pieces.append(Piece("jsonl", (path,), 0, -1, size))
         else:
-            edges = [*range(0, size, PIECE_BYTES), size]
+            edges = [*range(0, size, piece_bytes), size]
             pieces += [Piece("jsonl", (path,), a, b, b - a) for a, b in zip(edges, edges[1:], strict=False)]
     flush()
     return pieces
@@ -179,9 +182,9 @@ def _checked(text, field: str, path: str, number: int) -> str | BadLine:
     return text
 
 
-def _parquet_pieces(path: str, size: int) -> list[Piece]:
+def _parquet_pieces(path: str, size: int, piece_bytes: int) -> list[Piece]:
     groups = _parquet(path).num_row_groups
-    per_piece = max(1, groups * PIECE_BYTES // max(size, 1))
+    per_piece = max(1, groups * piece_bytes // max(size, 1))
     edges = [*range(0, groups, per_piece), groups]
     return [Piece("parquet", (path,), a, b, size * (b - a) // groups) for a, b in zip(edges, edges[1:], strict=False)]
 

@@ -17,7 +17,9 @@ from megacpt.optim.adamw import AdamW
 
 def tensors(mesh, seed):
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: nn.Parameter(DTensor.from_local(torch.randn(shape, generator=generator), mesh.tensor, [Replicate()]))
+    make = lambda *shape: nn.Parameter(
+        DTensor.from_local(torch.randn(shape, generator=generator), mesh.tensor, [Replicate()])
+    )
     parameters = {"a.weight": make(5, 3), "b.weight": make(7)}
     optimizer = AdamW(parameters)
     for moments in (optimizer.exp_avg, optimizer.exp_avg_sq):
@@ -34,7 +36,12 @@ def flat(parameters, optimizer):
 def saved(mesh, tmp_path):
     """Folder with sound checkpoints of steps 1, 2 and 3, each of its own seed."""
     for step in (1, 2, 3):
-        save(tmp_path, tensors_of(*tensors(mesh, step)), State(step, step * 10, step, "s", [], {"a": "x"}), {"layout": "one"})
+        save(
+            tmp_path,
+            tensors_of(*tensors(mesh, step)),
+            State(step, step * 10, step, "s", [], {"a": "x"}),
+            {"layout": "one"},
+        )
     return tmp_path
 
 
@@ -61,8 +68,11 @@ def truncate(path):
 
 
 DAMAGES = {
-    "CRC32": damage_bit, "bytes, manifest.json says": truncate, "is missing or no plain file": lambda p: os.remove(next(p.glob("*.distcp"))),
-    "the save was not finished": lambda p: os.remove(p / "manifest.json"), "not a manifest": lambda p: (p / "manifest.json").write_text("{"),
+    "CRC32": damage_bit,
+    "bytes, manifest.json says": truncate,
+    "is missing or no plain file": lambda p: os.remove(next(p.glob("*.distcp"))),
+    "the save was not finished": lambda p: os.remove(p / "manifest.json"),
+    "not a manifest": lambda p: (p / "manifest.json").write_text("{"),
 }
 
 
@@ -134,7 +144,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(saved):
 
 
 def test_a_missing_tensor_is_an_error(saved, mesh):
-    parameters, optimizer = tensors(mesh, 1)
+    parameters, _ = tensors(mesh, 1)
     parameters["c.weight"] = parameters.pop("a.weight")
     with pytest.raises(CheckpointError, match=r"c\.weight"):
         load(saved / "step-00000003", tensors_of(parameters, None))

@@ -9,10 +9,15 @@ from megacpt.optim.schedule import learning_rate, rate_of_step
 
 def recipe(*stages, lr=None) -> Recipe:
     stages = [{"name": f"s{i}", "mixture": {"a": 1.0}} | stage for i, stage in enumerate(stages)]
-    return Recipe.model_validate({
-        "run": {"name": "t"}, "model": {"config": "c", "tokenizer": "t"}, "data": {"a": {"paths": ["p"]}}, "stages": stages,
-        "optimizer": {"lr": lr} if lr else {},
-    })
+    return Recipe.model_validate(
+        {
+            "run": {"name": "t"},
+            "model": {"config": "c", "tokenizer": "t"},
+            "data": {"a": {"paths": ["p"]}},
+            "stages": stages,
+            "optimizer": {"lr": lr} if lr else {},
+        }
+    )
 
 
 def simulate(r: Recipe) -> list[tuple]:
@@ -30,13 +35,22 @@ def simulate(r: Recipe) -> list[tuple]:
 RAMP = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 20)), max_size=4)
 
 
-@given(st.lists(st.tuples(st.integers(1, 5000), st.sampled_from([1, 3, 8]), st.integers(1, 9), RAMP), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5000), st.sampled_from([1, 3, 8]), st.integers(1, 9), RAMP), min_size=1, max_size=3
+    )
+)
 def test_the_clock_is_the_loop_spelled_out(stages):
-    r = recipe(*(
-        {"tokens": tokens, "seq_len": length, "batch_tokens": [[0, first * length], *sorted(
-            {at: [at, rows * length] for at, rows in ramp}.values())]}
-        for tokens, length, first, ramp in stages
-    ))
+    r = recipe(
+        *(
+            {
+                "tokens": tokens,
+                "seq_len": length,
+                "batch_tokens": [[0, first * length], *sorted({at: [at, rows * length] for at, rows in ramp}.values())],
+            }
+            for tokens, length, first, ramp in stages
+        )
+    )
     clock, expected = Clock(r), simulate(r)
     assert clock.num_steps == len(expected)
     for number, (stage, rows, first, before) in enumerate(expected, 1):
@@ -56,21 +70,35 @@ def test_llama3s_batch_ramp():
 SHAPES = st.sampled_from(["constant", "cosine", "linear", "wsd"])
 
 
-@given(SHAPES, st.integers(0, 400), st.integers(0, 400), st.integers(801, 5000), st.sampled_from(["linear", "cosine", "1-sqrt"]))
+@given(
+    SHAPES,
+    st.integers(0, 400),
+    st.integers(0, 400),
+    st.integers(801, 5000),
+    st.sampled_from(["linear", "cosine", "1-sqrt"]),
+)
 def test_learning_rates_rise_then_fall_and_end_where_they_should(shape, warmup, decay, total, tail):
-    lr = LearningRate(shape=shape, peak=1.0, min=0.1, warmup_tokens=warmup, tail=tail,
-                      **({"decay_tokens": decay} if shape == "wsd" else {}))
+    lr = LearningRate(
+        shape=shape,
+        peak=1.0,
+        min=0.1,
+        warmup_tokens=warmup,
+        tail=tail,
+        **({"decay_tokens": decay} if shape == "wsd" else {}),
+    )
     rates = [learning_rate(lr, t, total) for t in range(total + 1)]
     top = rates.index(max(rates))
     assert all(a <= b + 1e-12 for a, b in zip(rates[:top], rates[1:], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
     assert max(rates) == 1.0 and all(0 <= rate <= 1 for rate in rates)
     ends_high = shape == "constant" or (shape == "wsd" and decay == 0)
     assert rates[-1] == (1.0 if ends_high else pytest.approx(0.1))
 
 
 def test_wsd_under_a_ramp_ends_at_its_minimum_at_the_last_token():
-    r = recipe({"tokens": 10_000, "seq_len": 8, "batch_tokens": [[0, 64], [1000, 256]]},
-               lr={"shape": "wsd", "peak": 1e-3, "min": 1e-5, "warmup_tokens": 500, "decay_tokens": 2000, "tail": "1-sqrt"})
+    r = recipe(
+        {"tokens": 10_000, "seq_len": 8, "batch_tokens": [[0, 64], [1000, 256]]},
+        lr={"shape": "wsd", "peak": 1e-3, "min": 1e-5, "warmup_tokens": 500, "decay_tokens": 2000, "tail": "1-sqrt"},
+    )
     clock = Clock(r)
     assert rate_of_step(r, clock, clock.step(clock.num_steps)) == pytest.approx(1e-5)

@@ -41,9 +41,16 @@ def test_what_is_no_quantity_is_refused(wrong):
 
 def test_all_problems_come_at_once_with_the_nearest_choice_and_their_source(recipe_file):
     path = recipe_file(parallell={"tensor": 2})
-    text = problems(path, "--run.start=resum", "--stages.s.seq_len=many", "--stages.x.tokens=1", "--optimizer.betas=[0.9]", "nonsense")
+    text = problems(
+        path,
+        "--run.start=resum",
+        "--stages.s.seq_len=many",
+        "--stages.x.tokens=1",
+        "--optimizer.betas=[0.9]",
+        "nonsense",
+    )
     assert "6 problems" in text
-    assert f"parallell: unknown key. Did you mean 'parallel'?" in text and f"({path})" in text
+    assert "parallell: unknown key. Did you mean 'parallel'?" in text and f"({path})" in text
     assert "run.start = \"resum\": Did you mean 'resume'?" in text and "(--run.start=resum)" in text
     assert "stages.s.seq_len" in text and "(--stages.s.seq_len=many)" in text
     assert "no stages entry 'x'. There are: s." in text
@@ -52,7 +59,10 @@ def test_all_problems_come_at_once_with_the_nearest_choice_and_their_source(reci
 
 
 def test_flags_reach_every_level(recipe_file):
-    recipe = load_recipe(recipe_file(), ["--run.name=12", "--stages.s.lr.peak=0.5", "--data.a.paths=[\"x\"]", "--validation.0.max_tokens=1K"])
+    recipe = load_recipe(
+        recipe_file(),
+        ["--run.name=12", "--stages.s.lr.peak=0.5", '--data.a.paths=["x"]', "--validation.0.max_tokens=1K"],
+    )
     assert (recipe.run.name, recipe.stages[0].lr.peak, recipe.data["a"].paths) == ("12", 0.5, ["x"])
     assert recipe.validation[0].max_tokens == 1000
 
@@ -77,30 +87,38 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file, tmp_path):
     assert load_recipe(str(tmp_path / "again.toml")) == recipe
 
 
-@pytest.mark.parametrize("flag, expected", [
-    ("--stages.s.batch_tokens=200", "stages.s.batch_tokens = 200: must be a multiple of seq_len = 64. Nearest: 192, 256."),
-    ("--parallel.micro_batch_tokens=100", "Nearest: 64, 128."),
-    ("--parallel.tensor=3", "does not divide the world size 1"),
-    ("--parallel.data_shard=2", "but the world size is 1"),
-    ("--parallel.context=2", "this version trains with context = 1"),
-    ("--stages.s.mixture={c=1.0}", "no such domain in [data]. Possible: a, b."),
-    ("--stages.s.mixture={a=0.0}", "the weights sum to 0.0"),
-    ("--stages.s.lr.min=1.0", "is above peak"),
-    ("--stages.s.lr.shape=cosine", "belongs to shape = \"wsd\""),
-    ("--stages.s.lr.warmup_tokens=2000", "exceed the 2048 tokens"),
-    ("--optimizer.lr={shape=\"constant\", peak=1.0}", "not both"),
-    ("--data.a.holdout_documents=0", "a holds out no documents"),
-    ("--model.pretrained=x", "pretrained and config given"),
-    ("--run.start=pretrained", "needs model.pretrained"),
-])
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        (
+            "--stages.s.batch_tokens=200",
+            "stages.s.batch_tokens = 200: must be a multiple of seq_len = 64. Nearest: 192, 256.",
+        ),
+        ("--parallel.micro_batch_tokens=100", "Nearest: 64, 128."),
+        ("--parallel.tensor=3", "does not divide the world size 1"),
+        ("--parallel.data_shard=2", "but the world size is 1"),
+        ("--parallel.context=2", "this version trains with context = 1"),
+        ("--stages.s.mixture={c=1.0}", "no such domain in [data]. Possible: a, b."),
+        ("--stages.s.mixture={a=0.0}", "the weights sum to 0.0"),
+        ("--stages.s.lr.min=1.0", "is above peak"),
+        ("--stages.s.lr.shape=cosine", 'belongs to shape = "wsd"'),
+        ("--stages.s.lr.warmup_tokens=2000", "exceed the 2048 tokens"),
+        ('--optimizer.lr={shape="constant", peak=1.0}', "not both"),
+        ("--data.a.holdout_documents=0", "a holds out no documents"),
+        ("--model.pretrained=x", "pretrained and config given"),
+        ("--run.start=pretrained", "needs model.pretrained"),
+    ],
+)
 def test_rules_show_the_numbers_and_the_way_out(recipe_file, flag, expected):
     found = problems_of(load_recipe(recipe_file(), [flag]), 1)
     assert any(expected in problem for problem in found), found
 
 
 def test_check_names_what_model_and_data_do_not_allow(recipe_file):
-    recipe = load_recipe(recipe_file(), ["--data.a.paths=[\"/nowhere/x\"]", "--data.b.holdout_documents=100000",
-                                         "--model.rope={type=\"llama3\"}"])
+    recipe = load_recipe(
+        recipe_file(),
+        ['--data.a.paths=["/nowhere/x"]', "--data.b.holdout_documents=100000", '--model.rope={type="llama3"}'],
+    )
     text = "\n".join(check(recipe, 1).problems)
     assert "/nowhere/x.json: no manifest" in text
     assert "data.b.holdout_documents = 100000" in text
@@ -115,9 +133,13 @@ def test_check_prints_the_resolved_run(recipe_file):
 
 
 def test_check_is_quick_and_imports_no_torch(recipe_file):
-    code = ("import sys; from megacpt.cli import run; run(sys.argv[1:]); "
-            "print(sorted({'torch', 'numpy', 'transformers', 'rich'} & set(sys.modules)))")
-    out = subprocess.run([sys.executable, "-c", code, "check", recipe_file()], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from megacpt.cli import run; run(sys.argv[1:]); "
+        "print(sorted({'torch', 'numpy', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, "check", recipe_file()], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip().endswith("[]"), out.stdout
 
 
@@ -138,7 +160,9 @@ def test_the_schema_and_the_reference_page_are_of_this_version():
     from megacpt.config.reference import page, schema
 
     assert (ROOT / "docs/recipe.md").read_text() == page(), "run python -m megacpt.config.reference"
-    assert json.loads((ROOT / "docs/recipe.schema.json").read_text()) == schema(), "run python -m megacpt.config.reference"
+    assert json.loads((ROOT / "docs/recipe.schema.json").read_text()) == schema(), (
+        "run python -m megacpt.config.reference"
+    )
 
 
 def test_the_schema_accepts_the_shipped_recipes_and_refuses_a_typing_error():
@@ -156,7 +180,9 @@ def test_the_schema_accepts_the_shipped_recipes_and_refuses_a_typing_error():
 
 def test_every_key_is_read_by_some_code():
     """A key of the recipe that no line outside config/recipe.py names is a key that does nothing."""
-    code = "\n".join(p.read_text() for p in (ROOT / "megacpt").rglob("*.py") if p.name not in ("recipe.py", "reference.py"))
+    code = "\n".join(
+        p.read_text() for p in (ROOT / "megacpt").rglob("*.py") if p.name not in ("recipe.py", "reference.py")
+    )
     seen, stack = set(), [Recipe]
     while stack:
         model = stack.pop()
@@ -171,4 +197,8 @@ def test_every_key_is_read_by_some_code():
 def _models():
     from megacpt.config import recipe
 
-    return [v for v in vars(recipe).values() if isinstance(v, type) and issubclass(v, recipe.Section) and v is not recipe.Section]
+    return [
+        v
+        for v in vars(recipe).values()
+        if isinstance(v, type) and issubclass(v, recipe.Section) and v is not recipe.Section
+    ]

@@ -6,8 +6,17 @@ from megacpt.errors import DataError
 
 # The index of documents [5, 6, 7, 2] and [8, 9, 2] in uint16, as Megatron-LM's own builder writes it.
 MEGATRON = bytes.fromhex(
-    "4d4d49444944580000" "0100000000000000" "08" "0200000000000000" "0300000000000000" "0400000003000000"
-    "0000000000000000" "0800000000000000" "0000000000000000" "0100000000000000" "0200000000000000"
+    "4d4d49444944580000"
+    "0100000000000000"
+    "08"
+    "0200000000000000"
+    "0300000000000000"
+    "0400000003000000"
+    "0000000000000000"
+    "0800000000000000"
+    "0000000000000000"
+    "0100000000000000"
+    "0200000000000000"
 )
 
 
@@ -30,7 +39,9 @@ def test_documents_are_read(dataset):
 
 
 def test_sequences_of_one_document_are_joined(dataset):
-    raw = MEGATRON[:26] + (2).to_bytes(8, "little") + MEGATRON[34:58] + b"".join(n.to_bytes(8, "little") for n in (0, 2))
+    raw = (
+        MEGATRON[:26] + (2).to_bytes(8, "little") + MEGATRON[34:58] + b"".join(n.to_bytes(8, "little") for n in (0, 2))
+    )
     dataset.with_suffix(".idx").write_bytes(raw)
     data = IndexedDataset(dataset)
     assert data.lengths.tolist() == [7] and data.read(0, 3, 2).tolist() == [2, 8]
@@ -50,11 +61,20 @@ def test_a_truncated_file_is_an_error_with_both_sizes(dataset):
         IndexedDataset(dataset)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"X" + raw[1:], lambda raw: raw[:9] + b"\2" + raw[10:],
-    lambda raw: raw[:17] + b"\7" + raw[18:], lambda raw: raw[:18] + b"\xff" * 8 + raw[26:],
-    lambda raw: raw[:50] + b"\6" + raw[51:], lambda raw: raw[:34] + b"\xff" * 4 + raw[38:], lambda raw: raw[:-8] + b"\1" + raw[-7:],
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: b"",
+        lambda raw: b"X" + raw[1:],
+        lambda raw: raw[:9] + b"\2" + raw[10:],
+        lambda raw: raw[:17] + b"\7" + raw[18:],
+        lambda raw: raw[:18] + b"\xff" * 8 + raw[26:],
+        lambda raw: raw[:50] + b"\6" + raw[51:],
+        lambda raw: raw[:34] + b"\xff" * 4 + raw[38:],
+        lambda raw: raw[:-8] + b"\1" + raw[-7:],
+    ],
+)
 def test_a_damaged_index_is_an_error_never_garbage(dataset, damage):
     dataset.with_suffix(".idx").write_bytes(damage(MEGATRON))
     with pytest.raises(DataError, match=r"d\.idx|d\.bin"):

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
 from megacpt.data.loader import (
-    IGNORE, StageData, StepData, deal, domain_tokens, load_step, make_batch, mixtures, open_domains, prefetch,
+    IGNORE,
+    StageData,
+    StepData,
+    deal,
+    domain_tokens,
+    load_step,
+    make_batch,
+    mixtures,
+    open_domains,
+    prefetch,
 )
 from megacpt.errors import DataError
 
@@ -45,7 +54,7 @@ def test_tokens_are_those_of_the_documents(stage_data):
         index = stage_data.indices[pick.domain]
         expected = np.concatenate([index.domain.read(*piece) for piece in index.row(pick.row)])
         assert batch.tokens[row, : len(expected)].tolist() == expected.tolist()
-        assert (batch.tokens[row, len(expected):] == PAD).all()
+        assert (batch.tokens[row, len(expected) :] == PAD).all()
 
 
 def test_counts_come_from_the_index_alone(stage_data):
@@ -68,7 +77,13 @@ def test_every_row_is_dealt_once_and_ranks_have_equal_rounds(rows, ranks, per_mi
 def test_the_step_does_not_depend_on_ranks_or_micro_batches(stage_data, ranks, per_micro_batch):
     whole = load_step(stage_data, 3, 10, 1, 0, 10)
     parts = [load_step(stage_data, 3, 10, ranks, rank, per_micro_batch) for rank in range(ranks)]
-    rows = {tuple(r) for part in parts for b in part.micro_batches for r, name in zip(b.tokens.tolist(), b.domain, strict=True) if name}
+    rows = {
+        tuple(r)
+        for part in parts
+        for b in part.micro_batches
+        for r, name in zip(b.tokens.tolist(), b.domain, strict=True)
+        if name
+    }
     assert rows == {tuple(r) for r in whole.micro_batches[0].tokens.tolist()}
     assert {part.num_labels for part in parts} == {whole.num_labels}
     labels = sum((b.labels >= 0).sum() for part in parts for b in part.micro_batches)
@@ -77,7 +92,9 @@ def test_the_step_does_not_depend_on_ranks_or_micro_batches(stage_data, ranks, p
 
 def test_a_token_outside_the_vocabulary_is_named(stage_data):
     stage_data.vocab_size = 50
-    with pytest.raises(DataError, match=r"domain [ab], document \d+: token id \d+ is outside the model's vocabulary of 50"):
+    with pytest.raises(
+        DataError, match=r"domain [ab], document \d+: token id \d+ is outside the model's vocabulary of 50"
+    ):
         stage_data.batch(stage_data.picks(0, 10))
 
 
@@ -88,8 +105,11 @@ def test_a_filler_row_has_no_labels():
 
 def test_a_domain_goes_on_in_the_next_stage_of_the_same_length(recipe_file):
     stage = {"tokens": 640, "seq_len": 64, "batch_tokens": 128, "lr": {"shape": "constant", "peak": 1e-3}}
-    stages = [stage | {"name": "one", "mixture": {"a": 1.0}}, stage | {"name": "two", "mixture": {"a": 0.5, "b": 0.5}},
-              stage | {"name": "three", "seq_len": 32, "mixture": {"a": 1.0}}]
+    stages = [
+        stage | {"name": "one", "mixture": {"a": 1.0}},
+        stage | {"name": "two", "mixture": {"a": 0.5, "b": 0.5}},
+        stage | {"name": "three", "seq_len": 32, "mixture": {"a": 1.0}},
+    ]
     recipe = load_recipe(recipe_file(stages=stages))
     clock = Clock(recipe)
     orders = mixtures(recipe, clock)

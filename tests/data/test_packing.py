@@ -68,7 +68,12 @@ def test_bulk_packing_is_best_fit_decreasing(lengths, seq_len):
 def test_concatenation_fills_every_row_but_the_last():
     lengths = np.array([5, 0, 9, 3], np.int32)
     assert rows_of(pack_concatenated(lengths, 4), lengths, 4) == [
-        [(0, 0, 4)], [(0, 4, 1), (2, 0, 3)], [(2, 3, 4)], [(2, 7, 2), (3, 0, 2)], [(3, 2, 1)]]
+        [(0, 0, 4)],
+        [(0, 4, 1), (2, 0, 3)],
+        [(2, 3, 4)],
+        [(2, 7, 2), (3, 0, 2)],
+        [(3, 2, 1)],
+    ]
 
 
 @given(st.integers(1, 5000), st.integers(0, 9))
@@ -146,8 +151,18 @@ def test_the_held_out_documents_are_the_same_for_every_row_length(count):
         write_index(prefix.with_suffix(".idx"), np.dtype(np.uint16), [lengths], 40)
         np.zeros(lengths.sum(), np.uint16).tofile(prefix.with_suffix(".bin"))
         sizes = {k: {"bytes": prefix.with_suffix("." + k).stat().st_size, "crc32": 0} for k in ("bin", "idx")}
-        prefix.with_suffix(".json").write_text(json.dumps(
-            {"format": 1, "documents": 40, "tokens": int(lengths.sum()), "vocab_size": 9, "eos_token_id": 0, **sizes}))
+        prefix.with_suffix(".json").write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "documents": 40,
+                    "tokens": int(lengths.sum()),
+                    "vocab_size": 9,
+                    "eos_token_id": 0,
+                    **sizes,
+                }
+            )
+        )
         domain = DomainData([str(prefix)])
         chosen = [held_out(domain, Selection(n, holdout_documents=count)).tolist() for n in (8, 64)]
         assert chosen[0] == chosen[1] and len(chosen[0]) == count

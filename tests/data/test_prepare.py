@@ -45,8 +45,8 @@ def expected(options, texts=TEXTS) -> list[list[int]]:
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Pieces of 4 KB, in this process: spawned workers read pieces, they do not cut them."""
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 4096)
+    """Pieces of 4 KB, which this process cuts and the workers only read."""
+    monkeypatch.setattr(text_module, "MIN_PIECE_BYTES", 4096)
 
 
 def write_inputs(folder):
@@ -54,7 +54,9 @@ def write_inputs(folder):
     jsonl(folder / "0.jsonl", TEXTS[:100])
     with gzip.open(folder / "1.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": t, "more": 1}) + "\n" for t in TEXTS[100:150])
-    (folder / "2.jsonl.zst").write_bytes(zstandard.compress(open(jsonl(folder / "x.jsonl", TEXTS[150:200]), "rb").read()))
+    (folder / "2.jsonl.zst").write_bytes(
+        zstandard.compress(open(jsonl(folder / "x.jsonl", TEXTS[150:200]), "rb").read())
+    )
     os.remove(folder / "x.jsonl")
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[200:300]}), folder / "3.parquet", row_group_size=7)
     for i, text in enumerate(TEXTS[300:320]):
@@ -100,12 +102,20 @@ def test_globs_are_in_numeric_order(tmp_path):
         expand_paths([str(tmp_path / "b-*")])
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b"{broken", "not valid JSON"), (b'{"text": "\xff"}', "invalid UTF-8"), (b'{"body": "x"}', "has no field 'text'; its fields are 'body'"),
-    (b'["x"]', "is a list, not an object"), (b'{"text": 3}', "field 'text' is a int, not a string"),
-    (b'{"text": "\\ud800"}', "invalid Unicode"),
-])
-def test_a_bad_line_is_counted_and_shown_then_too_many_are_an_error(tmp_path, options, small_pieces, line, reason, capsys):
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b"{broken", "not valid JSON"),
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b'{"body": "x"}', "has no field 'text'; its fields are 'body'"),
+        (b'["x"]', "is a list, not an object"),
+        (b'{"text": 3}', "field 'text' is a int, not a string"),
+        (b'{"text": "\\ud800"}', "invalid Unicode"),
+    ],
+)
+def test_a_bad_line_is_counted_and_shown_then_too_many_are_an_error(
+    tmp_path, options, small_pieces, line, reason, capsys
+):
     lines = open(jsonl(tmp_path / "t.jsonl"), "rb").read().splitlines()
     (tmp_path / "t.jsonl").write_bytes(b"\n".join([*lines[:300], line, *lines[300:]]) + b"\n")
     manifest = prepare([str(tmp_path / "t.jsonl")], str(tmp_path / "o"), options, workers=1)
@@ -147,7 +157,9 @@ def test_a_missing_column_names_those_there_are(tmp_path, options):
         prepare([str(tmp_path / "t.parquet")], str(tmp_path / "o"), options, workers=1)
 
 
-@pytest.mark.parametrize("name, content", [("t.jsonl.gz", b"\x1f\x8b broken"), ("t.jsonl.zst", b"no zstd"), ("t.parquet", b"PAR1")])
+@pytest.mark.parametrize(
+    "name, content", [("t.jsonl.gz", b"\x1f\x8b broken"), ("t.jsonl.zst", b"no zstd"), ("t.parquet", b"PAR1")]
+)
 def test_damaged_archives_are_named(tmp_path, options, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name):
@@ -156,7 +168,9 @@ def test_damaged_archives_are_named(tmp_path, options, name, content):
 
 def test_an_id_beyond_the_vocabulary_is_shown_with_its_document(tmp_path, options):
     source = jsonl(tmp_path / "t.jsonl", ["fine", "def return"])
-    with pytest.raises(DataError, match="token id .* is outside the vocabulary of 20 entries, in the document that begins"):
+    with pytest.raises(
+        DataError, match="token id .* is outside the vocabulary of 20 entries, in the document that begins"
+    ):
         prepare([source], str(tmp_path / "o"), replace(options, vocab_size=20), workers=1)
 
 
@@ -181,8 +195,13 @@ def test_sentencepiece(tmp_path):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, model_type="bpe",
-        byte_fallback=False, minloglevel=2)
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        byte_fallback=False,
+        minloglevel=2,
+    )
     source = jsonl(tmp_path / "t.jsonl", TEXTS[:20])
     prepare([source], str(tmp_path / "o"), Options(str(tmp_path / "tokenizer.model")), workers=1)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -195,7 +214,9 @@ def test_gigatoken_gives_the_same_ids_or_stops(tmp_path, options, monkeypatch):
     prepare([source], str(tmp_path / "o"), replace(options, engine="gigatoken"), workers=1)
     assert documents(tmp_path / "o") == expected(options)
     fast = module.FastTokenizer(Tokenizer(options.tokenizer))
-    monkeypatch.setattr(fast, "_fast", type("Wrong", (), {"encode_batch_list": lambda self, texts: [[1]] * len(texts)})())
+    monkeypatch.setattr(
+        fast, "_fast", type("Wrong", (), {"encode_batch_list": lambda self, texts: [[1]] * len(texts)})()
+    )
     with pytest.raises(ConfigError, match="its ids differ"):
         fast.encode_batch(["data order"])
     assert gigatoken
@@ -205,7 +226,7 @@ def test_a_killed_run_leaves_nothing_finished_and_continues(tmp_path, tokenizer_
     """SIGKILL once some pieces are done: no .bin, .idx or .json; the next run does the rest, with the same result."""
     source = jsonl(tmp_path / "t.jsonl", TEXTS * 40)
     script = (
-        "import sys, megacpt.data.text as t; t.PIECE_BYTES = 40_000\n"
+        "import sys, megacpt.data.text as t; t.MIN_PIECE_BYTES = 40_000\n"
         "from megacpt.data.prepare import Options, prepare\n"
         "if __name__ == '__main__': prepare([sys.argv[1]], sys.argv[2], Options(sys.argv[3]), workers=1)\n"
     )
@@ -223,7 +244,7 @@ def test_a_killed_run_leaves_nothing_finished_and_continues(tmp_path, tokenizer_
     assert finished
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"continuing: {len(finished)} of" in done.stderr
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(text_module, "MIN_PIECE_BYTES", 1 << 20)
     prepare([source], str(tmp_path / "whole"), Options(str(tokenizer_dir)), workers=1)
     assert (tmp_path / "o.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
 
@@ -254,10 +275,23 @@ def test_a_full_disk_is_said_and_nothing_looks_finished(tmp_path, options, monke
 def test_a_full_disk_in_a_worker(tmp_path, tokenizer_dir):
     """A real limit: files above 20 KB cannot be written."""
     source = jsonl(tmp_path / "t.jsonl", TEXTS * 10)
-    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from megacpt.cli import main; main(sys.argv[1:])")
-    command = [sys.executable, "-c", code, "prepare", source, "--tokenizer", str(tokenizer_dir), "--output", str(tmp_path / "o"),
-               "--workers", "1"]
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from megacpt.cli import main; main(sys.argv[1:])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "prepare",
+        source,
+        "--tokenizer",
+        str(tokenizer_dir),
+        "--output",
+        str(tmp_path / "o"),
+        "--workers",
+        "1",
+    ]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 76 and "the disk is full or the file too large" in out.stderr, out.stderr
     assert not [k for k in ("bin", "idx", "json") if (tmp_path / f"o.{k}").exists()]

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import ATTENTION, KERNEL, WEIGHT_GRAD, difference
-
 from megacpt_kernels import Documents, attention, cross_entropy_, rms_norm, rope_qk, swiglu
 from megacpt_kernels.attention import resolve_backend
+from tolerances import ATTENTION, KERNEL, WEIGHT_GRAD, difference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -58,7 +57,7 @@ def test_swiglu(rows, dtype):
 
 def rotate_reference(q, k, cos, sin):
     cos, sin = (torch.cat([t, t], -1)[:, None] for t in (cos, sin))
-    half = lambda x: torch.cat([-x[..., x.shape[-1] // 2:], x[..., : x.shape[-1] // 2]], -1)
+    half = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
     return q * cos + half(q) * sin, k * cos + half(k) * sin
 
 
@@ -77,8 +76,10 @@ def test_rope(dtype):
 
 def attention_reference(q, k, v, documents):
     """Softmax with an explicit mask."""
-    tq, heads, d = q.shape
-    doc_q, doc_k = (torch.bucketize(torch.arange(e[-1]), torch.tensor(e[1:]), right=True) for e in (documents.q, documents.k))
+    _, heads, d = q.shape
+    doc_q, doc_k = (
+        torch.bucketize(torch.arange(e[-1]), torch.tensor(e[1:]), right=True) for e in (documents.q, documents.k)
+    )
     from_end = lambda e, doc: torch.tensor(e)[doc + 1] - torch.arange(e[-1])
     visible = (doc_q[:, None] == doc_k) & (from_end(documents.k, doc_k)[None] >= from_end(documents.q, doc_q)[:, None])
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
@@ -87,7 +88,9 @@ def attention_reference(q, k, v, documents):
 
 
 LAYOUTS = {
-    "one": Documents.of([0], 17), "many": Documents.of([0, 1, 6, 11, 16, 40], 64), "equal": Documents.of([0, 8, 16], 24),
+    "one": Documents.of([0], 17),
+    "many": Documents.of([0, 1, 6, 11, 16, 40], 64),
+    "equal": Documents.of([0, 8, 16], 24),
     "keys reach back": Documents((0, 5, 9), (0, 9, 13), torch.tensor([0, 5, 9]), torch.tensor([0, 9, 13])),
 }
 
@@ -96,7 +99,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention(layout, dtype):
     documents = LAYOUTS[layout]
-    inputs = [random(documents.q[-1], 4, 8, dtype=dtype), *(random(documents.k[-1], 2, 8, dtype=dtype, seed=s) for s in (1, 2))]
+    inputs = [
+        random(documents.q[-1], 4, 8, dtype=dtype),
+        *(random(documents.k[-1], 2, 8, dtype=dtype, seed=s) for s in (1, 2)),
+    ]
     got = gradients(lambda q, k, v: attention(q, k, v, documents), inputs)
     want = gradients(lambda q, k, v: attention_reference(q, k, v, documents), wide(inputs))
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
@@ -178,4 +184,6 @@ def test_gradcheck():
     cos, sin = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
     assert check(lambda q, k: rope_qk(q, k, cos, sin), random(3, 2, 4), random(3, 1, 4, seed=1))
     documents = Documents.of([0, 2, 3], 6)
-    assert check(lambda q, k, v: attention(q, k, v, documents), random(6, 2, 4), random(6, 1, 4, seed=1), random(6, 1, 4, seed=2))
+    assert check(
+        lambda q, k, v: attention(q, k, v, documents), random(6, 2, 4), random(6, 1, 4, seed=1), random(6, 1, 4, seed=2)
+    )

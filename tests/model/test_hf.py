@@ -23,24 +23,31 @@ def problems(raw) -> str:
 
 
 V5 = {k: v for k, v in tiny_config().items() if k not in ("rope_theta", "rope_scaling")} | {
-    "rope_parameters": {"rope_theta": 500000.0, **ROPE_LLAMA3}}
+    "rope_parameters": {"rope_theta": 500000.0, **ROPE_LLAMA3}
+}
 
 
 def test_both_spellings_of_the_rotary_embedding():
     v4 = tiny_config(rope_theta=500000.0, rope_scaling=ROPE_LLAMA3)
     assert parse_config(v4, "x").rope == parse_config(V5, "x").rope
-    legacy = tiny_config(rope_theta=500000.0, rope_scaling={("type" if k == "rope_type" else k): v for k, v in ROPE_LLAMA3.items()})
+    legacy = tiny_config(
+        rope_theta=500000.0, rope_scaling={("type" if k == "rope_type" else k): v for k, v in ROPE_LLAMA3.items()}
+    )
     assert parse_config(legacy, "x").rope == parse_config(V5, "x").rope
 
 
-@pytest.mark.parametrize("raw", [V5, tiny_config(rope_scaling=ROPE_YARN), tiny_config(), tiny_config(bos_token_id=[1, 2], extra={"a": 1})])
+@pytest.mark.parametrize(
+    "raw", [V5, tiny_config(rope_scaling=ROPE_YARN), tiny_config(), tiny_config(bos_token_id=[1, 2], extra={"a": 1})]
+)
 def test_an_unchanged_config_is_carried_through_whole(raw):
     assert export_config(parse_config(raw, "x"), "float32", 8) == raw
 
 
 @pytest.mark.parametrize("raw", [V5, tiny_config()])
 def test_a_changed_rope_is_written_in_the_spelling_it_came_in_and_read_by_transformers(raw):
-    config = change_rope(parse_config(raw, "x"), Rope(theta=123.0, type="yarn", factor=2.0, original_max_position_embeddings=64))
+    config = change_rope(
+        parse_config(raw, "x"), Rope(theta=123.0, type="yarn", factor=2.0, original_max_position_embeddings=64)
+    )
     out = export_config(config, "bfloat16", 128)
     assert ("rope_parameters" in out) == ("rope_parameters" in raw) and out["max_position_embeddings"] == 128
     assert parse_config(out, "y").rope == config.rope
@@ -56,20 +63,31 @@ def test_dynamic_scaling_and_unknown_fields_are_refused_with_the_reason():
     assert "low_freq_factor: is required" in problems(tiny_config(rope_scaling={"rope_type": "llama3", "factor": 2.0}))
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"model_type": "qwen2"}, "this version trains 'llama'"), ({"attention_bias": True}, "only False is trained"),
-    ({"hidden_act": "gelu"}, "only 'silu'"), ({"num_key_value_heads": 3}, "does not divide num_attention_heads = 4"),
-    ({"hidden_size": 30}, "is no multiple of num_attention_heads"), ({"vocab_size": "9"}, "must be a positive integer"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"model_type": "qwen2"}, "this version trains 'llama'"),
+        ({"attention_bias": True}, "only False is trained"),
+        ({"hidden_act": "gelu"}, "only 'silu'"),
+        ({"num_key_value_heads": 3}, "does not divide num_attention_heads = 4"),
+        ({"hidden_size": 30}, "is no multiple of num_attention_heads"),
+        ({"vocab_size": "9"}, "must be a positive integer"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
 def test_what_would_change_the_computation_is_refused(changes, text):
     assert text in problems(tiny_config(**changes))
 
 
 def test_parameter_counts_of_the_named_shapes():
     counts = {name: parse_config(raw, name).num_parameters() for name, raw in ARCHITECTURES.items()}
-    assert counts == {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "llama3.1-8b": 8_030_261_248,
-                      "llama3.1-70b": 70_553_706_496, "llama3.1-405b": 405_853_388_800}
+    assert counts == {
+        "llama3.2-1b": 1_235_814_400,
+        "llama3.2-3b": 3_212_749_824,
+        "llama3.1-8b": 8_030_261_248,
+        "llama3.1-70b": 70_553_706_496,
+        "llama3.1-405b": 405_853_388_800,
+    }
 
 
 @pytest.fixture
@@ -105,7 +123,11 @@ def test_names_and_shapes_come_at_once(directory):
     with pytest.raises(CheckpointError) as caught:
         check_names(Weights(directory), read_config(directory))
     text = str(caught.value)
-    assert "lm_head.weight [401, 32] is missing" in text and "model.norm.weight is [3]" in text and "extra.bias [2] is no part" in text
+    assert (
+        "lm_head.weight [401, 32] is missing" in text
+        and "model.norm.weight is [3]" in text
+        and "extra.bias [2] is no part" in text
+    )
 
 
 def test_pickles_are_refused_with_the_way_out(directory):
@@ -140,12 +162,20 @@ def test_a_truncated_file_is_named(directory):
 
 def test_an_interrupted_export_leaves_no_output(directory, tmp_path, monkeypatch):
     config = read_config(directory)
+
     def fail(*args, **kwargs):
         raise OSError("disk")
+
     monkeypatch.setattr(hf, "save_file", fail)
     with pytest.raises(OSError):
-        hf.write_pretrained(tmp_path / "out", config, directory, lambda name: torch.zeros(config.shapes()[name]),
-                            dict.fromkeys(config.shapes(), "float32"), 64)
+        hf.write_pretrained(
+            tmp_path / "out",
+            config,
+            directory,
+            lambda name: torch.zeros(config.shapes()[name]),
+            dict.fromkeys(config.shapes(), "float32"),
+            64,
+        )
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     shutil.rmtree(directory)

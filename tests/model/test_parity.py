@@ -4,6 +4,7 @@ original context; documents packed here, one by one there."""
 import pytest
 import torch
 import transformers
+from megacpt_kernels import Documents
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
 from tolerances import PARITY, difference
 
@@ -12,7 +13,6 @@ from megacpt.model.build import build_model
 from megacpt.model.config import parse_config
 from megacpt.model.hf import fill_shard
 from megacpt.model.llama import Inputs, ModelOptions
-from megacpt_kernels import Documents
 
 VARIANTS = {
     "llama2": tiny_config(num_key_value_heads=4),
@@ -42,12 +42,16 @@ class Lifted(torch.nn.Module):
 def reference(raw: dict, dtype: torch.dtype):
     """transformers' model with random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")})
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")}
+    )
     config._attn_implementation = "sdpa"
     model = transformers.LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter))
+            parameter.copy_(
+                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+            )
     for layer in model.model.layers:
         layer.input_layernorm = Lifted(layer.input_layernorm)
         layer.post_attention_layernorm = Lifted(layer.post_attention_layernorm)
@@ -94,7 +98,9 @@ def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda inputs: inputs) -
     for name, parameter in model.named_parameters():
         grad = parameter.grad._local_tensor[: gradients[name].shape[0]]
         found[name] = difference(grad, gradients[name].grad)
-        assert not parameter.grad._local_tensor[gradients[name].shape[0]:].any(), f"{name}: padding rows have a gradient"
+        assert not parameter.grad._local_tensor[gradients[name].shape[0] :].any(), (
+            f"{name}: padding rows have a gradient"
+        )
     return found
 
 
@@ -114,7 +120,9 @@ def _shift(inputs: Inputs) -> Inputs:
 def _move_boundary(inputs: Inputs) -> Inputs:
     starts = list(inputs.documents.q[:-1])
     starts[3] -= 1  # the last document now sees the last token of the one before
-    return Inputs(inputs.tokens, inputs.labels, inputs.positions, Documents.of(starts, len(inputs.tokens)), inputs.longest)
+    return Inputs(
+        inputs.tokens, inputs.labels, inputs.positions, Documents.of(starts, len(inputs.tokens)), inputs.longest
+    )
 
 
 @pytest.mark.parametrize("broken", [_shift, _move_boundary])

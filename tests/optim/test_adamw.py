@@ -13,7 +13,9 @@ def pair(mesh, dtype):
     torch.manual_seed(0)
     shapes = {"matrix": (5, 7), "vector": (7,)}
     plain = {name: nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in shapes.items()}
-    ours = {n: nn.Parameter(DTensor.from_local(p.detach().clone(), mesh.tensor, [Replicate()])) for n, p in plain.items()}
+    ours = {
+        n: nn.Parameter(DTensor.from_local(p.detach().clone(), mesh.tensor, [Replicate()])) for n, p in plain.items()
+    }
     return ours, plain
 
 
@@ -41,7 +43,9 @@ def test_updates_equal_torchs_with_decay_on_matrices_only(mesh, dtype):
 def test_the_comparison_sees_decay_on_norms(mesh):
     ours, plain = pair(mesh, torch.float64)
     for parameter in ours.values():
-        parameter.grad = DTensor.from_local(torch.ones(parameter.shape, dtype=torch.float64), mesh.tensor, [Replicate()])
+        parameter.grad = DTensor.from_local(
+            torch.ones(parameter.shape, dtype=torch.float64), mesh.tensor, [Replicate()]
+        )
     optimizer = AdamW(ours)
     optimizer._groups = lambda decay: [(decay, list(ours))]
     optimizer.step(1e-2, (0.8, 0.9), 1e-8, 0.3)

@@ -1,0 +1,67 @@
+"""An export evaluated by lm-evaluation-harness with a task of our own, offline (docs/after.md)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from samples import TEXTS, tiny_config
+
+from megacpt.cli import run
+
+pytest.importorskip("lm_eval", reason="needs lm-eval, which the extra dev installs")
+
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_an_export_runs_in_lm_eval(tmp_path, tokenizer_dir, recipe_file):
+    raw = {k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type", "torch_dtype")}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")
+    transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
+    recipe = recipe_file(model={"pretrained": str(tmp_path / "hf")})
+    out = subprocess.run(
+        [sys.executable, "-m", "megacpt", "train", recipe, "--run.stop_at_step=2"], capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert run(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    (tmp_path / "tasks").mkdir()
+    questions = [{"question": t, "choices": ["data", "order"], "answer": i % 2} for i, t in enumerate(TEXTS[:6])]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "tasks/local.yaml").write_text(TASK.format(data=tmp_path / "q.jsonl"))
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tmp_path}/out,dtype=float32",
+        "--tasks",
+        "local_choice",
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "result"),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr[-3000:]
+    result = json.loads(next(Path(tmp_path / "result").rglob("results*.json")).read_text())["results"]["local_choice"]
+    assert 0 <= result["acc,none"] <= 1
+    assert torch.isfinite(torch.tensor(result["acc,none"]))
