@@ -47,7 +47,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "matplotlib>=3.9",
-            "lm-eval>=0.4.9",
+            "lm-eval[hf]>=0.4.9",
             "jsonschema>=4.20",
             "build>=1.2",
         ],

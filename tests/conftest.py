@@ -113,7 +113,7 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
 
 def pytest_runtest_logreport(report):
     if report.when == "call":
-        folder = report.nodeid.split("/")[1] if report.nodeid.count("/") > 1 else report.nodeid.split("::")[0]
+        folder = report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]
         _seconds[folder] = _seconds.get(folder, 0.0) + report.duration
 
 

@@ -1,0 +1,52 @@
+"""Ranks by fork: a function on every rank of a gloo group, in a second. The parent has torch imported and one thread."""
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        result = ("value", function(*arguments))
+    except Exception as error:
+        result = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    with open(f"{folder}/{rank}", "wb") as file:
+        pickle.dump(result, file)
+    if result[0] == "value" and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    os._exit(0)
+
+
+def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on each rank; its values in rank order. A rank's error fails the test with its traceback."""
+    inherited = dist.distributed_c10d._world.default_pg  # this process's own group stays with it
+    with tempfile.TemporaryDirectory() as folder:
+        dist.distributed_c10d._world.default_pg = None
+        try:
+            context = mp.start_processes(
+                _rank, (world_size, folder, function, arguments), nprocs=world_size, start_method="fork", join=False
+            )
+            while not context.join(timeout=120):
+                pass
+        finally:
+            dist.distributed_c10d._world.default_pg = inherited
+        results = []
+        for rank in range(world_size):
+            with open(f"{folder}/{rank}", "rb") as file:
+                results.append(pickle.load(file))
+    errors = [f"rank {rank}: {text}" for rank, (kind, text) in enumerate(results) if kind == "error"]
+    assert not errors, "\n".join(errors)
+    return [value for _, value in results]
