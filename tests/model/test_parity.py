@@ -160,3 +160,24 @@ def test_activation_checkpointing_gives_the_same_gradients(mesh, mode):
         model(inputs, 1.0).backward()
         grads.append([p.grad._local_tensor.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def main() -> None:
+    """Prints the table of docs/numerics.md: `python tests/model/test_parity.py`."""
+    from megacpt.config.layout import Layout
+    from megacpt.parallel.mesh import build_mesh, start_process_group
+
+    torch.set_num_threads(1)
+    start_process_group(torch.device("cpu"))
+    mesh = build_mesh(Layout(), torch.device("cpu"))
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print("| model | type | token losses | worst gradient |\n|---|---|---|---|")
+    for variant, raw in VARIANTS.items():
+        for dtype in (torch.float32, torch.float64):
+            found = compare(raw, mesh, dtype)
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {variant} | {name} | {found.pop('nll'):.1e} | {max(found.values()):.1e} |")
+
+
+if __name__ == "__main__":
+    main()
