@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _dtype(p)
 
     p = verb("score", _score, "Mean loss of every document of a prepared set with a model.")
-    p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
+    p.add_argument("model", metavar="MODEL_DIR")
     p.add_argument("prefix", metavar="PREFIX")
     p.add_argument("--output", required=True, metavar="FILE.jsonl")
     p.add_argument("--seq-len", type=int, default=8192, help="window of long documents (default: 8192)")
@@ -143,6 +143,8 @@ def _checked(options, recipe, world_size: int) -> None:
     from megacpt.plan.check import check
 
     report = check(recipe, world_size)
+    if report.problems and int(os.environ.get("RANK", "0")):
+        sys.exit(ConfigError.exit_code)  # every rank finds the same; rank 0 says it
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     for warning in report.warnings:
@@ -234,8 +236,8 @@ def _index(options) -> None:
 
 def _inspect(options) -> None:
     from megacpt.config.clock import Clock
-    from megacpt.data.loader import StageData, mixtures, open_domains
-    from megacpt.model.config import ARCHITECTURES, parse_config, read_config
+    from megacpt.data.loader import StageData, mixtures, open_domains, pad_token
+    from megacpt.model.config import config_of
 
     recipe = _load(options)
     _checked(options, recipe, 1)
@@ -244,13 +246,9 @@ def _inspect(options) -> None:
         raise ConfigError([f"--step {options.step}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(options.step)
     stage, model = recipe.stages[step.stage], recipe.model
-    config = (
-        parse_config(ARCHITECTURES[model.architecture], "")
-        if model.architecture
-        else read_config(model.pretrained or model.config)
-    )
+    config = config_of(model)
     domains = open_domains(recipe, list(stage.mixture))
-    pad = next((d.manifests[0]["eos_token_id"] for d in domains.values()), None) or 0
+    pad = pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, mixtures(recipe, clock)[step.stage], domains, pad, config.vocab_size)
     picks = data.picks(step.first_sequence, step.rows)
     batch = data.batch(picks)
@@ -299,6 +297,13 @@ def _score(options) -> None:
 
     if options.seq_len < 2:
         raise ConfigError([f"--seq-len {options.seq_len}: at least 2."], "the arguments")
+    if not (Path(options.model) / "config.json").is_file():
+        raise ConfigError(
+            [
+                f"{options.model}: no Hugging Face directory. A run is exported first: megacpt export RUN_DIR --output DIR."
+            ],
+            "the arguments",
+        )
     model = open_model(options.model, options.dtype)
     score(
         model,

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +40,12 @@ def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
             context = mp.start_processes(
                 _rank, (world_size, folder, function, arguments), nprocs=world_size, start_method="fork", join=False
             )
-            while not context.join(timeout=120):
-                pass
+            deadline = time.monotonic() + 300
+            while not context.join(timeout=5):
+                if time.monotonic() > deadline:
+                    for process in context.processes:
+                        process.kill()
+                    raise AssertionError(f"{world_size} ranks did not end within 300 s: {function.__name__}{arguments}")
         finally:
             dist.distributed_c10d._world.default_pg = inherited
         results = []

@@ -4,11 +4,11 @@ numbers that are the state of a run. Imports no torch."""
 import json
 import os
 import re
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -38,14 +38,6 @@ def list_steps(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     return sorted(int(m.group(1)) for p in checkpoints.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
-
-
-def crc32_of(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 23):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def write_manifest(directory: Path, state: State, facts: dict[str, Any]) -> None:

@@ -110,6 +110,12 @@ def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
     return {name: DomainData(expand_paths(recipe.data[name].paths)) for name in names}
 
 
+def pad_token(domains: dict[str, DomainData], fallback: int | None) -> int:
+    """What fills the room behind a row's documents: EOS as the data has it, else `fallback`. It has no label, so 0 does too."""
+    known = (domain.manifests[0].get("eos_token_id") for domain in domains.values())
+    return next((token for token in known if token is not None), fallback or 0)
+
+
 def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False) -> Selection:
     """What of a domain is packed: its length bounds, and either the held-out documents or all others."""
     domain = recipe.data[name]

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def expand_paths(paths: list[str]) -> list[str]:
             raise DataError(f"{path}: no prepared data (PREFIX.idx) matches.")
         prefixes += sorted(found, key=_numeric)
     return prefixes
+
+
+def crc32_of(path: str | Path) -> int:
+    """CRC32 of a file's content, in flat memory."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 23):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _numeric(name: str) -> list:

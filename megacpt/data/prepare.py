@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
-from megacpt.data.manifest import FORMAT
+from megacpt.data.manifest import FORMAT, crc32_of
 from megacpt.data.text import BadLine, Piece, cut, find_files, line_in_file, read_piece
 from megacpt.data.tokenizer import FastTokenizer, Tokenizer
 from megacpt.errors import ConfigError, DataError
@@ -440,14 +440,6 @@ def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None
             with open(tmp[kind], "rb") as file:
                 os.fsync(file.fileno())
             os.replace(tmp[kind], f"{prefix}.{kind}")
-
-
-def crc32_of(path: str) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_COPY_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:

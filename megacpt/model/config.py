@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import nearest
-from megacpt.config.recipe import Rope
+from megacpt.config.recipe import Model, Rope
 from megacpt.errors import ConfigError
 
 _ROPE_FIELDS = {
@@ -164,6 +164,21 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         rope,
         raw,
     )
+
+
+def config_of(model: Model) -> LlamaConfig:
+    """The model that a recipe's `[model]` names, with its change of the rotary embedding.
+
+    Raises:
+        ConfigError: if there is none, or it is not trained here.
+    """
+    if model.architecture:
+        if model.architecture not in ARCHITECTURES:
+            raise ConfigError([f"model.architecture = {model.architecture}: possible are {', '.join(ARCHITECTURES)}."])
+        config = parse_config(ARCHITECTURES[model.architecture], model.architecture)
+    else:
+        config = read_config(model.pretrained or model.config or "")
+    return change_rope(config, model.rope)
 
 
 def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeConfig:

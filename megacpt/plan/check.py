@@ -11,7 +11,7 @@ from megacpt.config.rules import problems_of
 from megacpt.data.manifest import expand_paths, read_manifest
 from megacpt.errors import ConfigError, MegacptError
 from megacpt.log import short_number
-from megacpt.model.config import ARCHITECTURES, LlamaConfig, change_rope, parse_config, read_config
+from megacpt.model.config import LlamaConfig, change_rope, config_of
 from megacpt.optim.schedule import rate_of_step
 
 
@@ -45,15 +45,8 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
 def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
     model = recipe.model
     try:
-        if model.architecture:
-            if model.architecture not in ARCHITECTURES:
-                report.problems.append(
-                    f"model.architecture = {model.architecture}: possible are {', '.join(ARCHITECTURES)}."
-                )
-                return None
-            return change_rope(parse_config(ARCHITECTURES[model.architecture], model.architecture), model.rope)
-        if files and (model.pretrained or model.config):
-            return change_rope(read_config(model.pretrained or model.config), model.rope)
+        if model.architecture or (files and (model.pretrained or model.config)):
+            return config_of(model)
     except ConfigError as error:
         report.problems += [f"model: {problem}" for problem in error.problems]
     return None

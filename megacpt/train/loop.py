@@ -25,11 +25,11 @@ from megacpt.config.clock import Clock, Step
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, prefetch
+from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.evaluate.validation import ValidationSets, validate
 from megacpt.model.build import build_model
-from megacpt.model.config import ARCHITECTURES, LlamaConfig, change_rope, parse_config, read_config
+from megacpt.model.config import LlamaConfig, change_rope, config_of
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.optim.adamw import AdamW
@@ -98,7 +98,7 @@ def train(recipe: Recipe) -> str:
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str:
     clock = Clock(recipe)
-    config = read_model_config(recipe)
+    config = config_of(recipe.model)
     found = newest_sound(directory.checkpoints)
     mode = _start_mode(recipe, found is not None)
     domains = open_domains(recipe, list(recipe.data))
@@ -135,7 +135,15 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     )
     log.info(f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})")
     run = Run(
-        recipe, clock, model, optimizer, directory, fingerprints, facts, pad_token(config, domains), StopRequest()
+        recipe,
+        clock,
+        model,
+        optimizer,
+        directory,
+        fingerprints,
+        facts,
+        pad_token(domains, config.eos_token_id),
+        StopRequest(),
     )
     if recipe.log.tensorboard and directory.write:
         run.board = TensorBoard(directory.path / "tb", layout.world_size, done + 1 if done else None)
@@ -144,26 +152,6 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     finally:
         if run.board:
             run.board.close()
-
-
-def read_model_config(recipe: Recipe) -> LlamaConfig:
-    """The model's shape from where the recipe says, with the recipe's rotary embedding."""
-    m = recipe.model
-    if m.architecture:
-        if m.architecture not in ARCHITECTURES:
-            raise ConfigError([f"model.architecture = {m.architecture}: possible are {', '.join(ARCHITECTURES)}."])
-        config = parse_config(ARCHITECTURES[m.architecture], m.architecture)
-    else:
-        config = read_config(m.pretrained or m.config)
-    return change_rope(config, m.rope)
-
-
-def pad_token(config: LlamaConfig, domains: dict) -> int:
-    """EOS as the data has it, else as the model has it; the padding of a row. It has no label, so 0 does as well."""
-    for domain in domains.values():
-        if domain.manifests[0].get("eos_token_id") is not None:
-            return domain.manifests[0]["eos_token_id"]
-    return config.eos_token_id or 0
 
 
 def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:
@@ -250,7 +238,7 @@ def _steps(run: Run, domains: dict, done: int) -> str:
     try:
         for index, stage in enumerate(recipe.stages):
             numbers = [n for n in _stage_numbers(clock, index) if done < n <= stop_at]
-            if done == 0 or numbers:
+            if numbers or (done == 0 and index == 0):
                 _enter_stage(run, index)
                 sets = ValidationSets(recipe, stage.seq_len, domains) if recipe.validation else None
             if done == 0 and index == 0 and sets:
@@ -335,7 +323,7 @@ def _update_of(recipe: Recipe, step: Step, lr: float) -> Update:
 
 def _enter_stage(run: Run, index: int) -> None:
     """Rotary embedding and checkpointing of a stage; changes of the rotary embedding hold on through later stages."""
-    config = read_model_config(run.recipe)
+    config = config_of(run.recipe.model)
     for stage in run.recipe.stages[: index + 1]:
         config = change_rope(config, stage.rope)
     run.model.set_rope(config.rope)

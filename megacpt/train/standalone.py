@@ -11,14 +11,13 @@ from megacpt.checkpoint.manifest import verify
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import Layout
 from megacpt.config.recipe import Recipe
-from megacpt.data.loader import open_domains
+from megacpt.data.loader import open_domains, pad_token
 from megacpt.evaluate.validation import ValidationSets, validate
 from megacpt.model.build import build_model
 from megacpt.model.config import read_config
 from megacpt.model.hf import load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.parallel.mesh import build_mesh, device_of_process, start_process_group
-from megacpt.train.loop import pad_token
 from megacpt.train.step import compute_dtype
 
 
@@ -53,5 +52,5 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
     domains = open_domains(recipe, sorted({name for v in recipe.validation for name in v.domains}))
     sets = ValidationSets(recipe, stage.seq_len, domains)
     rows = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
-    losses = validate(model, sets, rows, pad_token(model.config, domains))
+    losses = validate(model, sets, rows, pad_token(domains, model.config.eos_token_id))
     return {name: {"loss": loss, "perplexity": float(torch.tensor(loss).exp())} for name, loss in losses.items()}
