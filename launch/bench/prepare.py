@@ -122,7 +122,8 @@ def main() -> None:
                 f"bare encode_batch_fast {bare:.2f} MB/s; megacpt prepare {size / seconds:.2f} MB/s, start to end; ratio "
                 f"{ratios[-1]:.3f}; peak memory {peak:.0f} MB"
             )
-        print(f"median ratio {np.median(ratios):.3f}")
+        if ratios:
+            print(f"median ratio {np.median(ratios):.3f}")
         if options.large_megabytes:
             del used
             write(texts, options.large_megabytes, work / "t.jsonl")

@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Weights:
-    """The tensors of a Hugging Face directory, opened as they are asked for.
+    """The tensors of a Hugging Face directory. One file is open at a time, so that what was read can leave memory.
 
     Raises:
         CheckpointError: if there is no safetensors file, an index that leaves the folder, or a damaged file.
@@ -35,7 +35,7 @@ class Weights:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._open: dict[str, object] = {}
+        self._open: tuple[str, object] | None = None
         self.file_of = self._find()
 
     def _find(self) -> dict[str, str]:
@@ -66,12 +66,13 @@ class Weights:
         raise CheckpointError(f"{self.directory}: holds no model.safetensors and no model.safetensors.index.json.")
 
     def _handle(self, file: str):
-        if file not in self._open:
+        if self._open is None or self._open[0] != file:
+            self._open = None
             try:
-                self._open[file] = safe_open(self.directory / file, framework="pt")
+                self._open = (file, safe_open(self.directory / file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.directory / file}: damaged ({error}). Download it again.") from None
-        return self._open[file]
+        return self._open[1]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -182,3 +184,50 @@ def test_an_interrupted_export_leaves_no_output(directory, tmp_path, monkeypatch
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
         hf.write_pretrained(tmp_path / "out", config, tmp_path, None, {}, 64)
+
+
+def test_import_needs_one_file_beside_the_models_own_share(tmp_path):
+    """Eight files of 32 MB as bfloat16, 512 MB of fp32 masters: the peak stays within masters + one file + slack."""
+    raw = tiny_config(
+        vocab_size=512,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    config = parse_config(raw, "x")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(raw))
+    hf.write_pretrained(
+        tmp_path / "out",
+        config,
+        tmp_path / "hf",
+        lambda name: torch.ones(config.shapes()[name]),
+        dict.fromkeys(config.shapes(), "bfloat16"),
+        64,
+        max_shard_bytes=32 << 20,
+    )
+    files = [f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")]
+    code = """
+import resource, sys, torch
+from megacpt.config.layout import Layout
+from megacpt.model.build import build_model
+from megacpt.model.config import read_config
+from megacpt.model.hf import load_pretrained
+from megacpt.model.llama import ModelOptions
+from megacpt.parallel.mesh import build_mesh, start_process_group
+start_process_group(torch.device("cpu"))
+config = read_config(sys.argv[1])
+model = build_model(config, build_mesh(Layout(), torch.device("cpu")), torch.float32, ModelOptions())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_pretrained(model, config, sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    grown, masters = int(out.stdout), 4 * config.num_parameters()
+    assert len(files) > 5 and sum(files) > 3 * max(files)
+    assert grown < masters + max(files) + (24 << 20), (grown, masters, max(files))

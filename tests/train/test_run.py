@@ -210,6 +210,16 @@ def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dty
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_export_in_another_type(train, tmp_path):
+    directory = train("--run.stop_at_step=0")
+    for dtype, stored in (("bfloat16", torch.bfloat16), (None, torch.float32)):
+        flags = ["--dtype", dtype] if dtype else []
+        run(["export", str(directory), "--output", str(tmp_path / str(dtype)), *flags])
+        tensors = load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert {t.dtype for t in tensors.values()} == {stored} and tensors["lm_head.weight"].shape == (401, 32)
+        assert json.loads((tmp_path / str(dtype) / "config.json").read_text())["torch_dtype"] == (dtype or "float32")
+
+
 def test_the_export_of_a_trained_run_gives_its_validation_loss_in_transformers(train, tmp_path, capsys):
     """The way round: loss of the last validation, of `evaluate`, of `score`, and of transformers on the export."""
     directory = train("--precision.compute=float32")
