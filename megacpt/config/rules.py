@@ -1,6 +1,8 @@
 """Rules across fields: what a recipe alone can tell, without files. Each problem names its key, the numbers, the way
 out. Rules that need the model's shape or the data stand in plan/check.py."""
 
+import math
+
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import nearest
 from megacpt.config.recipe import LearningRate, Recipe, Stage
@@ -45,7 +47,7 @@ def _layout(recipe: Recipe, world_size: int) -> list[str]:
         resolve_layout(recipe.parallel, world_size)
     except ValueError as error:
         problems.append(f"parallel: {error}")
-    for axis in ("context", "pipeline", "virtual_stages"):
+    for axis in ("pipeline", "virtual_stages"):
         degree = getattr(recipe.parallel, axis)
         if degree != 1:
             problems.append(f"parallel.{axis} = {degree}: this version trains with {axis} = 1.")
@@ -108,7 +110,10 @@ def _stage(recipe: Recipe, stage: Stage) -> list[str]:
         problems += multiples(f"{name}.batch_tokens", batch, "seq_len", stage.seq_len)
     micro = recipe.parallel_of(stage).micro_batch_tokens
     problems += multiples("parallel.micro_batch_tokens", micro, f"{name}.seq_len", stage.seq_len)
-    problems += multiples(f"{name}.seq_len", stage.seq_len, "parallel.tensor", recipe.parallel.tensor)
+    context, tensor = recipe.parallel.context, recipe.parallel.tensor
+    unit = math.lcm(2 * context, context * tensor) if context > 1 else tensor
+    text = "2 chunks a context rank, each rank's tokens over tensor" if context > 1 else "parallel.tensor"
+    problems += multiples(f"{name}: parallel.micro_batch_tokens", micro, text, unit)
     if stage.seq_len < 2:
         problems.append(f"{name}.seq_len = {stage.seq_len}: a row of one token has no label. At least 2.")
     for domain, weight in stage.mixture.items():

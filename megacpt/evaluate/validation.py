@@ -1,7 +1,6 @@
 """Validation: mean loss over the labels of a domain's held-out documents, the same rows on every layout."""
 
 import torch
-import torch.distributed as dist
 
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import deal, make_batch, open_domains, selection_of
@@ -36,11 +35,9 @@ def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: 
         total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         for rows in deal(count, mesh.layout.data, micro_batch_rows, mesh.data_rank):
             picked = [(index, name, row) if row is not None else None for row in rows]
-            inputs = to_inputs(make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size), mesh.device)
+            inputs = to_inputs(make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size), mesh)
             nll = model(inputs, None)
             total += torch.stack([nll.double().sum(), (inputs.labels >= 0).sum()])
-        for axis in ("dp_replicate", "dp_shard"):
-            if mesh.full[axis].size() > 1:
-                dist.all_reduce(total, group=mesh.full[axis].get_group())
+        mesh.sum_over_tokens(total)
         losses[name] = (total[0] / total[1]).item()
     return losses

@@ -1,6 +1,6 @@
 """Llama on the parallel layers. Parameter names are Hugging Face's; layers carry their global index.
 
-Shapes: T tokens of a micro-batch (all rows one after another), t = T / tp local tokens, h hidden, heads and kv_heads
+Shapes: T tokens of a micro-batch on this cp rank (all rows one after another), t = T / tp local tokens, h hidden, heads and kv_heads
 of this tp rank, d head_dim.
 """
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from megacpt_kernels import Documents, attention, rms_norm, rope_qk, swiglu
+from megacpt_kernels import rms_norm, rope_qk, swiglu
 from torch import Tensor, nn
 
 from megacpt.model.config import LlamaConfig, RopeConfig
 from megacpt.model.rope import RopeTables
+from megacpt.parallel.context import ContextPlan, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, token_losses
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.tensor import (
@@ -43,13 +44,13 @@ class Inputs:
 
     Attributes:
         tokens, positions: int64 [T]. labels: int64 [T], -100 without.
-        documents: where documents begin. longest: rows of the rotary tables that are needed.
+        plan: documents, and under context parallelism whose keys. longest: rows of the rotary tables that are needed.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
-    documents: Documents
+    plan: ContextPlan
     longest: int
 
 
@@ -59,18 +60,24 @@ class Attention(nn.Module):
         h, d = config.hidden_size, config.head_dim
         make = lambda shape, placement: Weight(shape, placement, mesh.tensor, dtype)
         self.q_proj = make((config.num_attention_heads * d, h), COLUMN)
-        self.k_proj = make((config.num_key_value_heads * d, h), COLUMN)
-        self.v_proj = make((config.num_key_value_heads * d, h), COLUMN)
+        # more ranks than key heads: every rank holds them all and uses one
+        ranks_per_head = mesh.tensor.size() // config.num_key_value_heads
+        head = mesh.tensor_rank // max(1, ranks_per_head)
+        mine = slice(head * d, (head + 1) * d) if ranks_per_head > 1 else slice(None)
+        self.rows = [slice(None), mine, mine]
+        placement = REPLICATED if ranks_per_head > 1 else COLUMN
+        self.k_proj = make((config.num_key_value_heads * d, h), placement)
+        self.v_proj = make((config.num_key_value_heads * d, h), placement)
         self.o_proj = make((h, config.num_attention_heads * d), ROW)
-        self.head_dim, self.group, self.options = d, mesh.tensor_group, options
+        self.head_dim, self.options = d, options
+        self.group, self.context_group = mesh.tensor_group, mesh.context_group
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in column_parallel(x, weights, self.group))
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in column_parallel(x, weights, self.group, self.rows))
         q, k = rope_qk(q, k, cos, sin)
-        out = attention(
-            q, k, v, documents, backend=self.options.attention_backend, deterministic=self.options.deterministic
-        )
+        backend, deterministic = self.options.attention_backend, self.options.deterministic
+        out = context_attention(q, k, v, plan, self.context_group, backend, deterministic)
         return row_parallel(out.flatten(1), self.o_proj.weight, self.group)
 
 
@@ -100,12 +107,12 @@ class Block(nn.Module):
         self.eps = config.rms_norm_eps
         self.run = self._run
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, documents)
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
+        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, plan)
         return x + self.mlp(rms_norm(x, replicated(self.post_attention_layernorm.weight), self.eps))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        return self.run(x, cos, sin, documents)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
+        return self.run(x, cos, sin, plan)
 
 
 _KEPT = ("mm", "addmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "varlen")
@@ -173,7 +180,7 @@ class Llama(nn.Module):
         x = embedding(inputs.tokens, self.model.embed_tokens.weight, group)
         cos, sin = self.rope.at(inputs.positions, inputs.longest, x.dtype)
         for block in self.model.layers.values():
-            x = block(x, cos, sin, inputs.documents)
+            x = block(x, cos, sin, inputs.plan)
         x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps)
         head = (self.lm_head or self.model.embed_tokens).weight
         if scale is None:

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megacpt.config.layout import Layout
@@ -38,9 +39,24 @@ class Mesh:
         return self.full.get_local_rank("tp")
 
     @property
+    def context_group(self) -> dist.ProcessGroup:
+        return self.full["cp"].get_group()
+
+    @property
+    def context_rank(self) -> int:
+        return self.full.get_local_rank("cp")
+
+    @property
     def data_rank(self) -> int:
         """Which rows this rank reads, 0 … layout.data - 1."""
         return self.full.get_local_rank("dp_replicate") * self.layout.data_shard + self.full.get_local_rank("dp_shard")
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """Sums, in place, what ranks with different tokens hold: over the data and context axes."""
+        for axis in ("dp_replicate", "dp_shard", "cp"):
+            if self.full[axis].size() > 1:
+                dist.all_reduce(x, group=self.full[axis].get_group())
+        return x
 
 
 def device_of_process() -> torch.device:
@@ -64,13 +80,30 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def rank_grid(layout: Layout) -> Tensor:
+    """Ranks by (pp, dp_replicate, dp_shard, cp, tp): rank = tp + TP (cp + CP (pp + PP dp)), Llama 3, figure 5."""
+    shape = (layout.data_replicate, layout.data_shard, layout.pipeline, layout.context, layout.tensor)
+    return torch.arange(layout.world_size).view(shape).permute(2, 0, 1, 3, 4).contiguous()
+
+
+def picture(layout: Layout) -> str:
+    """The layout in lines of text: a line for each data replica and pipeline stage, brackets around ranks that share tensors."""
+    grid, lines = rank_grid(layout), []
+    for replicate in range(layout.data_replicate):
+        for shard in range(layout.data_shard):
+            for stage in range(layout.pipeline):
+                groups = ["[" + " ".join(map(str, row)) + "]" for row in grid[stage, replicate, shard].tolist()]
+                name = f"data {replicate * layout.data_shard + shard}, pipeline {stage}"
+                lines.append(f"  {name}: " + " ".join(groups))
+    shown = lines if len(lines) <= 16 else [*lines[:15], f"  … {len(lines) - 15} more like these"]
+    return "\n".join([f"{layout}; [ranks that share tensors] side by side share the context", *shown])
+
+
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over all ranks of the process group, whose size must be the layout's."""
     world = dist.get_world_size()
     assert world == layout.world_size, f"{layout} needs {layout.world_size} ranks, the process group has {world}"
-    shape = (layout.data_replicate, layout.data_shard, layout.pipeline, layout.context, layout.tensor)
-    ranks = torch.arange(world).view(shape).permute(2, 0, 1, 3, 4).contiguous()
-    full = DeviceMesh(device.type, ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+    full = DeviceMesh(device.type, rank_grid(layout), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))
     flat = full["dp_shard", "cp"]._flatten("fsdp")
     fsdp = DeviceMesh._concatenate([full["dp_replicate"], flat]) if layout.data_replicate > 1 else flat
     return Mesh(layout, device, full, fsdp)

@@ -33,15 +33,18 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(DTensor.from_local(empty, tensor_mesh, [placement], run_check=False))
 
 
-def column_parallel(x: Tensor, weights: list[DTensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+def column_parallel(
+    x: Tensor, weights: list[DTensor], group: dist.ProcessGroup, rows: list[slice] | None = None
+) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight. Backward gathers again instead of saving.
 
     Args:
         x: [t, h]. weights: each [f, h], this rank's rows.
+        rows: of each weight's local tensor, those that this rank uses (key heads that tp replicates); default all.
     Returns:
         [T, f] for each weight.
     """
-    return _Column.apply(group, x, *weights)
+    return _Column.apply(group, x, rows or [slice(None)] * len(weights), *weights)
 
 
 def row_parallel(x: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor:
@@ -73,9 +76,10 @@ def replicated(weight: DTensor) -> Tensor:
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, x: Tensor, *weights: DTensor):
-        local = [weight._local_tensor for weight in weights]
-        ctx.group, ctx.specs = group, [weight._spec for weight in weights]
+    def forward(ctx, group, x: Tensor, rows: list[slice], *weights: DTensor):
+        local = [weight._local_tensor[part] for weight, part in zip(weights, rows, strict=True)]
+        ctx.group, ctx.rows = group, rows
+        ctx.specs = [(weight._spec, weight._local_tensor.shape) for weight in weights]
         ctx.save_for_backward(x, *local)
         tokens = gather_tokens(x, group)
         return tuple(F.linear(tokens, weight) for weight in local)
@@ -87,10 +91,14 @@ class _Column(torch.autograd.Function):
         for grad, weight in zip(grads[1:], local[1:], strict=True):
             dx.addmm_(grad, weight)
         tokens = gather_tokens(x, ctx.group)
-        dweights = [
-            DTensor(grad.t() @ tokens, spec, requires_grad=False) for grad, spec in zip(grads, ctx.specs, strict=True)
-        ]
-        return None, scatter_sum_tokens(dx, ctx.group), *dweights
+        dweights = []
+        for grad, part, (spec, shape) in zip(grads, ctx.rows, ctx.specs, strict=True):
+            dweight = grad.t() @ tokens
+            if dweight.shape != shape:  # rows of other ranks: their gradients come from there
+                dweight, used = tokens.new_zeros(shape), dweight
+                dweight[part] = used
+            dweights.append(DTensor(dweight, spec, requires_grad=False))
+        return None, scatter_sum_tokens(dx, ctx.group), None, *dweights
 
 
 class _Row(torch.autograd.Function):

@@ -54,9 +54,21 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
 
 def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
     tensor = recipe.parallel.tensor
+    kv_heads = config.num_key_value_heads
+    if kv_heads % tensor and tensor % kv_heads:
+        degrees = sorted(
+            {
+                n
+                for n in range(1, config.num_attention_heads + 1)
+                if (kv_heads % n == 0 or n % kv_heads == 0) and config.num_attention_heads % n == 0
+            }
+        )
+        report.problems.append(
+            f"parallel.tensor = {tensor}: num_key_value_heads = {kv_heads} can neither be divided by it nor repeated to it. "
+            f"Use {', '.join(map(str, degrees))}."
+        )
     sizes = {
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
         "intermediate_size": config.intermediate_size,
         "the padded vocabulary": config.padded_vocab(recipe.model.vocab_multiple),
     }

@@ -34,7 +34,7 @@ from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.schedule import rate_of_step
-from megacpt.parallel.mesh import build_mesh, device_of_process, start_process_group
+from megacpt.parallel.mesh import build_mesh, device_of_process, picture, start_process_group
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
@@ -133,6 +133,8 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         f"{facts['device']}, {log.short_number(config.num_parameters())} parameters, "
         f"{clock.num_steps} steps, {log.short_number(clock.num_tokens)} tokens"
     )
+    if layout.world_size > 1:
+        log.info(picture(layout))
     log.info(f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})")
     run = Run(
         recipe,

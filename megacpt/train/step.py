@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megacpt.data.loader import Batch
@@ -39,14 +38,11 @@ def forward_backward(model: Llama, micro_batches: Sequence[Batch], num_labels: i
         last = i == len(micro_batches) - 1
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or reduce == "micro_batch")
-        loss = model(to_inputs(batch, model.mesh.device), scale)
+        loss = model(to_inputs(batch, model.mesh), scale)
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     sum_replicated_gradients(list(model.parameters()), model.mesh.tensor_group)
-    for axis in ("dp_replicate", "dp_shard"):
-        if model.mesh.full[axis].size() > 1:
-            dist.all_reduce(total, group=model.mesh.full[axis].get_group())
-    return total
+    return model.mesh.sum_over_tokens(total)
 
 
 def train_step(

@@ -97,7 +97,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file, tmp_path):
         ("--parallel.micro_batch_tokens=100", "Nearest: 64, 128."),
         ("--parallel.tensor=3", "does not divide the world size 1"),
         ("--parallel.data_shard=2", "but the world size is 1"),
-        ("--parallel.context=2", "this version trains with context = 1"),
+        ("--parallel.pipeline=2", "this version trains with pipeline = 1"),
         ("--stages.s.mixture={c=1.0}", "no such domain in [data]. Possible: a, b."),
         ("--stages.s.mixture={a=0.0}", "the weights sum to 0.0"),
         ("--stages.s.lr.min=1.0", "is above peak"),

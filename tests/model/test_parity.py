@@ -4,7 +4,6 @@ original context; documents packed here, one by one there."""
 import pytest
 import torch
 import transformers
-from megacpt_kernels import Documents
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
 from tolerances import PARITY, difference
 
@@ -13,6 +12,7 @@ from megacpt.model.build import build_model
 from megacpt.model.config import parse_config
 from megacpt.model.hf import fill_shard
 from megacpt.model.llama import Inputs, ModelOptions
+from megacpt.parallel.context import make_plan
 
 VARIANTS = {
     "llama2": tiny_config(num_key_value_heads=4),
@@ -76,7 +76,7 @@ def packed(lengths, vocab: int) -> tuple[Inputs, list[torch.Tensor]]:
     labels = torch.cat([torch.cat([d[1:], torch.tensor([IGNORE])]) for d in documents])
     positions = torch.cat([torch.arange(n) for n in lengths])
     starts = [0, *torch.tensor(lengths).cumsum(0)[:-1].tolist()]
-    return Inputs(tokens, labels, positions, Documents.of(starts, len(tokens)), max(lengths)), documents
+    return Inputs(tokens, labels, positions, make_plan(starts, len(tokens), 1, 0), max(lengths)), documents
 
 
 def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda inputs: inputs) -> dict[str, float]:
@@ -114,14 +114,14 @@ def test_losses_and_gradients_equal_transformers(mesh, variant, dtype):
 def _shift(inputs: Inputs) -> Inputs:
     positions = inputs.positions.clone()
     positions[:150] += torch.arange(150) // 75  # RoPE is relative: only an uneven shift is visible
-    return Inputs(inputs.tokens, inputs.labels, positions, inputs.documents, inputs.longest + 2)
+    return Inputs(inputs.tokens, inputs.labels, positions, inputs.plan, inputs.longest + 2)
 
 
 def _move_boundary(inputs: Inputs) -> Inputs:
-    starts = list(inputs.documents.q[:-1])
+    starts = list(inputs.plan.documents.q[:-1])
     starts[3] -= 1  # the last document now sees the last token of the one before
     return Inputs(
-        inputs.tokens, inputs.labels, inputs.positions, Documents.of(starts, len(inputs.tokens)), inputs.longest
+        inputs.tokens, inputs.labels, inputs.positions, make_plan(starts, len(inputs.tokens), 1, 0), inputs.longest
     )
 
 
@@ -141,7 +141,7 @@ def test_logits_equal_transformers_beyond_the_original_context(mesh):
     for token in range(raw["vocab_size"]):  # nll with every token as target is -log_softmax
         target = torch.full((150,), token)
         with torch.no_grad():
-            rows.append(-model(Inputs(inputs.tokens, target, inputs.positions, inputs.documents, 150), None))
+            rows.append(-model(Inputs(inputs.tokens, target, inputs.positions, inputs.plan, 150), None))
         if token == 40:
             break
     expected = theirs(documents[0][None]).logits[0].log_softmax(-1)[:, :41]

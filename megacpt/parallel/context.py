@@ -1,0 +1,207 @@
+"""Context parallelism: each rank owns some chunks of the sequence and attends to gathered keys (Llama 3, arXiv 2407.21783,
+section 3.3.2), exact for documents of any length.
+
+Shapes: T tokens of the micro-batch, T / cp of this rank, c chunks a rank, kv key-value heads of this tp rank, d head_dim.
+
+A query of a chunk sees keys from the start of the chunk's first document to itself, so a chunk's keys are one contiguous
+slice of the sequence. The slices of all chunks of a rank, side by side, make one variable-length causal call. Chunks go
+to ranks by visible pairs, longest first, with the fewest chunks (2, 4 or 8 a rank) that balance to 5 %. The plan is made
+on the host from the document starts that came with the batch; nothing waits for the device.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megacpt_kernels import Documents, attention
+from torch import Tensor
+
+from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens
+
+BALANCE = 1.05
+CHUNKS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which rank owns which chunk.
+
+    Attributes:
+        owned: [cp, c] chunk numbers, growing in each row.
+        chunk: tokens of a chunk.
+        imbalance: visible pairs of the busiest rank over the mean.
+    """
+
+    owned: np.ndarray
+    chunk: int
+    imbalance: float
+
+
+def assign(document_starts: np.ndarray, tokens: int, ranks: int) -> Assignment:
+    """Gives chunks to ranks so that each has about the same number of visible pairs of query and key.
+
+    Args:
+        document_starts: growing, the first is 0.
+    Raises:
+        ValueError: if the tokens cannot be cut into 2 chunks a rank.
+    """
+    if ranks == 1:
+        return Assignment(np.zeros((1, 1), np.int64), tokens, 1.0)
+    possible = [c for c in CHUNKS if tokens % (c * ranks) == 0]
+    if not possible:
+        raise ValueError(f"{tokens} tokens cannot be cut into 2 chunks for each of {ranks} context ranks.")
+    pairs = _pairs_before(np.asarray(document_starts), tokens)
+    best = None
+    for count in possible:
+        size = tokens // (count * ranks)
+        costs = np.diff(pairs(np.arange(0, tokens + 1, size)))
+        owned, imbalance = _greedy(costs, ranks, count)
+        if best is None or imbalance < best.imbalance:
+            best = Assignment(owned, size, imbalance)
+        if imbalance <= BALANCE:
+            break
+    return best
+
+
+def _pairs_before(starts: np.ndarray, tokens: int):
+    """A function: visible pairs of all queries before given positions. A document of n queries has n (n + 1) / 2."""
+    lengths = np.diff(np.append(starts, tokens))
+    before = np.concatenate([[0], np.cumsum(lengths * (lengths + 1) // 2)])
+
+    def count(positions: np.ndarray) -> np.ndarray:
+        document = np.searchsorted(starts, positions, side="right") - 1
+        inside = positions - starts[document]
+        return before[document] + inside * (inside + 1) // 2
+
+    return count
+
+
+def _greedy(costs: np.ndarray, ranks: int, count: int) -> tuple[np.ndarray, float]:
+    """Longest first to the least loaded rank that has fewer than `count` chunks, ties by number; then swaps of a chunk of
+    the busiest rank with one of another, as long as one lowers the higher load of the two."""
+    loads, owned = np.zeros(ranks), [[] for _ in range(ranks)]
+    for chunk in np.argsort(-costs, kind="stable"):
+        open_ranks = [r for r in range(ranks) if len(owned[r]) < count]
+        rank = min(open_ranks, key=lambda r: loads[r])
+        owned[rank].append(int(chunk))
+        loads[rank] += costs[chunk]
+    table = np.array(owned)
+    for _ in range(4 * ranks * count):
+        busy = int(loads.argmax())
+        moved = costs[table[busy]][:, None, None] - costs[table][None]  # [its chunk, other rank, other's chunk]
+        higher = np.maximum(loads[busy] - moved, loads[None, :, None] + moved)
+        mine, other, theirs = np.unravel_index(int(higher.argmin()), higher.shape)
+        if not higher[mine, other, theirs] < loads[busy]:
+            break
+        table[busy, mine], table[other, theirs] = table[other, theirs], table[busy, mine]
+        loads[busy] -= moved[mine, other, theirs]
+        loads[other] += moved[mine, other, theirs]
+    return np.sort(table, axis=1), float(loads.max() / loads.mean())
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """What one rank does with one micro-batch.
+
+    Attributes:
+        tokens: int64 [T / cp], places of this rank's tokens in the micro-batch.
+        keys: int64 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
+            they are all of them in order.
+        documents: of the call; queries and keys count from the rank's first.
+    """
+
+    tokens: np.ndarray
+    keys: Tensor | None
+    documents: Documents
+
+
+def make_plan(
+    document_starts: np.ndarray, tokens: int, ranks: int, rank: int, device: torch.device | str = "cpu"
+) -> ContextPlan:
+    """The plan of one rank. Pure: all ranks make the same assignment."""
+    starts = np.asarray(document_starts)
+    if ranks == 1:
+        return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens, device))
+    assignment = assign(starts, tokens, ranks)
+    size, places = assignment.chunk, np.empty(tokens, np.int64)  # place of each token among the gathered ones
+    order = (assignment.owned.reshape(-1, 1) * size + np.arange(size)).reshape(-1)
+    places[order] = np.arange(tokens)
+    q_edges, k_edges, keys = [0], [0], []
+    for chunk in assignment.owned[rank]:
+        begin, end = int(chunk) * size, (int(chunk) + 1) * size
+        first = int(starts[np.searchsorted(starts, begin, side="right") - 1])
+        inner = [int(start) for start in starts[(starts > begin) & (starts < end)]]
+        q_edges += [q_edges[-1] + edge - begin for edge in (*inner, end)]
+        k_edges += [k_edges[-1] + edge - first for edge in (*inner, end)]
+        keys.append(places[first:end])
+    index = torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True)
+    cu_q, cu_k = (torch.tensor(e, dtype=torch.int32).to(device, non_blocking=True) for e in (q_edges, k_edges))
+    documents = Documents(tuple(q_edges), tuple(k_edges), cu_q, cu_k)
+    mine = order.reshape(ranks, -1)[rank]
+    return ContextPlan(mine, index, documents)
+
+
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan, group: dist.ProcessGroup, backend: str, deterministic: bool
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks. Only local K and V are kept; backward gathers again.
+
+    Args:
+        q: [T / cp, heads, d]. k, v: [T / cp, kv, d].
+    Returns:
+        [T / cp, heads, d].
+    """
+    if plan.keys is None:
+        return attention(q, k, v, plan.documents, backend=backend, deterministic=deterministic)
+    keys, values = _Gather.apply(k, v, plan.keys, group)
+    again = _GatherAgain(k, v, keys, values, plan.keys, group)
+    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        return attention(q, keys, values, plan.documents, backend=backend, deterministic=deterministic)
+
+
+def _gather(k: Tensor, v: Tensor, index: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """K and V in one collective, then the rank's slices: two [keys, kv, d]."""
+    both = gather_tokens(torch.stack([k, v], 1), group).index_select(0, index)
+    return both[:, 0].contiguous(), both[:, 1].contiguous()
+
+
+class _Gather(torch.autograd.Function):
+    """Backward adds the slices back in at least fp32 and reduce-scatters in that type."""
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, index: Tensor, group):
+        ctx.group, ctx.tokens, ctx.dtype = group, k.shape[0] * group.size(), k.dtype
+        ctx.save_for_backward(index)
+        return _gather(k, v, index, group)
+
+    @staticmethod
+    def backward(ctx, dkeys: Tensor, dvalues: Tensor):
+        (index,) = ctx.saved_tensors
+        both = torch.stack([dkeys, dvalues], 1)
+        wide = both if both.dtype == torch.float64 else both.float()
+        total = wide.new_zeros((ctx.tokens, *wide.shape[1:])).index_add_(0, index, wide)
+        local = scatter_sum_tokens(total, ctx.group).to(ctx.dtype)
+        return local[:, 0], local[:, 1], None, None
+
+
+class _GatherAgain:
+    """Saved-tensor hooks that keep a mark in place of the gathered K and V, and gather again when backward asks."""
+
+    def __init__(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor, group):
+        self.local, self.index, self.group = (k.detach(), v.detach()), index, group
+        self.marks = {keys.data_ptr(): 0, values.data_ptr(): 1}
+        self.shape, self.gathered = keys.shape, None
+
+    def pack(self, tensor: Tensor):
+        mark = self.marks.get(tensor.data_ptr())
+        return tensor if mark is None or tensor.shape != self.shape else mark
+
+    def unpack(self, packed):
+        if not isinstance(packed, int):
+            return packed
+        if self.gathered is None:
+            self.gathered = _gather(*self.local, self.index, self.group)
+            return self.gathered[packed]
+        out, self.gathered = self.gathered[packed], None  # the second of the two: nothing stays behind
+        return out
