@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -234,9 +235,7 @@ def held_out(domain: DomainData, selection: Selection) -> np.ndarray:
 def _build(domain: DomainData, selection: Selection, final: Path, workers: int) -> None:
     begin = time.monotonic()
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))  # its own, also among hosts
     for prefix in domain.prefixes:
         IndexedDataset(prefix, check=True)  # once: a damaged index must not become rows
     withheld = held_out(domain, selection)

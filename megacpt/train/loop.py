@@ -23,7 +23,7 @@ from megacpt.checkpoint.manifest import State, newest_sound
 from megacpt.checkpoint.save import prune, save, tensors_of
 from megacpt.config.clock import Clock, Step
 from megacpt.config.layout import resolve_layout
-from megacpt.config.load import load_recipe
+from megacpt.config.load import load_recipe, plain
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
@@ -34,6 +34,7 @@ from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.schedule import rate_of_step
+from megacpt.parallel.agreement import agree
 from megacpt.parallel.mesh import build_mesh, device_of_process, picture, start_process_group
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
@@ -104,6 +105,13 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     domains = open_domains(recipe, list(recipe.data))
     fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
     changes = _check_resume(recipe, clock, directory, found[1], fingerprints) if mode == "resume" else []
+    agree(
+        {
+            "recipe": json.dumps(plain(recipe), sort_keys=True),
+            "checkpoint": mode + str(found[1].step if found else 0),
+            **{f"data of {name}": digest for name, digest in fingerprints.items()},
+        }
+    )
     compute = compute_dtype(recipe.precision.compute, device)
     layout = resolve_layout(recipe.parallel, dist.get_world_size())
     mesh = build_mesh(layout, device)
@@ -135,7 +143,9 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     )
     if layout.world_size > 1:
         log.info(picture(layout))
-    log.info(f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})")
+    log.info(
+        f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})" if peak else f"no MFU: peak {peak_source}"
+    )
     run = Run(
         recipe,
         clock,

@@ -14,14 +14,14 @@ from megacpt.model.config import LlamaConfig
 from megacpt.model.flops import PEAK_FLOPS, step_flops
 
 
-def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float, str]:
-    """(FLOP/s that MFU refers to, where it comes from)."""
+def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float | None, str]:
+    """(FLOP/s that MFU refers to, where it comes from); None for a GPU that is not in the table."""
     if given_tflops:
         return given_tflops * 1e12, "log.peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         found = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        return (found, f"data sheet of {name}, dense bf16") if found else (float("nan"), f"unknown for {name}")
+        return found, f"data sheet of {name}, dense bf16" if found else f"unknown for {name}: set log.peak_tflops"
     a = torch.randn(512, 512)
     best = float("inf")
     for _ in range(8):
@@ -42,7 +42,7 @@ def memory_gib(device: torch.device) -> float:
 class StepMetrics:
     """Turns what a step measured into its row."""
 
-    def __init__(self, config: LlamaConfig, world_size: int, peak: float):
+    def __init__(self, config: LlamaConfig, world_size: int, peak: float | None):
         self.config, self.world_size, self.peak = config, world_size, peak
 
     def row(
@@ -59,7 +59,7 @@ class StepMetrics:
         memory: float,
     ) -> dict[str, Any]:
         dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, pairs)
-        available = self.peak * self.world_size * step_seconds
+        share = lambda flops: round(flops / (self.peak * self.world_size * step_seconds), 4) if self.peak else None
         return {
             "step": step.number,
             "tokens": step.tokens_after,
@@ -71,8 +71,8 @@ class StepMetrics:
             "seq_len": step.seq_len,
             "domain_tokens": domain_tokens,
             "tokens_per_second": round(step.batch_tokens / step_seconds, 1),
-            "mfu": round(dense / available, 4),
-            "mfu_exact": round(exact / available, 4),
+            "mfu": share(dense),
+            "mfu_exact": share(exact),
             "step_s": round(step_seconds, 4),
             "data_s": round(data_seconds, 4),
             "memory_gib": round(memory, 3),
@@ -105,7 +105,8 @@ class TensorBoard:
             **{f"data/tokens/{name}": count for name, count in row["domain_tokens"].items()},
         }
         for tag, value in tags.items():
-            self.writer.add_scalar(tag, value, row["step"])
+            if value is not None:
+                self.writer.add_scalar(tag, value, row["step"])
 
     def validation(self, losses: dict[str, float], step: int) -> None:
         for name, loss in losses.items():
@@ -127,10 +128,11 @@ class Console:
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         if row["step"] % self.every and row["step"] != self.clock.num_steps:
             return None
+        mfu = f"MFU {100 * row['mfu']:.1f} % ({100 * row['mfu_exact']:.1f} % exact)  " if row["mfu"] is not None else ""
         left = duration((self.clock.num_tokens - row["tokens"]) / self.rate)
         return (
             f"{row['stage']} step {row['step']}/{self.clock.num_steps}  tokens {short_number(row['tokens'])}  "
             f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{short_number(row['tokens_per_second'])} tok/s  MFU {100 * row['mfu']:.1f} % ({100 * row['mfu_exact']:.1f} % exact)  "
+            f"{short_number(row['tokens_per_second'])} tok/s  {mfu}"
             f"{row['memory_gib']:.2f} GiB  ETA {left}"
         )

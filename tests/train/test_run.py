@@ -347,15 +347,30 @@ def test_a_stop_request_saves_and_ends_with_0(recipe_file, tmp_path):
     assert rows(tmp_path / "run", "events.jsonl")[-1]["signal"] == "SIGTERM"
 
 
-def test_under_torchrun(recipe_file, tmp_path):
-    """One process, as torchrun starts it: the environment's rendezvous is taken."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "megacpt"]
-    out = subprocess.run(
-        [*torchrun, "train", recipe_file(), "--run.stop_at_step=2"], capture_output=True, text=True, env=environment
-    )
+def test_four_processes_under_torchrun_are_one(train, recipe_file, tmp_path):
+    """launch/torchrun.sh with tensor 2 x context 2, beside one process: the same losses; run.json has the layout."""
+    one = train("--run.stop_at_step=3", "--precision.compute=float64", name="one")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "4", "PYTHON": sys.executable}
+    flags = ["--run.stop_at_step=3", "--precision.compute=float64", "--parallel.tensor=2", "--parallel.context=2"]
+    script = str(Path(__file__).parents[2] / "launch/torchrun.sh")
+    out = subprocess.run(["bash", script, recipe_file(), *flags], capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
-    assert len(rows(tmp_path / "run")) == 2
+    for a, b in zip(exact(tmp_path / "run"), exact(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-12) and a["domain_tokens"] == b["domain_tokens"]
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert (
+        facts["layout"].endswith("context 2, tensor 2") and facts["world_size"] == 4 and facts["status"] == "preempted"
+    )
+    assert "[0 1] [2 3]" in out.stderr
+
+
+def test_torchrun_says_a_bad_recipe_once(recipe_file):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": sys.executable}
+    script = str(Path(__file__).parents[2] / "launch/torchrun.sh")
+    out = subprocess.run(
+        ["bash", script, recipe_file(), "--parallel.tensor=3"], capture_output=True, text=True, env=environment
+    )
+    assert out.returncode != 0 and out.stderr.count("does not divide the world size 2") == 1
 
 
 def test_verify_finds_a_flipped_bit_and_leaves_with_76(train, capsys):
