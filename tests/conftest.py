@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # no timing assertion in the suite
+settings.load_profile("shared machine")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,9 +23,9 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "full" in item.keywords and not os.environ.get("MEGACPT_TEST_FULL"):
+        if item.get_closest_marker("full") and not os.environ.get("MEGACPT_TEST_FULL"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with tests/run.sh --full"))
 
 

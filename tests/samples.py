@@ -1,5 +1,6 @@
 """Text, shapes and ranks that tests share."""
 
+import copy
 import random
 from typing import Any
 
@@ -15,6 +16,11 @@ ROPE_LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 ROPE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def without_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy for transformers' LlamaConfig, which changes the dictionaries that it is given."""
+    return copy.deepcopy({k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")})
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:

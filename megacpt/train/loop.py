@@ -119,7 +119,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     options = ModelOptions(recipe.model.vocab_multiple, recipe.kernels.attention, recipe.kernels.deterministic)
     model = build_model(config, mesh, compute, options)
     optimizer = AdamW(dict(model.named_parameters()))
-    done = _load(recipe, directory, model, optimizer, config, mode, found)
+    done = _load(recipe, directory, model, optimizer, config, compute, mode, found)
     peak, peak_source = peak_flops(device, recipe.log.peak_tflops)
     facts = {
         "start": mode,
@@ -206,7 +206,14 @@ def _check_resume(
 
 
 def _load(
-    recipe: Recipe, directory: RunDirectory, model: Llama, optimizer: AdamW, config: LlamaConfig, mode: str, found
+    recipe: Recipe,
+    directory: RunDirectory,
+    model: Llama,
+    optimizer: AdamW,
+    config: LlamaConfig,
+    compute: torch.dtype,
+    mode: str,
+    found: tuple[Path, State, list[str]] | None,
 ) -> int:
     """Fills weights and moments. Returns the step that is done."""
     if mode == "resume":
@@ -220,7 +227,7 @@ def _load(
         dtypes = load_pretrained(model, config, recipe.model.pretrained)
     else:
         initialize(model, config, recipe.run.seed)
-        name = "float32" if recipe.precision.compute in ("float32", "float64") else "bfloat16"
+        name = "bfloat16" if compute == torch.bfloat16 else "float32"
         dtypes = dict.fromkeys(config.shapes(), name)
     if directory.write:
         side = directory.path / HUGGING_FACE

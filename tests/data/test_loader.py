@@ -2,7 +2,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.config.clock import Clock
@@ -64,7 +64,6 @@ def test_counts_come_from_the_index_alone(stage_data):
     assert stage_data.count(picks) == ((batch.labels >= 0).sum(), (lengths * (lengths + 1) // 2).sum())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
 def test_every_row_is_dealt_once_and_ranks_have_equal_rounds(rows, ranks, per_micro_batch):
     dealt = [deal(rows, ranks, per_micro_batch, rank) for rank in range(ranks)]

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -138,7 +138,6 @@ def test_length_bounds_and_too_many_held_out(domain, tmp_path):
         held_out(domain, Selection(32, holdout_documents=9999))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 30))
 def test_the_held_out_documents_are_the_same_for_every_row_length(count):
     import json

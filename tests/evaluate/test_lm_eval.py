@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from samples import TEXTS, tiny_config
+from samples import TEXTS, tiny_config, without_names
 
 from megacpt.cli import run
 
@@ -28,7 +28,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_an_export_runs_in_lm_eval(tmp_path, tokenizer_dir, recipe_file):
-    raw = {k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type", "torch_dtype")}
+    raw = without_names(tiny_config())
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     recipe = recipe_file(model={"pretrained": str(tmp_path / "hf")})

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
+from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 
 import megacpt.model.hf as hf
 from megacpt.config.recipe import Rope
@@ -96,7 +96,7 @@ def test_parameter_counts_of_the_named_shapes():
 def directory(tmp_path):
     """A Hugging Face directory that transformers wrote, in several shards."""
     torch.manual_seed(0)
-    raw = {k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type", "torch_dtype")}
+    raw = without_names(tiny_config())
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw))
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     return tmp_path / "hf"

@@ -4,7 +4,7 @@ original context; documents packed here, one by one there."""
 import pytest
 import torch
 import transformers
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
+from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 from tolerances import PARITY, difference
 
 from megacpt.data.loader import IGNORE
@@ -42,9 +42,7 @@ class Lifted(torch.nn.Module):
 def reference(raw: dict, dtype: torch.dtype):
     """transformers' model with random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **{k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")}
-    )
+    config = transformers.LlamaConfig(**without_names(raw))
     config._attn_implementation = "sdpa"
     model = transformers.LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():

@@ -19,7 +19,6 @@ def starts_of(ranks: int, scale: int, lengths: list[int]) -> tuple[np.ndarray, i
     return starts[starts < tokens], tokens
 
 
-@settings(deadline=None)
 @given(CASES)
 def test_every_token_has_one_owner_and_ranks_have_equal_shares(case):
     starts, tokens = starts_of(*case)
@@ -28,7 +27,7 @@ def test_every_token_has_one_owner_and_ranks_have_equal_shares(case):
     assert {len(plan.tokens) for plan in plans} == {tokens // case[0]}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(CASES)
 def test_the_one_call_of_each_rank_is_exact(case):
     """Gathered keys stand rank by rank; the call over the rank's slices equals attention over the whole sequence."""

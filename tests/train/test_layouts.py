@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from ranks import on_ranks
-from samples import tiny_config
+from samples import tiny_config, without_names
 from tolerances import LAYOUT, difference
 
 from megacpt.checkpoint.load import StoredModel
@@ -151,7 +151,7 @@ def test_a_checkpoint_goes_on_under_any_other_layout(untied, tmp_path):
 
 
 def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir):
-    raw = {k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type", "torch_dtype")}
+    raw = without_names(tiny_config())
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     path = recipe_file(model={"pretrained": str(tmp_path / "hf")})

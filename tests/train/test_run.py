@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from samples import ROPE_LLAMA3, tiny_config
+from samples import ROPE_LLAMA3, tiny_config, without_names
 from tolerances import PARITY
 
 from megacpt.cli import run
@@ -190,11 +190,7 @@ def test_start_modes_are_never_guessed(train):
 @pytest.mark.parametrize("tied", [False, True])
 def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dtype, tied):
     torch.manual_seed(1)
-    raw = {
-        k: v
-        for k, v in tiny_config(tie_word_embeddings=tied, rope_scaling=ROPE_LLAMA3).items()
-        if k not in ("architectures", "model_type", "torch_dtype")
-    }
+    raw = without_names(tiny_config(tie_word_embeddings=tied, rope_scaling=ROPE_LLAMA3))
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
