@@ -152,7 +152,8 @@ def _checked(options, recipe, world_size: int) -> None:
 
 
 def _prepare(options) -> None:
-    from megacpt.data.prepare import Options, adopt, prepare
+    from megacpt.data.join import adopt
+    from megacpt.data.prepare import Options, prepare
 
     if options.adopt:
         if options.inputs or options.output:

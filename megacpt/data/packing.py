@@ -269,9 +269,10 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
         shutil.rmtree(partial)
     seconds = time.monotonic() - begin
     if domain.num_documents > 100_000:
+        rate = short_number(domain.num_documents / max(seconds, 1e-9) / max(1, workers))
         info(
             f"packed {short_number(domain.num_documents)} documents into {rows:,} rows of {selection.seq_len}: "
-            f"{seconds:.1f} s, {short_number(domain.num_documents / max(seconds, 1e-9))} documents/s"
+            f"{seconds:.1f} s, {rate} documents/s a core"
         )
 
 

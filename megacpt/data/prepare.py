@@ -8,7 +8,6 @@ So a killed run leaves nothing that looks finished, and the next one does only t
 output depends on the piece alone: the result does not depend on the number of workers.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -16,8 +15,6 @@ import multiprocessing
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -26,16 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
-from megacpt.data.manifest import FORMAT, crc32_of
+from megacpt.data.indexed import token_dtype
+from megacpt.data.join import SHOWN_BAD_LINES, disk_error, join, read_piece_report
+from megacpt.data.manifest import FORMAT
 from megacpt.data.text import BadLine, Piece, cut, find_files, line_in_file, read_piece
 from megacpt.data.tokenizer import FastTokenizer, Tokenizer
 from megacpt.errors import ConfigError, DataError
-from megacpt.log import duration, info, short_number, warn
+from megacpt.log import duration, info, short_number
 
 _BATCH_CHARS = 1 << 20
-_COPY_BYTES = 8 << 20
-_SHOWN_BAD_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,28 @@ def prepare(
             os.remove(path)
         try:
             _tokenize_all(parts, pieces, options, vocab_size, workers or os.cpu_count() or 1)
-            manifest = _join(prefix, parts, pieces, options, tokenizer, vocab_size, files, part)
+            manifest = join(prefix, parts, len(pieces), _facts_of(options, tokenizer, vocab_size, files, part))
         except OSError as error:
-            raise _disk_error(error, prefix) from error
+            raise disk_error(error, prefix) from error
         shutil.rmtree(parts)
     return manifest
+
+
+def _facts_of(
+    options: Options, tokenizer: Tokenizer, vocab_size: int, files: list[tuple[str, str]], part: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What the manifest says of how the data was made."""
+    return {
+        "vocab_size": vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+        "bos_prepended": bool(options.bos and tokenizer.bos_id is not None),
+        "eos_appended": options.eos,
+        "tokenizer": {"path": options.tokenizer, "sha256": tokenizer.sha256},
+        "part": list(part) if part else None,
+        "sources": [{"path": path, "bytes": os.path.getsize(path)} for path, _ in files[:1000]],
+        "num_sources": len(files),
+    }
 
 
 def _require_gigatoken() -> None:
@@ -156,7 +169,7 @@ def _tokenize_all(parts: Path, pieces: list[Piece], options: Options, vocab_size
         info(f"continuing: {done_before} of {len(pieces)} pieces were finished before.")
     total = sum(pieces[i].num_bytes for i in todo)
     workers = max(1, min(workers, len(todo)))
-    bad = sum(_read_piece_report(parts, i)["bad_lines"] for i in range(len(pieces)) if i not in set(todo))
+    bad = sum(read_piece_report(parts, i)["bad_lines"] for i in range(len(pieces)) if i not in set(todo))
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -181,16 +194,12 @@ def _tokenize_all(parts: Path, pieces: list[Piece], options: Options, vocab_size
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_piece_report(parts: Path, index: int) -> dict[str, Any]:
-    return json.loads((parts / f"{index:06d}.json").read_text())
-
-
 def _bad_lines_message(parts: Path, pieces: list[Piece], bad: int, limit: int, last: dict[str, Any]) -> str:
     shown = list(last["bad_examples"])
     for i in range(len(pieces)):
         if (parts / f"{i:06d}.json").exists():
-            shown += [b for b in _read_piece_report(parts, i)["bad_examples"] if b not in shown]
-    lines = "\n".join(f"  {path}:{line}: {reason}" for path, line, reason in shown[:_SHOWN_BAD_LINES])
+            shown += [b for b in read_piece_report(parts, i)["bad_examples"] if b not in shown]
+    lines = "\n".join(f"  {path}:{line}: {reason}" for path, line, reason in shown[:SHOWN_BAD_LINES])
     return (
         f"{bad} records could not be read, more than --max-bad-lines {limit}:\n{lines}\nMend them or raise the limit."
     )
@@ -317,9 +326,9 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
-        raise _disk_error(error, stem) from error
+        raise disk_error(error, stem) from error
     report["bad_lines"] = len(bad)
-    report["bad_examples"] = [(b.path, line_in_file(piece, b.line), b.reason) for b in bad[:_SHOWN_BAD_LINES]]
+    report["bad_examples"] = [(b.path, line_in_file(piece, b.line), b.reason) for b in bad[:SHOWN_BAD_LINES]]
     if len(bad) <= worker.options.max_bad_lines:
         with open(stem + ".tmp", "w") as file:
             json.dump(report, file)
@@ -347,137 +356,3 @@ def _write_batch(worker: _Worker, texts: list[str], binary, lengths, report: dic
     lengths.write(np.diff(ends, prepend=0).astype("<i4").tobytes())
     report["documents"] += len(ends)
     report["tokens"] += len(tokens)
-
-
-def _disk_error(error: OSError, path: str) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-        return DataError(
-            f"{path}: the disk is full or the file too large ({error.strerror}; {free / 1e6:,.0f} MB free). Make room and "
-            "run the same command again: finished pieces are kept."
-        )
-    return error
-
-
-# --- joining ----------------------------------------------------------------------------------------------------------
-
-
-class _Lengths:
-    """The pieces' length files as blocks that can be read twice."""
-
-    def __init__(self, parts: Path, count: int):
-        self.files = [parts / f"{i:06d}.len" for i in range(count)]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for file in self.files:
-            with open(file, "rb") as handle:
-                while raw := handle.read(4 << 20):
-                    yield np.frombuffer(raw, "<i4")
-
-
-def _join(prefix, parts: Path, pieces, options, tokenizer, vocab_size, files, part) -> dict[str, Any]:
-    reports = [_read_piece_report(parts, i) for i in range(len(pieces))]
-    documents = sum(r["documents"] for r in reports)
-    bad = [b for r in reports for b in r["bad_examples"]]
-    for path, line, reason in bad[:_SHOWN_BAD_LINES]:
-        warn(f"skipped {path}:{line}: {reason}")
-    for path in [path for path, _ in files if os.path.getsize(path) == 0]:
-        warn(f"{path}: is empty.")
-    if documents == 0:
-        part_text = f" of part {part[0]}/{part[1]}" if part else ""
-        raise DataError(f"{len(files)} files{part_text} hold no documents. Nothing was written.")
-    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx", "json")}
-    crc = 0
-    with open(tmp["bin"], "wb") as out:
-        for i in range(len(pieces)):
-            with open(parts / f"{i:06d}.bin", "rb") as file:
-                while chunk := file.read(_COPY_BYTES):
-                    crc = zlib.crc32(chunk, crc)
-                    out.write(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    lengths = _Lengths(parts, len(pieces))
-    write_index(Path(tmp["idx"]), token_dtype(vocab_size), lengths, documents)
-    manifest = {
-        "format": FORMAT,
-        **_counts(lengths),
-        "dtype": str(token_dtype(vocab_size)),
-        "vocab_size": vocab_size,
-        "eos_token_id": tokenizer.eos_id,
-        "bos_token_id": tokenizer.bos_id,
-        "bos_prepended": bool(options.bos and tokenizer.bos_id is not None),
-        "eos_appended": options.eos,
-        "bin": {"bytes": os.path.getsize(tmp["bin"]), "crc32": crc},
-        "idx": {"bytes": os.path.getsize(tmp["idx"]), "crc32": crc32_of(tmp["idx"])},
-        "tokenizer": {"path": options.tokenizer, "sha256": tokenizer.sha256},
-        "part": list(part) if part else None,
-        "empty_documents": sum(r["empty"] for r in reports),
-        "bad_lines": sum(r["bad_lines"] for r in reports),
-        "sources": [{"path": path, "bytes": os.path.getsize(path)} for path, _ in files[:1000]],
-        "num_sources": len(files),
-    }
-    _publish(prefix, tmp, manifest)
-    return manifest
-
-
-def _counts(lengths) -> dict[str, Any]:
-    """documents, tokens and the histogram: key 2^k counts documents of 2^k up to 2^(k+1) - 1 tokens."""
-    counts, sums = np.zeros(32, np.int64), np.zeros(32, np.int64)
-    for block in lengths:
-        bucket = np.log2(np.maximum(block, 1)).astype(int)
-        counts += np.bincount(bucket, minlength=32)
-        sums += np.bincount(bucket, weights=block, minlength=32).astype(np.int64)
-    histogram = {str(1 << k): {"documents": int(counts[k]), "tokens": int(sums[k])} for k in range(32) if counts[k]}
-    return {"documents": int(counts.sum()), "tokens": int(sums.sum()), "length_histogram": histogram}
-
-
-def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
-    """Renames data, index, then the manifest; each is on disk before."""
-    with open(tmp["json"], "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-    for kind in ("bin", "idx", "json"):
-        if kind in tmp:
-            with open(tmp[kind], "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(tmp[kind], f"{prefix}.{kind}")
-
-
-def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:
-    """Writes a manifest for a .bin/.idx that another program made (Megatron's preprocess_data).
-
-    Raises:
-        DataError: if the files are damaged or hold ids outside the tokenizer's vocabulary.
-    """
-    if os.path.exists(prefix + ".json"):
-        raise ConfigError([f"{prefix}.json: exists, so the data is adopted already."], "the arguments")
-    tokenizer = Tokenizer(tokenizer_path, eos_token)
-    data = IndexedDataset(prefix)
-    for start in range(0, data.num_tokens, 1 << 24):
-        block = data.tokens[start : start + (1 << 24)]
-        if len(block) and not 0 <= int(block.min()) <= int(block.max()) < tokenizer.vocab_size:
-            raise DataError(
-                f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
-                f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
-            )
-    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
-    ends_with_eos = data.num_documents > 0 and all(
-        data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
-        for i in range(min(100, data.num_documents))
-    )
-    manifest = {
-        "format": FORMAT,
-        **_counts(blocks),
-        "dtype": str(data.dtype),
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_id,
-        "bos_token_id": tokenizer.bos_id,
-        "bos_prepended": None,
-        "eos_appended": ends_with_eos,
-        "adopted": True,
-        **{k: {"bytes": os.path.getsize(f"{prefix}.{k}"), "crc32": crc32_of(f"{prefix}.{k}")} for k in ("bin", "idx")},
-        "tokenizer": {"path": tokenizer_path, "sha256": tokenizer.sha256},
-    }
-    if not ends_with_eos:
-        warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
-    _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)
-    return manifest

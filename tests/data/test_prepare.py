@@ -15,11 +15,13 @@ import pytest
 import zstandard
 from samples import TEXTS
 
+import megacpt.data.join as join_module
 import megacpt.data.prepare as module
 import megacpt.data.text as text_module
 from megacpt.data.indexed import IndexedDataset
+from megacpt.data.join import adopt
 from megacpt.data.manifest import expand_paths, read_manifest
-from megacpt.data.prepare import Options, adopt, prepare
+from megacpt.data.prepare import Options, prepare
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
 
@@ -263,7 +265,7 @@ def test_a_full_disk_is_said_and_nothing_looks_finished(tmp_path, options, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     source = jsonl(tmp_path / "t.jsonl")
-    monkeypatch.setattr(module, "write_index", full)
+    monkeypatch.setattr(join_module, "write_index", full)
     with pytest.raises(DataError, match="the disk is full"):
         prepare([source], str(tmp_path / "o"), options, workers=1)
     assert not [k for k in ("bin", "idx", "json") if (tmp_path / f"o.{k}").exists()]

@@ -1,0 +1,162 @@
+"""Finished pieces become PREFIX.bin, .idx and .json: joined in the order of the input, published by rename, the manifest
+last. Also the manifest for files that another program made."""
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
+from megacpt.data.manifest import FORMAT, crc32_of
+from megacpt.data.tokenizer import Tokenizer
+from megacpt.errors import ConfigError, DataError
+from megacpt.log import warn
+
+_COPY_BYTES = 8 << 20
+SHOWN_BAD_LINES = 10
+
+
+def read_piece_report(parts: Path, index: int) -> dict[str, Any]:
+    return json.loads((parts / f"{index:06d}.json").read_text())
+
+
+def disk_error(error: OSError, path: str) -> Exception:
+    """The error to raise: ours if room ran out, else the one that came."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        return DataError(
+            f"{path}: the disk is full or the file too large ({error.strerror}; {free / 1e6:,.0f} MB free). Make room and "
+            "run the same command again: finished pieces are kept."
+        )
+    return error
+
+
+class _Lengths:
+    """The pieces' length files as blocks that can be read twice."""
+
+    def __init__(self, parts: Path, count: int):
+        self.files = [parts / f"{i:06d}.len" for i in range(count)]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for file in self.files:
+            with open(file, "rb") as handle:
+                while raw := handle.read(4 << 20):
+                    yield np.frombuffer(raw, "<i4")
+
+
+def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Joins the pieces, writes the index, publishes all with the manifest, and returns that.
+
+    Args:
+        facts: what the manifest says besides counts and sizes; vocab_size is among them.
+    Raises:
+        DataError: if there is no document at all.
+    """
+    reports = [read_piece_report(parts, i) for i in range(num_pieces)]
+    documents = sum(r["documents"] for r in reports)
+    for path, line, reason in [b for r in reports for b in r["bad_examples"]][:SHOWN_BAD_LINES]:
+        warn(f"skipped {path}:{line}: {reason}")
+    for source in facts["sources"]:
+        if source["bytes"] == 0:
+            warn(f"{source['path']}: is empty.")
+    if documents == 0:
+        part = facts["part"]
+        text = f" of part {part[0]}/{part[1]}" if part else ""
+        raise DataError(f"{facts['num_sources']} files{text} hold no documents. Nothing was written.")
+    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx", "json")}
+    crc = _concatenate([parts / f"{i:06d}.bin" for i in range(num_pieces)], tmp["bin"])
+    lengths, dtype = _Lengths(parts, num_pieces), token_dtype(facts["vocab_size"])
+    write_index(Path(tmp["idx"]), dtype, lengths, documents)
+    manifest = {
+        "format": FORMAT,
+        **_counts(lengths),
+        "dtype": str(dtype),
+        **facts,
+        "empty_documents": sum(r["empty"] for r in reports),
+        "bad_lines": sum(r["bad_lines"] for r in reports),
+        "bin": {"bytes": os.path.getsize(tmp["bin"]), "crc32": crc},
+        "idx": {"bytes": os.path.getsize(tmp["idx"]), "crc32": crc32_of(tmp["idx"])},
+    }
+    _publish(prefix, tmp, manifest)
+    return manifest
+
+
+def _concatenate(files: list[Path], target: str) -> int:
+    """Writes files one behind the other; returns the CRC32 of the whole."""
+    crc = 0
+    with open(target, "wb") as out:
+        for path in files:
+            with open(path, "rb") as file:
+                while chunk := file.read(_COPY_BYTES):
+                    crc = zlib.crc32(chunk, crc)
+                    out.write(chunk)
+    return crc
+
+
+def _counts(lengths) -> dict[str, Any]:
+    """documents, tokens and the histogram: key 2^k counts documents of 2^k up to 2^(k+1) - 1 tokens."""
+    counts, sums = np.zeros(32, np.int64), np.zeros(32, np.int64)
+    for block in lengths:
+        bucket = np.log2(np.maximum(block, 1)).astype(int)
+        counts += np.bincount(bucket, minlength=32)
+        sums += np.bincount(bucket, weights=block, minlength=32).astype(np.int64)
+    histogram = {str(1 << k): {"documents": int(counts[k]), "tokens": int(sums[k])} for k in range(32) if counts[k]}
+    return {"documents": int(counts.sum()), "tokens": int(sums.sum()), "length_histogram": histogram}
+
+
+def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
+    """Renames data, index, then the manifest; each is on disk before."""
+    with open(tmp["json"], "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, ensure_ascii=False)
+    for kind in ("bin", "idx", "json"):
+        if kind in tmp:
+            with open(tmp[kind], "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(tmp[kind], f"{prefix}.{kind}")
+
+
+def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:
+    """Writes a manifest for a .bin/.idx that another program made (Megatron's preprocess_data).
+
+    Raises:
+        DataError: if the files are damaged or hold ids outside the tokenizer's vocabulary.
+    """
+    if os.path.exists(prefix + ".json"):
+        raise ConfigError([f"{prefix}.json: exists, so the data is adopted already."], "the arguments")
+    tokenizer = Tokenizer(tokenizer_path, eos_token)
+    data = IndexedDataset(prefix)
+    for start in range(0, data.num_tokens, 1 << 24):
+        block = data.tokens[start : start + (1 << 24)]
+        if len(block) and not 0 <= int(block.min()) <= int(block.max()) < tokenizer.vocab_size:
+            raise DataError(
+                f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
+                f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
+            )
+    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
+    ends_with_eos = data.num_documents > 0 and all(
+        data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
+        for i in range(min(100, data.num_documents))
+    )
+    manifest = {
+        "format": FORMAT,
+        **_counts(blocks),
+        "dtype": str(data.dtype),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+        "bos_prepended": None,
+        "eos_appended": ends_with_eos,
+        "adopted": True,
+        **{k: {"bytes": os.path.getsize(f"{prefix}.{k}"), "crc32": crc32_of(f"{prefix}.{k}")} for k in ("bin", "idx")},
+        "tokenizer": {"path": tokenizer_path, "sha256": tokenizer.sha256},
+    }
+    if not ends_with_eos:
+        warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
+    _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)
+    return manifest
