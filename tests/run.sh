@@ -11,4 +11,4 @@ if [ "${1:-}" = --full ]; then
 fi
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
-OMP_NUM_THREADS=1 "$VENV_PYTHON" -m pytest --durations=15 "$@"
+OMP_NUM_THREADS=1 "$VENV_PYTHON" -m pytest -rs --durations=15 "$@"

@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from local_task import run_lm_eval
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.full
 def test_the_quickstart_and_its_export_in_lm_eval(tmp_path):
-    from evaluate.test_lm_eval import run_lm_eval
-
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     begin = time.monotonic()
     out = subprocess.run(["bash", "launch/quickstart.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
