@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         choices=["tokenizers", "gigatoken"],
         default="tokenizers",
-        help="gigatoken is faster; its ids are checked on the first thousand documents of each worker",
+        help="gigatoken is optional; its ids are checked on the first thousand documents of each worker",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output")
 

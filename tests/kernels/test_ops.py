@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megacpt_kernels import Documents, attention, cross_entropy_, rms_norm, rope_qk, swiglu
 from megacpt_kernels.attention import resolve_backend
-from tolerances import ATTENTION, KERNEL, WEIGHT_GRAD, difference
+from tolerances import ATTENTION, ATTENTION_OUT, KERNEL, WEIGHT_GRAD, difference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -41,7 +41,7 @@ def test_rms_norm(rows, h, dtype):
     want = gradients(norm_reference, wide(inputs))
     assert got[0][0].dtype == dtype
     assert difference(got[0][0], want[0][0]) <= KERNEL[dtype]
-    assert difference(got[1][0], want[1][0]) <= KERNEL[dtype] * 2
+    assert difference(got[1][0], want[1][0]) <= KERNEL[dtype]
     assert difference(got[1][1], want[1][1]) <= WEIGHT_GRAD[dtype]
 
 
@@ -52,7 +52,7 @@ def test_swiglu(rows, dtype):
     got = gradients(swiglu, inputs)
     want = gradients(lambda g, u: g * torch.sigmoid(g) * u, wide(inputs))
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
-        assert difference(a, b) <= 2 * KERNEL[dtype]
+        assert difference(a, b) <= KERNEL[dtype]
 
 
 def rotate_reference(q, k, cos, sin):
@@ -69,7 +69,7 @@ def test_rope(dtype):
     got = gradients(lambda q, k: rope_qk(q, k, cos, sin), inputs)
     want = gradients(lambda q, k: rotate_reference(q, k, cos.double(), sin.double()), wide(inputs))
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
-        assert difference(a, b) <= 2 * KERNEL[dtype]
+        assert difference(a, b) <= KERNEL[dtype]
     with pytest.raises(ValueError, match="cos has shape"):
         rope_qk(*inputs, cos[:5], sin[:5])
 
@@ -107,6 +107,7 @@ def test_attention(layout, dtype):
     want = gradients(lambda q, k, v: attention_reference(q, k, v, documents), wide(inputs))
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
         assert difference(a, b) <= ATTENTION[dtype]
+    assert difference(got[0][0], want[0][0]) <= ATTENTION_OUT[dtype]
 
 
 def test_attention_sees_a_moved_boundary():
