@@ -103,6 +103,18 @@ class Parallel(Section):
     """Ranks that share the layers."""
     virtual_stages: Count = 1
     """Pipeline stages a rank."""
+    schedule: Annotated[Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] | None, _OrWord("auto")] = None
+    """Order of the pipeline's work. auto: 1f1b with one stage a rank, else interleaved. zb-h1 and zb-v split backward."""
+    contiguous_micro_batches: Count | None = None
+    """interleaved: micro-batches that a stage runs one after another (N). Default: the pipeline degree."""
+    max_in_flight: Count | None = None
+    """Bound on the stage activations that a rank keeps, in stages times micro-batches."""
+    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers of each stage. Default: balanced, with the embedding and the head counted as below."""
+    embedding_weight: float = Field(1.0, ge=0)
+    """What the embedding counts in the split, in layers."""
+    head_weight: float = Field(1.0, ge=0)
+    """What head and loss count in the split, in layers."""
     data_replicate: Count = 1
     """Replicas of the sharded model (HSDP)."""
     data_shard: Annotated[Count | None, _OrWord("auto")] = None
@@ -111,13 +123,19 @@ class Parallel(Section):
     """Tokens that one data-parallel rank runs at once. Default: one row of `seq_len`."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """selective keeps the outputs of matrix products and attention; full keeps the input of each block."""
+    reshard_after_forward: Annotated[bool | None, _OrWord("auto")] = None
+    """Whether FSDP frees a block's weights between forward and backward. auto: not under pipeline, as in Llama 3."""
+    prefetch: int = Field(1, ge=0)
+    """Blocks whose weights FSDP gathers ahead."""
+    overlap: Literal["none", "chunked", "symmetric_memory"] = "none"
+    """How forward hides the collectives of tensor parallelism. symmetric_memory needs GPUs that share memory (NVLink)."""
 
 
 class Precision(Section):
     compute: Annotated[DType | None, _OrWord("auto")] = None
     """Type of activations and matrix products. auto: bfloat16 on a GPU, float32 on a CPU. Masters are at least fp32."""
     reduce: Literal["auto", "step", "micro_batch"] = "auto"
-    """When gradients are reduced: once a step (memory) or every micro-batch (traffic). auto: micro_batch."""
+    """When gradients are reduced: once a step (memory) or every micro-batch (traffic). auto: step under pipeline."""
 
 
 class LearningRate(Section):
@@ -257,6 +275,15 @@ class Kernels(Section):
     """On a GPU, only kernels that give the same bits twice."""
 
 
+class Health(Section):
+    start_timeout_seconds: float = Field(1800, gt=0)
+    """How long a collective waits for its ranks up to the end of the first step."""
+    step_timeout_seconds: float = Field(300, gt=0)
+    """The same within a step."""
+    save_timeout_seconds: float = Field(1800, gt=0)
+    """The same while a checkpoint is written or validation runs."""
+
+
 class Log(Section):
     every_steps: Count = 1
     """Interval of the console line. metrics.jsonl and TensorBoard have every step."""
@@ -289,6 +316,7 @@ class Recipe(Section):
     validation: list[Validation] = []
     stages: list[Stage] = Field(min_length=1)
     kernels: Kernels = Kernels()
+    health: Health = Health()
     log: Log = Log()
     profile: Profile = Profile()
 

@@ -47,10 +47,6 @@ def _layout(recipe: Recipe, world_size: int) -> list[str]:
         resolve_layout(recipe.parallel, world_size)
     except ValueError as error:
         problems.append(f"parallel: {error}")
-    for axis in ("pipeline", "virtual_stages"):
-        degree = getattr(recipe.parallel, axis)
-        if degree != 1:
-            problems.append(f"parallel.{axis} = {degree}: this version trains with {axis} = 1.")
     return problems
 
 

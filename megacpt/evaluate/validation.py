@@ -3,10 +3,10 @@
 import torch
 
 from megacpt.config.recipe import Recipe
-from megacpt.data.loader import deal, make_batch, open_domains, selection_of
+from megacpt.data.loader import Batch, deal, make_batch, open_domains, selection_of
 from megacpt.data.packing import DomainData, PackingIndex, open_index
-from megacpt.model.inputs import to_inputs
-from megacpt.model.llama import Llama
+from megacpt.model.llama import Inputs, Llama
+from megacpt.model.run import each_loss
 
 
 class ValidationSets:
@@ -27,17 +27,21 @@ class ValidationSets:
             self.rows[name] = (index, count)
 
 
-@torch.no_grad()
 def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, float]:
     """Mean negative log-likelihood by domain. All ranks call it and get the same numbers."""
     mesh, losses = model.mesh, {}
     for name, (index, count) in sets.rows.items():
+        dealt = deal(count, mesh.layout.data, micro_batch_rows, mesh.data_rank)
         total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-        for rows in deal(count, mesh.layout.data, micro_batch_rows, mesh.data_rank):
-            picked = [(index, name, row) if row is not None else None for row in rows]
-            inputs = to_inputs(make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size), mesh)
-            nll = model(inputs, None)
+
+        def batch_of(i: int, name=name, index=index, dealt=dealt) -> Batch:
+            picked = [(index, name, row) if row is not None else None for row in dealt[i]]
+            return make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size)
+
+        def add(i: int, inputs: Inputs, nll: torch.Tensor, total=total) -> None:
             total += torch.stack([nll.double().sum(), (inputs.labels >= 0).sum()])
+
+        each_loss(model, len(dealt), batch_of, add)
         mesh.sum_over_tokens(total)
         losses[name] = (total[0] / total[1]).item()
     return losses

@@ -4,11 +4,13 @@ import warnings
 
 import torch
 from megacpt_kernels.attention import resolve_backend
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from megacpt.config.recipe import Parallel
 from megacpt.errors import ConfigError
 from megacpt.model.config import LlamaConfig
 from megacpt.model.llama import Llama, ModelOptions
+from megacpt.model.stage import StagePlan, plan_stages
+from megacpt.parallel.fsdp import Sharding, shard
 from megacpt.parallel.mesh import Mesh
 
 
@@ -17,28 +19,42 @@ def master_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def build_model(config: LlamaConfig, mesh: Mesh, compute: torch.dtype, options: ModelOptions) -> Llama:
-    """The model with uninitialised weights, computing in `compute` on masters of at least fp32.
+def sharding_of(parallel: Parallel) -> Sharding:
+    """auto: weights stay gathered during a step under pipeline, where each is used for every micro-batch."""
+    reshard = parallel.reshard_after_forward
+    return Sharding(parallel.pipeline == 1 if reshard is None else reshard, parallel.prefetch)
 
-    Gradients are sums over ranks and micro-batches: the loss carries the global normalisation.
+
+def build_model(
+    config: LlamaConfig,
+    mesh: Mesh,
+    compute: torch.dtype,
+    options: ModelOptions,
+    plan: StagePlan | None = None,
+    sharding: Sharding | None = None,
+) -> Llama:
+    """This rank's stages with uninitialised weights, computing in `compute` on masters of at least fp32.
+
+    Args:
+        plan: which stages are whose; default one stage.
     """
+    problems = []
     try:
         resolve_backend(options.attention_backend, mesh.device.type, compute)
     except ValueError as error:
-        raise ConfigError([f"kernels.attention: {error}"]) from None
+        problems.append(f"kernels.attention: {error}")
+    if options.overlap == "symmetric_memory" and mesh.device.type != "cuda":
+        problems.append(
+            'parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".'
+        )
+    if problems:
+        raise ConfigError(problems)
+    plan, sharding = plan or plan_stages(config.num_hidden_layers, Parallel()), sharding or Sharding()
     master = master_dtype(compute)
     with torch.device("meta"):
-        model = Llama(config, mesh, master, options)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if compute == master else compute, reduce_dtype=master, cast_forward_inputs=False
-    )
-    for block in model.model.layers.values():
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy)
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        model = Llama(config, mesh, master, options, plan)
+    model.compute, model.sharding = compute, sharding
+    shard(model, list(model.model.layers.values()), mesh, compute, master, sharding)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.to_empty(device=mesh.device)

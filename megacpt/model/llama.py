@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from megacpt.model.config import LlamaConfig, RopeConfig
 from megacpt.model.rope import RopeTables
-from megacpt.parallel.context import ContextPlan, context_attention
+from megacpt.model.stage import StagePlan
+from megacpt.parallel.context import ContextPlan, Gather, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, token_losses
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.tensor import (
     COLUMN,
     REPLICATED,
     ROW,
+    Later,
+    TensorAxis,
     Weight,
     column_parallel,
     embedding,
@@ -36,6 +39,7 @@ class ModelOptions:
     vocab_multiple: int = 128
     attention_backend: str = "auto"
     deterministic: bool = False
+    overlap: str = "none"
 
 
 @dataclass(frozen=True)
@@ -64,35 +68,41 @@ class Attention(nn.Module):
         ranks_per_head = mesh.tensor.size() // config.num_key_value_heads
         head = mesh.tensor_rank // max(1, ranks_per_head)
         mine = slice(head * d, (head + 1) * d) if ranks_per_head > 1 else slice(None)
-        self.rows = [slice(None), mine, mine]
+        self.rows = [mine, mine, slice(None)]  # of keys, values, queries
         placement = REPLICATED if ranks_per_head > 1 else COLUMN
         self.k_proj = make((config.num_key_value_heads * d, h), placement)
         self.v_proj = make((config.num_key_value_heads * d, h), placement)
         self.o_proj = make((h, config.num_attention_heads * d), ROW)
         self.head_dim, self.options = d, options
-        self.group, self.context_group = mesh.tensor_group, mesh.context_group
+        self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
-        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in column_parallel(x, weights, self.group, self.rows))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
+        gather = Gather(plan, self.context_group, lambda k: rope_qk(k[:, :0], k, cos, sin)[1])
+        heads = lambda y: y.unflatten(1, (-1, self.head_dim))
+        weights = [self.k_proj.weight, self.v_proj.weight, self.q_proj.weight]
+        start = (2, lambda k, v: gather.start(heads(k), heads(v)))  # travels while the queries are computed
+        k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start))
         q, k = rope_qk(q, k, cos, sin)
         backend, deterministic = self.options.attention_backend, self.options.deterministic
-        out = context_attention(q, k, v, plan, self.context_group, backend, deterministic)
-        return row_parallel(out.flatten(1), self.o_proj.weight, self.group)
+        out = context_attention(q, k, v, plan, gather, backend, deterministic)
+        out = row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later)
+        if out.requires_grad:
+            out.register_hook(gather.start_again)
+        return out
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
         super().__init__()
         h, f = config.hidden_size, config.intermediate_size
         self.gate_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
         self.up_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
         self.down_proj = Weight((h, f), ROW, mesh.tensor, dtype)
-        self.group = mesh.tensor_group
+        self.axis = TensorAxis(mesh.tensor_group, options.overlap)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.group)
-        return row_parallel(swiglu(gate, up), self.down_proj.weight, self.group)
+    def forward(self, x: Tensor, later: Later | None) -> Tensor:
+        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.axis, None, later)
+        return row_parallel(swiglu(gate, up), self.down_proj.weight, self.axis, later)
 
 
 class Block(nn.Module):
@@ -103,16 +113,16 @@ class Block(nn.Module):
         self.input_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
         self.self_attn = Attention(config, mesh, dtype, options)
         self.post_attention_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
-        self.mlp = MLP(config, mesh, dtype)
+        self.mlp = MLP(config, mesh, dtype, options)
         self.eps = config.rms_norm_eps
         self.run = self._run
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
-        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, plan)
-        return x + self.mlp(rms_norm(x, replicated(self.post_attention_layernorm.weight), self.eps))
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
+        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, plan, later)
+        return x + self.mlp(rms_norm(x, replicated(self.post_attention_layernorm.weight), self.eps), later)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan) -> Tensor:
-        return self.run(x, cos, sin, plan)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
+        return self.run(x, cos, sin, plan, later)
 
 
 _KEPT = ("mm", "addmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "varlen")
@@ -136,31 +146,35 @@ def _checkpointed(run: Callable[..., Tensor], mode: str) -> Callable[..., Tensor
 
 
 class Decoder(nn.Module):
-    """Holds the parameters under Hugging Face's prefix `model.`; `Llama` runs them."""
+    """Holds the parameters under Hugging Face's prefix `model.`, those of this rank's stages; `Llama` runs them."""
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
         super().__init__()
-        rows = config.padded_vocab(options.vocab_multiple)
-        self.embed_tokens = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
+        stages = plan.of(mesh.pipeline_rank)
+        is_first, is_last = 0 in stages, len(plan.layers) - 1 in stages
+        if is_first or (is_last and config.tie_word_embeddings):
+            rows = config.padded_vocab(options.vocab_multiple)
+            self.embed_tokens = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, mesh, dtype, options) for i in range(config.num_hidden_layers)}
+            {str(i): Block(config, mesh, dtype, options) for stage in stages for i in plan.layers[stage]}
         )
-        self.norm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
+        if is_last:
+            self.norm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
 
 
 class Llama(nn.Module):
-    """The whole model; made on the meta device, see `train/build.py`.
+    """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
 
     Args:
         dtype: of the parameters as made (the masters), not of the computation.
     """
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
         super().__init__()
-        self.config, self.mesh, self.options = config, mesh, options
-        self.model = Decoder(config, mesh, dtype, options)
+        self.config, self.mesh, self.options, self.plan = config, mesh, options, plan
+        self.model = Decoder(config, mesh, dtype, options, plan)
         self.lm_head = None
-        if not config.tie_word_embeddings:
+        if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) and not config.tie_word_embeddings:
             rows = config.padded_vocab(options.vocab_multiple)
             self.lm_head = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
         self.set_rope(config.rope)
@@ -174,15 +188,42 @@ class Llama(nn.Module):
         for block in self.model.layers.values():
             block.run = _checkpointed(block._run, mode)
 
-    def forward(self, inputs: Inputs, scale: float | None) -> Tensor:
-        """With `scale`: scale * sum of the token losses, a scalar. Without: the token losses [T], no gradient."""
-        group = self.mesh.tensor_group
-        x = embedding(inputs.tokens, self.model.embed_tokens.weight, group)
+    def counted_parameters(self) -> list[nn.Parameter]:
+        """All of this rank's but the copy of the embedding that is the head at the other end of the pipeline."""
+        copy = self.config.tie_word_embeddings and 0 not in self.plan.of(self.mesh.pipeline_rank)
+        return [p for name, p in self.named_parameters() if not (copy and name == "model.embed_tokens.weight")]
+
+    def blocks(self, stage: int) -> list[Block]:
+        """The blocks of one of this rank's stages."""
+        return [self.model.layers[str(i)] for i in self.plan.layers[stage]]
+
+    def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: Later | None = None) -> Tensor:
+        """Runs a stage: the first begins with the embedding, the last ends with the final norm.
+
+        Args:
+            x: [t, h] from the stage before, None for the first.
+            later: takes the weight gradients that backward leaves for later.
+        Returns:
+            [t, h].
+        """
+        if stage == 0:
+            x = embedding(inputs.tokens, self.model.embed_tokens.weight, self.mesh.tensor_group)
         cos, sin = self.rope.at(inputs.positions, inputs.longest, x.dtype)
-        for block in self.model.layers.values():
-            x = block(x, cos, sin, inputs.plan)
-        x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps)
-        head = (self.lm_head or self.model.embed_tokens).weight
-        if scale is None:
-            return token_losses(x, head, inputs.labels, self.config.vocab_size, group)
-        return linear_cross_entropy(x, head, inputs.labels, self.config.vocab_size, group, scale)
+        for block in self.blocks(stage):
+            x = block(x, cos, sin, inputs.plan, later)
+        if stage == len(self.plan.layers) - 1:
+            x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps)
+        return x
+
+    def loss(self, x: Tensor, inputs: Inputs, scale: float) -> Tensor:
+        """scale * sum of the token losses, a scalar, from the last stage's [t, h]. The last stage must have run."""
+        return linear_cross_entropy(
+            x, self._head(), inputs.labels, self.config.vocab_size, self.mesh.tensor_group, scale
+        )
+
+    def token_losses(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """The loss of each token [T], 0 without label. No gradient."""
+        return token_losses(x, self._head(), inputs.labels, self.config.vocab_size, self.mesh.tensor_group)
+
+    def _head(self) -> Tensor:
+        return (self.lm_head or self.model.embed_tokens).weight

@@ -9,6 +9,7 @@ to ranks by visible pairs, longest first, with the fewest chunks (2, 4 or 8 a ra
 on the host from the document starts that came with the batch; nothing waits for the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megacpt_kernels import Documents, attention
 from torch import Tensor
 
-from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens
+from megacpt.parallel.collectives import Pending, scatter_sum_tokens, start_gather
 
 BALANCE = 1.05
 CHUNKS = (2, 4, 8)
@@ -142,56 +143,45 @@ def make_plan(
     return ContextPlan(mine, index, documents)
 
 
-def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan, group: dist.ProcessGroup, backend: str, deterministic: bool
-) -> Tensor:
-    """Attention of this rank's queries to the keys of all ranks. Only local K and V are kept; backward gathers again.
+class Gather:
+    """One layer's gather of K and V over the context ranks, started before it is needed: in forward while Q is computed, in
+    backward while the output projection's gradients are. Only local K and V are kept in between.
 
     Args:
-        q: [T / cp, heads, d]. k, v: [T / cp, kv, d].
-    Returns:
-        [T / cp, heads, d].
+        prepare: what is done to K before it is gathered (the rotary embedding), for `start`.
     """
-    if plan.keys is None:
-        return attention(q, k, v, plan.documents, backend=backend, deterministic=deterministic)
-    keys, values = _Gather.apply(k, v, plan.keys, group)
-    again = _GatherAgain(k, v, keys, values, plan.keys, group)
-    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        return attention(q, keys, values, plan.documents, backend=backend, deterministic=deterministic)
 
+    def __init__(self, plan: ContextPlan, group: dist.ProcessGroup, prepare: Callable[[Tensor], Tensor]):
+        self.index, self.group, self.prepare = plan.keys, group, prepare
+        self.pending: Pending | None = None
+        self.local: tuple[Tensor, Tensor] | None = None
+        self.shape, self.marks = torch.Size(), {}
+        self.gathered: tuple[Tensor, Tensor] | None = None
 
-def _gather(k: Tensor, v: Tensor, index: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """K and V in one collective, then the rank's slices: two [keys, kv, d]."""
-    both = gather_tokens(torch.stack([k, v], 1), group).index_select(0, index)
-    return both[:, 0].contiguous(), both[:, 1].contiguous()
+    def start(self, k: Tensor, v: Tensor) -> None:
+        """From K as it is projected and V, [T / cp, kv, d]."""
+        if self.index is not None:
+            self._start(self.prepare(k), v)
 
+    def start_again(self, grad: Tensor) -> None:
+        """A hook: of the gradient before whose use there is something else to compute."""
+        if self.local is not None and self.pending is None:
+            self._start(*self.local)
 
-class _Gather(torch.autograd.Function):
-    """Backward adds the slices back in at least fp32 and reduce-scatters in that type."""
+    def _start(self, k: Tensor, v: Tensor) -> None:
+        self.pending = start_gather(torch.stack([k.detach(), v.detach()], 1), self.group)
 
-    @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, index: Tensor, group):
-        ctx.group, ctx.tokens, ctx.dtype = group, k.shape[0] * group.size(), k.dtype
-        ctx.save_for_backward(index)
-        return _gather(k, v, index, group)
+    def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank's slices of K and V, two [keys, kv, d]."""
+        if self.pending is None:
+            self._start(k, v)
+        both, self.pending = self.pending.wait().index_select(0, self.index), None
+        return both[:, 0].contiguous(), both[:, 1].contiguous()
 
-    @staticmethod
-    def backward(ctx, dkeys: Tensor, dvalues: Tensor):
-        (index,) = ctx.saved_tensors
-        both = torch.stack([dkeys, dvalues], 1)
-        wide = both if both.dtype == torch.float64 else both.float()
-        total = wide.new_zeros((ctx.tokens, *wide.shape[1:])).index_add_(0, index, wide)
-        local = scatter_sum_tokens(total, ctx.group).to(ctx.dtype)
-        return local[:, 0], local[:, 1], None, None
-
-
-class _GatherAgain:
-    """Saved-tensor hooks that keep a mark in place of the gathered K and V, and gather again when backward asks."""
-
-    def __init__(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor, group):
-        self.local, self.index, self.group = (k.detach(), v.detach()), index, group
+    def keep(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+        """From now on `pack` and `unpack` keep k and v in place of keys and values."""
+        self.local, self.shape = (k.detach(), v.detach()), keys.shape
         self.marks = {keys.data_ptr(): 0, values.data_ptr(): 1}
-        self.shape, self.gathered = keys.shape, None
 
     def pack(self, tensor: Tensor):
         mark = self.marks.get(tensor.data_ptr())
@@ -201,7 +191,44 @@ class _GatherAgain:
         if not isinstance(packed, int):
             return packed
         if self.gathered is None:
-            self.gathered = _gather(*self.local, self.index, self.group)
+            self.gathered = self.take(*self.local)
             return self.gathered[packed]
         out, self.gathered = self.gathered[packed], None  # the second of the two: nothing stays behind
         return out
+
+
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan, gather: Gather, backend: str, deterministic: bool
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    Args:
+        q: [T / cp, heads, d]. k, v: [T / cp, kv, d].
+    Returns:
+        [T / cp, heads, d].
+    """
+    if plan.keys is None:
+        return attention(q, k, v, plan.documents, backend=backend, deterministic=deterministic)
+    keys, values = _Gathered.apply(k, v, gather)
+    gather.keep(k, v, keys, values)
+    with torch.autograd.graph.saved_tensors_hooks(gather.pack, gather.unpack):
+        return attention(q, keys, values, plan.documents, backend=backend, deterministic=deterministic)
+
+
+class _Gathered(torch.autograd.Function):
+    """Backward adds the slices back in at least fp32 and reduce-scatters in that type."""
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, gather: Gather):
+        ctx.group, ctx.tokens, ctx.dtype = gather.group, k.shape[0] * gather.group.size(), k.dtype
+        ctx.save_for_backward(gather.index)
+        return gather.take(k, v)
+
+    @staticmethod
+    def backward(ctx, dkeys: Tensor, dvalues: Tensor):
+        (index,) = ctx.saved_tensors
+        both = torch.stack([dkeys, dvalues], 1)
+        wide = both if both.dtype == torch.float64 else both.float()
+        total = wide.new_zeros((ctx.tokens, *wide.shape[1:])).index_add_(0, index, wide)
+        local = scatter_sum_tokens(total, ctx.group).to(ctx.dtype)
+        return local[:, 0], local[:, 1], None

@@ -25,6 +25,11 @@ class Mesh:
     full: DeviceMesh
     fsdp: DeviceMesh
     """What `fully_shard` gets: the flattened dp_shard x cp, behind dp_replicate when that is above 1."""
+    channels: dict[tuple[str, str], dist.ProcessGroup]
+    """Pipeline: a group over the stages' ranks by (activation | gradient, up | down). A P2P operation has a communicator
+    of its own for each pair of ranks of a group: so for each directed edge and kind."""
+    ends: dist.ProcessGroup | None
+    """The first and the last pipeline rank, if this is one of them."""
 
     @property
     def tensor(self) -> DeviceMesh:
@@ -47,13 +52,18 @@ class Mesh:
         return self.full.get_local_rank("cp")
 
     @property
+    def pipeline_rank(self) -> int:
+        return self.full.get_local_rank("pp")
+
+    @property
     def data_rank(self) -> int:
         """Which rows this rank reads, 0 … layout.data - 1."""
         return self.full.get_local_rank("dp_replicate") * self.layout.data_shard + self.full.get_local_rank("dp_shard")
 
     def sum_over_tokens(self, x: Tensor) -> Tensor:
-        """Sums, in place, what ranks with different tokens hold: over the data and context axes."""
-        for axis in ("dp_replicate", "dp_shard", "cp"):
+        """Sums, in place, what ranks with different tokens hold: over the data and context axes, and over the pipeline,
+        where all but the last rank hold zeros."""
+        for axis in ("dp_replicate", "dp_shard", "cp", "pp"):
             if self.full[axis].size() > 1:
                 dist.all_reduce(x, group=self.full[axis].get_group())
         return x
@@ -103,7 +113,29 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over all ranks of the process group, whose size must be the layout's."""
     world = dist.get_world_size()
     assert world == layout.world_size, f"{layout} needs {layout.world_size} ranks, the process group has {world}"
-    full = DeviceMesh(device.type, rank_grid(layout), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    full = DeviceMesh(device.type, rank_grid(layout), mesh_dim_names=names, backend_override=_backends(device, names))
     flat = full["dp_shard", "cp"]._flatten("fsdp")
     fsdp = DeviceMesh._concatenate([full["dp_replicate"], flat]) if layout.data_replicate > 1 else flat
-    return Mesh(layout, device, full, fsdp)
+    channels, ends = {}, None
+    if layout.pipeline > 1:
+        columns = rank_grid(layout).view(layout.pipeline, -1).t().tolist()
+        for kind in ("activation", "gradient"):
+            for direction in ("up", "down"):
+                channels[kind, direction] = dist.new_subgroups_by_enumeration(columns)[0]
+        ends = dist.new_subgroups_by_enumeration([[column[0], column[-1]] for column in columns])[0]
+    return Mesh(layout, device, full, fsdp, channels, ends)
+
+
+def _backends(device: torch.device, names: tuple[str, ...]):
+    """High-priority streams for the axes whose collectives stand between two products."""
+    if device.type != "cuda":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    return tuple(("nccl", options) if name in ("cp", "tp") else (None, None) for name in names)
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a collective of any group may wait for its ranks, from now on."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

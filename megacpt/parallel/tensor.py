@@ -5,7 +5,14 @@ rank, v vocabulary rows of this tp rank.
 
 Parameters are DTensors on the tp mesh. The Functions here take them whole, compute on the local tensor and return a
 gradient with the parameter's spec: no DTensor dispatch in between. With one rank the collectives vanish.
+
+Backward gathers again instead of saving, while it computes the input's gradient, and sums that over the ranks while it
+computes the weights' gradients. With a `Later` the weights' gradients are left there to be computed (zero-bubble
+pipelines): `drain` does it.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens
+from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
 
 COLUMN, ROW, REPLICATED = Shard(0), Shard(1), Replicate()
 
@@ -33,21 +40,49 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(DTensor.from_local(empty, tensor_mesh, [placement], run_check=False))
 
 
+@dataclass(frozen=True)
+class TensorAxis:
+    """The ranks that share matrices, and how forward hides its collectives.
+
+    Attributes:
+        overlap: none; chunked, a part of the tokens travels while another is multiplied; symmetric_memory, torch's fused
+            products over NVLink.
+        chunks: parts of `chunked`.
+    """
+
+    group: dist.ProcessGroup
+    overlap: str = "none"
+    chunks: int = 4
+
+
+class Later:
+    """Weights and what computes their gradients. (No list: FSDP would copy it on the way into a module.)"""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[DTensor, Callable[[], DTensor]]] = []
+
+
 def column_parallel(
-    x: Tensor, weights: list[DTensor], group: dist.ProcessGroup, rows: list[slice] | None = None
+    x: Tensor,
+    weights: list[DTensor],
+    axis: TensorAxis,
+    rows: list[slice] | None = None,
+    later: Later | None = None,
+    between: tuple[int, Callable[..., None]] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gathers tokens once, multiplies by each weight. Backward gathers again instead of saving.
+    """Gathers tokens once, multiplies by each weight in turn.
 
     Args:
         x: [t, h]. weights: each [f, h], this rank's rows.
         rows: of each weight's local tensor, those that this rank uses (key heads that tp replicates); default all.
+        between: (n, function): is called with the first n products before the others are computed.
     Returns:
         [T, f] for each weight.
     """
-    return _Column.apply(group, x, rows or [slice(None)] * len(weights), *weights)
+    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, *weights)
 
 
-def row_parallel(x: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor:
+def row_parallel(x: Tensor, weight: DTensor, axis: TensorAxis, later: Later | None = None) -> Tensor:
     """Multiplies, sums over ranks, keeps this rank's tokens.
 
     Args:
@@ -55,7 +90,16 @@ def row_parallel(x: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor
     Returns:
         [t, h].
     """
-    return _Row.apply(group, x, weight)
+    return _Row.apply(axis, x, weight, later)
+
+
+@torch.no_grad()
+def drain(later: Later) -> None:
+    """Computes the gradients that were left for later and adds them to the weights'."""
+    for weight, compute in later.queue:
+        grad = compute()
+        weight.grad = grad if weight.grad is None else weight.grad + grad
+    later.queue.clear()
 
 
 def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor:
@@ -74,45 +118,110 @@ def replicated(weight: DTensor) -> Tensor:
     return _Local.apply(weight)
 
 
+def _products(x: Tensor, local: list[Tensor], axis: TensorAxis, between) -> tuple[Tensor, ...]:
+    """gather(x) times each matrix."""
+    if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
+        fused = torch.ops.symm_mem.fused_all_gather_matmul
+        return tuple(fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1])
+    if axis.overlap == "chunked" and axis.group.size() > 1:
+        return _chunked_products(x, local, axis)
+    tokens, out = gather_tokens(x, axis.group), []
+    for i, weight in enumerate(local):
+        if between and i == between[0]:
+            between[1](*out)
+        out.append(F.linear(tokens, weight))
+    return tuple(out)
+
+
+def _chunked_products(x: Tensor, local: list[Tensor], axis: TensorAxis) -> tuple[Tensor, ...]:
+    size, parts = axis.group.size(), x.tensor_split(min(axis.chunks, x.shape[0]))
+    pending = [start_gather(part, axis.group) for part in parts]
+    out = [x.new_empty((size, x.shape[0], weight.shape[0])) for weight in local]
+    begin = 0
+    for part, gathered in zip(parts, pending, strict=True):
+        tokens, end = gathered.wait(), begin + part.shape[0]
+        for product, weight in zip(out, local, strict=True):
+            product[:, begin:end] = F.linear(tokens, weight).view(size, -1, weight.shape[0])
+        begin = end
+    return tuple(product.flatten(0, 1) for product in out)
+
+
+def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
+    """This rank's tokens of the sum over ranks of x times a matrix."""
+    if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
+        fused = torch.ops.symm_mem.fused_matmul_reduce_scatter
+        return fused(x.contiguous(), weight.t(), "sum", 0, axis.group.group_name)
+    if axis.overlap == "chunked" and axis.group.size() > 1:
+        by_rank = x.unflatten(0, (axis.group.size(), -1))
+        parts = by_rank.tensor_split(min(axis.chunks, by_rank.shape[1]), dim=1)
+        pending = [start_scatter_sum(F.linear(part.flatten(0, 1), weight), axis.group) for part in parts]
+        return torch.cat([part.wait() for part in pending])
+    return scatter_sum_tokens(F.linear(x, weight), axis.group)
+
+
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, x: Tensor, rows: list[slice], *weights: DTensor):
+    def forward(ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, *weights: DTensor):
         local = [weight._local_tensor[part] for weight, part in zip(weights, rows, strict=True)]
-        ctx.group, ctx.rows = group, rows
+        ctx.group, ctx.rows, ctx.later, ctx.weights = axis.group, rows, later, weights if later is not None else None
         ctx.specs = [(weight._spec, weight._local_tensor.shape) for weight in weights]
         ctx.save_for_backward(x, *local)
-        tokens = gather_tokens(x, group)
-        return tuple(F.linear(tokens, weight) for weight in local)
+        return _products(x, local, axis, between)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, *local = ctx.saved_tensors
+        gathered = start_gather(x, ctx.group) if ctx.later is None else None
         dx = grads[0] @ local[0]
         for grad, weight in zip(grads[1:], local[1:], strict=True):
             dx.addmm_(grad, weight)
-        tokens = gather_tokens(x, ctx.group)
-        dweights = []
-        for grad, part, (spec, shape) in zip(grads, ctx.rows, ctx.specs, strict=True):
-            dweight = grad.t() @ tokens
-            if dweight.shape != shape:  # rows of other ranks: their gradients come from there
-                dweight, used = tokens.new_zeros(shape), dweight
-                dweight[part] = used
-            dweights.append(DTensor(dweight, spec, requires_grad=False))
-        return None, scatter_sum_tokens(dx, ctx.group), None, *dweights
+        dx = start_scatter_sum(dx, ctx.group)
+        if ctx.later is None:
+            tokens = gathered.wait()
+            dweights = [_weight_gradient(*each, tokens) for each in zip(grads, ctx.rows, ctx.specs, strict=True)]
+            return None, dx.wait(), None, None, None, *dweights
+        shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
+
+        def compute(grad: Tensor, part: slice, spec, last: bool, group=ctx.group) -> DTensor:
+            if not shared:
+                shared.append(gather_tokens(x, group))
+            return _weight_gradient(grad, part, spec, shared.pop() if last else shared[0])
+
+        for i, (weight, *each) in enumerate(zip(ctx.weights, grads, ctx.rows, ctx.specs, strict=True)):
+            last = i == len(grads) - 1
+            ctx.later.queue.append((weight, lambda each=each, last=last: compute(*each, last)))
+        return None, dx.wait(), *[None] * (3 + len(grads))
+
+
+def _weight_gradient(grad: Tensor, part: slice, spec, tokens: Tensor) -> DTensor:
+    (placed, shape), dweight = spec, grad.t() @ tokens
+    if dweight.shape != shape:  # rows of other ranks: their gradients come from there
+        dweight, used = tokens.new_zeros(shape), dweight
+        dweight[part] = used
+    return DTensor(dweight, placed, requires_grad=False)
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, x: Tensor, weight: DTensor):
-        ctx.group, ctx.spec = group, weight._spec
+    def forward(ctx, axis: TensorAxis, x: Tensor, weight: DTensor, later: Later | None):
+        ctx.group, ctx.spec, ctx.later, ctx.weight = (
+            axis.group,
+            weight._spec,
+            later,
+            weight if later is not None else None,
+        )
         ctx.save_for_backward(x, weight._local_tensor)
-        return scatter_sum_tokens(F.linear(x, weight._local_tensor), group)
+        return _summed_product(x, weight._local_tensor, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad = gather_tokens(grad, ctx.group)
-        return None, grad @ weight, DTensor(grad.t() @ x, ctx.spec, requires_grad=False)
+        grad, spec = gather_tokens(grad, ctx.group), ctx.spec
+        compute = lambda: DTensor(grad.t() @ x, spec, requires_grad=False)
+        if ctx.later is None:
+            return None, grad @ weight, compute(), None
+        ctx.later.queue.append((ctx.weight, compute))
+        return None, grad @ weight, None, None
 
 
 class _Embedding(torch.autograd.Function):

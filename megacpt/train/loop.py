@@ -28,10 +28,11 @@ from megacpt.config.recipe import Recipe
 from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.evaluate.validation import ValidationSets, validate
-from megacpt.model.build import build_model
+from megacpt.model.build import build_model, sharding_of
 from megacpt.model.config import LlamaConfig, change_rope, config_of
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
+from megacpt.model.stage import plan_stages
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.agreement import agree
@@ -116,8 +117,11 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     layout = resolve_layout(recipe.parallel, dist.get_world_size())
     mesh = build_mesh(layout, device)
     torch.use_deterministic_algorithms(recipe.kernels.deterministic)
-    options = ModelOptions(recipe.model.vocab_multiple, recipe.kernels.attention, recipe.kernels.deterministic)
-    model = build_model(config, mesh, compute, options)
+    options = ModelOptions(
+        recipe.model.vocab_multiple, recipe.kernels.attention, recipe.kernels.deterministic, recipe.parallel.overlap
+    )
+    plan = plan_stages(config.num_hidden_layers, recipe.parallel)
+    model = build_model(config, mesh, compute, options, plan, sharding_of(recipe.parallel))
     optimizer = AdamW(dict(model.named_parameters()))
     done = _load(recipe, directory, model, optimizer, config, compute, mode, found)
     peak, peak_source = peak_flops(device, recipe.log.peak_tflops)

@@ -1,18 +1,21 @@
 """Logits, losses and every gradient against transformers' Llama, for each rotary scaling, tied and untied, beyond the
 original context; documents packed here, one by one there."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import transformers
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 from tolerances import PARITY, difference
 
-from megacpt.data.loader import IGNORE
+from megacpt.data.loader import IGNORE, Batch
 from megacpt.model.build import build_model
 from megacpt.model.config import parse_config
 from megacpt.model.hf import fill_shard
-from megacpt.model.llama import Inputs, ModelOptions
-from megacpt.parallel.context import make_plan
+from megacpt.model.llama import ModelOptions
+from megacpt.model.run import accumulate, each_loss
 
 VARIANTS = {
     "llama2": tiny_config(num_key_value_heads=4),
@@ -67,30 +70,38 @@ def ours(raw: dict, mesh, dtype: torch.dtype, source):
     return model
 
 
-def packed(lengths, vocab: int) -> tuple[Inputs, list[torch.Tensor]]:
+def packed(lengths, vocab: int) -> tuple[Batch, list[torch.Tensor]]:
+    """One row of documents of random tokens."""
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
-    tokens = torch.cat(documents)
     labels = torch.cat([torch.cat([d[1:], torch.tensor([IGNORE])]) for d in documents])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    starts = [0, *torch.tensor(lengths).cumsum(0)[:-1].tolist()]
-    return Inputs(tokens, labels, positions, make_plan(starts, len(tokens), 1, 0), max(lengths)), documents
+    starts = np.cumsum([0, *lengths[:-1]])
+    row = lambda tensor: tensor[None].numpy()
+    batch = Batch(row(torch.cat(documents)), row(labels), row(positions), starts, np.array([0, len(lengths)]), [""])
+    return batch, documents
 
 
-def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda inputs: inputs) -> dict[str, float]:
+def losses_of(model, batch: Batch) -> torch.Tensor:
+    """The loss of each token."""
+    found = []
+    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses: found.append(losses))
+    return found[0]
+
+
+def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda batch: batch) -> dict[str, float]:
     """Differences by name: the token losses and every gradient."""
     theirs = reference(raw, dtype)
     model = ours(raw, mesh, dtype, theirs)
-    inputs, documents = packed(LENGTHS, raw["vocab_size"])
+    batch, documents = packed(LENGTHS, raw["vocab_size"])
     losses, labels = [], sum(len(d) - 1 for d in documents)
     for document in documents:
         logits = theirs(document[None], position_ids=torch.arange(len(document))[None]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="none"))
     expected = torch.cat(losses)
     (expected.sum() / labels).backward()
-    with torch.no_grad():
-        got = model(change(inputs), None)[inputs.labels >= 0]
-    model(change(inputs), 1.0 / labels).backward()
+    got = losses_of(model, change(batch))[torch.from_numpy(batch.labels[0]) >= 0]
+    accumulate(model, [change(batch)], labels, "step")
     gradients = dict(theirs.named_parameters())
     found = {"nll": difference(got, expected)}
     for name, parameter in model.named_parameters():
@@ -109,18 +120,16 @@ def test_losses_and_gradients_equal_transformers(mesh, variant, dtype):
     assert max(found.values()) < PARITY[dtype], found
 
 
-def _shift(inputs: Inputs) -> Inputs:
-    positions = inputs.positions.clone()
-    positions[:150] += torch.arange(150) // 75  # RoPE is relative: only an uneven shift is visible
-    return Inputs(inputs.tokens, inputs.labels, positions, inputs.plan, inputs.longest + 2)
+def _shift(batch: Batch) -> Batch:
+    positions = batch.positions.copy()
+    positions[0, :150] += np.arange(150) // 75  # RoPE is relative: only an uneven shift is visible
+    return replace(batch, positions=positions)
 
 
-def _move_boundary(inputs: Inputs) -> Inputs:
-    starts = list(inputs.plan.documents.q[:-1])
+def _move_boundary(batch: Batch) -> Batch:
+    starts = batch.document_starts.copy()
     starts[3] -= 1  # the last document now sees the last token of the one before
-    return Inputs(
-        inputs.tokens, inputs.labels, inputs.positions, make_plan(starts, len(inputs.tokens), 1, 0), inputs.longest
-    )
+    return replace(batch, document_starts=starts)
 
 
 @pytest.mark.parametrize("broken", [_shift, _move_boundary])
@@ -134,12 +143,10 @@ def test_logits_equal_transformers_beyond_the_original_context(mesh):
     raw = VARIANTS["llama3.1"]
     theirs = reference(raw, torch.float64)
     model = ours(raw, mesh, torch.float64, theirs)
-    inputs, documents = packed([150], raw["vocab_size"])
+    batch, documents = packed([150], raw["vocab_size"])
     rows = []
     for token in range(raw["vocab_size"]):  # nll with every token as target is -log_softmax
-        target = torch.full((150,), token)
-        with torch.no_grad():
-            rows.append(-model(Inputs(inputs.tokens, target, inputs.positions, inputs.plan, 150), None))
+        rows.append(-losses_of(model, replace(batch, labels=np.full((1, 150), token))))
         if token == 40:
             break
     expected = theirs(documents[0][None]).logits[0].log_softmax(-1)[:, :41]
@@ -150,12 +157,12 @@ def test_logits_equal_transformers_beyond_the_original_context(mesh):
 def test_activation_checkpointing_gives_the_same_gradients(mesh, mode):
     raw = VARIANTS["llama3"]
     model = ours(raw, mesh, torch.float64, reference(raw, torch.float64))
-    inputs, _ = packed(LENGTHS, raw["vocab_size"])
+    batch, _ = packed(LENGTHS, raw["vocab_size"])
     grads = []
     for checkpointing in ("none", mode):
         model.set_activation_checkpointing(checkpointing)
         model.zero_grad()
-        model(inputs, 1.0).backward()
+        accumulate(model, [batch], 1, "step")
         grads.append([p.grad._local_tensor.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

@@ -44,19 +44,19 @@ def train_here(path: str, flags: list[str], breakage: str = "") -> None:
     from megacpt.train import loop
 
     if breakage == "replicated":
-        import megacpt.train.step as step
+        import megacpt.model.run as run
 
-        step.sum_replicated_gradients = lambda parameters, group: None
+        run.sum_replicated_gradients = lambda parameters, group: None
     if breakage == "scale":
         import megacpt.train.step as step
 
-        original = step.forward_backward
-        step.forward_backward = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
+        original = step.accumulate
+        step.accumulate = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
     if breakage == "keys":
         import megacpt.parallel.context as context
 
-        gather = context._gather
-        context._gather = lambda k, v, index, group: gather(k, v, index.roll(1), group)
+        take = context.Gather.take
+        context.Gather.take = lambda self, k, v: tuple(x.roll(1, 0) for x in take(self, k, v))
     loop.train(load_recipe(path, flags))
 
 

@@ -1,0 +1,157 @@
+"""Runs a model on micro-batches under any layout: with gradients for a step, without for losses. One process is a pipeline
+of one rank and one stage: the same lines."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from megacpt.data.loader import Batch
+from megacpt.model.inputs import to_inputs
+from megacpt.model.llama import Inputs, Llama
+from megacpt.parallel import fsdp
+from megacpt.parallel.pipeline.runtime import execute
+from megacpt.parallel.pipeline.schedule import Action, Schedule
+from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
+
+
+def accumulate(model: Llama, micro_batches: Sequence[Batch], num_labels: int, reduce: str) -> Tensor:
+    """Accumulates the gradients of the step's mean loss. Returns the loss, a scalar on the device, summed over ranks.
+
+    Args:
+        num_labels: of the whole step over all ranks; each micro-batch's sum is divided by it.
+        reduce: "step" reduces gradients with a stage's last micro-batch, "micro_batch" with each.
+    """
+    schedule = model.plan.schedule(len(micro_batches))
+    work = _Gradients(model, schedule, micro_batches, 1.0 / max(1, num_labels), reduce == "micro_batch")
+    execute(schedule, work, model.mesh)
+    fsdp.finish(model, list(model.model.layers.values()), model.sharding)
+    sum_replicated_gradients(list(model.parameters()), model.mesh.tensor_group)
+    sum_tied_gradients(model)
+    return model.mesh.sum_over_tokens(work.total)
+
+
+@torch.no_grad()
+def each_loss(
+    model: Llama, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor], None]
+) -> None:
+    """Forward only: `use(i, inputs, losses)` for each of `count` micro-batches, on the ranks of the last stage.
+
+    Args:
+        batch_of: makes a micro-batch by its number.
+        use: losses are [T], 0 without label.
+    """
+    schedule = model.plan.schedule(count).forward_only()
+    execute(schedule, _Losses(model, schedule, batch_of, use), model.mesh)
+    fsdp.free_weights([model, *model.model.layers.values()])
+
+
+def sum_tied_gradients(model: Llama) -> None:
+    """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
+    if model.config.tie_word_embeddings and model.plan.splits_ends and hasattr(model.model, "embed_tokens"):
+        dist.all_reduce(model.model.embed_tokens.weight.grad._local_tensor, group=model.mesh.ends)
+
+
+class _Work:
+    """Inputs of micro-batches, from this rank's first use of one to its last."""
+
+    def __init__(self, model: Llama, schedule: Schedule, batch_of: Callable[[int], Batch]):
+        self.model, self.dtype, self.batch_of = model, model.compute, batch_of
+        self.last_stage = schedule.num_stages - 1
+        self.uses = Counter(action.micro_batch for action in schedule.ranks[model.mesh.pipeline_rank])
+        self.inputs: dict[int, Inputs] = {}
+
+    def inputs_of(self, micro_batch: int) -> Inputs:
+        if micro_batch not in self.inputs:
+            self.inputs[micro_batch] = to_inputs(self.batch_of(micro_batch), self.model.mesh)
+        return self.inputs[micro_batch]
+
+    def used(self, micro_batch: int) -> None:
+        self.uses[micro_batch] -= 1
+        if not self.uses[micro_batch]:
+            self.inputs.pop(micro_batch, None)
+
+    def shape(self, micro_batch: int) -> tuple[int, int]:
+        tokens = len(self.inputs_of(micro_batch).tokens)
+        return tokens // self.model.mesh.layout.tensor, self.model.config.hidden_size
+
+
+class _Gradients(_Work):
+    def __init__(
+        self, model: Llama, schedule: Schedule, micro_batches: Sequence[Batch], scale: float, every_micro_batch: bool
+    ):
+        super().__init__(model, schedule, micro_batches.__getitem__)
+        mine = schedule.ranks[model.mesh.pipeline_rank]
+        self.split = any(action.kind == "W" for action in mine)
+        self.left = Counter(action.stage for action in mine if action.kind in "BW")
+        self.scale, self.every_micro_batch = scale, every_micro_batch
+        wide = torch.float64 if model.compute == torch.float64 else torch.float32
+        self.total = torch.zeros((), dtype=wide, device=model.mesh.device)
+        self.graphs: dict[tuple[int, int], tuple] = {}
+        self.later: dict[tuple[int, int], Later] = {}
+        if every_micro_batch:
+            fsdp.sync_gradients([model], True)
+
+    def run(self, action: Action, received: Tensor | None) -> Tensor | None:
+        result = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action, received)
+        self.used(action.micro_batch)
+        return result
+
+    def _forward(self, action: Action, received: Tensor | None) -> Tensor | None:
+        key = action.stage, action.micro_batch
+        x = None if received is None else received.detach().requires_grad_()
+        if self.split:
+            self.later[key] = Later()
+        out = self.model(action.stage, x, self.inputs_of(action.micro_batch), self.later.get(key))
+        if action.stage == self.last_stage:
+            self.graphs[key] = x, out
+            return None
+        self.graphs[key] = x, get_gradient_edge(out)  # the graph without its output: that goes to the next stage
+        return out.detach()
+
+    def _backward(self, action: Action, received: Tensor | None) -> Tensor | None:
+        """All gradients, or with a split backward those of the inputs. The last stage runs head and loss first."""
+        if action.kind == "B":
+            self._sync(action.stage)
+        x, out = self.graphs.pop((action.stage, action.micro_batch))
+        if action.stage == self.last_stage:
+            loss = self.model.loss(out, self.inputs_of(action.micro_batch), self.scale)
+            self.total += loss.detach()
+            loss.backward()
+        else:
+            torch.autograd.backward([out], [received])
+        return None if x is None else x.grad
+
+    def _weights(self, action: Action, received: None) -> None:
+        self._sync(action.stage)
+        drain(self.later.pop((action.stage, action.micro_batch)))
+        blocks = self.model.blocks(action.stage)
+        fsdp.take_gradients(blocks)
+        fsdp.sync_gradients(blocks, False)
+
+    def _sync(self, stage: int) -> None:
+        """The gradients that come now are the stage's last, or are reduced with every micro-batch."""
+        self.left[stage] -= 1
+        last = not self.left[stage]
+        if last:
+            fsdp.free_after_backward(self.model.blocks(stage))
+        if last or self.every_micro_batch:
+            fsdp.sync_gradients(self.model.blocks(stage), True)
+
+
+class _Losses(_Work):
+    def __init__(self, model: Llama, schedule: Schedule, batch_of: Callable[[int], Batch], use: Callable):
+        super().__init__(model, schedule, batch_of)
+        self.use = use
+
+    def run(self, action: Action, received: Tensor | None) -> Tensor | None:
+        inputs = self.inputs_of(action.micro_batch)
+        out = self.model(action.stage, received, inputs)
+        if action.stage == self.last_stage:
+            self.use(action.micro_batch, inputs, self.model.token_losses(out, inputs))
+            out = None
+        self.used(action.micro_batch)
+        return out

@@ -1,0 +1,61 @@
+"""The executor: runs one rank's list of actions, moves tensors between stages, knows nothing of what a stage does.
+
+Sends are asynchronous and keep their tensor until the other side has it; receives are posted by the program of
+simulate.py. A tensor that was handed over is kept nowhere else.
+"""
+
+from collections import deque
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.pipeline.schedule import Action, Schedule
+from megacpt.parallel.pipeline.simulate import channel, lower, made, needed
+
+
+class Work(Protocol):
+    """What stages do. Tensors between stages have shape(micro_batch) and dtype."""
+
+    dtype: torch.dtype
+
+    def shape(self, micro_batch: int) -> tuple[int, ...]: ...
+
+    def run(self, action: Action, received: Tensor | None) -> Tensor | None:
+        """Runs an action on the activation or gradient that it needs; returns the one that it makes."""
+
+
+def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
+    """Runs this rank's part of a schedule. All pipeline ranks call it with the same schedule."""
+    here: dict[tuple, Tensor] = {}
+    receiving: dict[tuple, tuple[dist.Work, Tensor]] = {}
+    sending: deque[tuple[dist.Work, Tensor]] = deque()
+    rank = mesh.pipeline_rank
+    for op in lower(schedule, rank):
+        if op.kind == "receive":
+            buffer = torch.empty(work.shape(op.action.micro_batch), dtype=work.dtype, device=mesh.device)
+            group = mesh.channels[channel(op.peer, rank, op.tensor)]
+            receiving[op.tensor] = dist.irecv(buffer, group=group, group_src=op.peer), buffer
+        elif op.kind == "send":
+            tensor = here.pop(op.tensor).contiguous()
+            group = mesh.channels[channel(rank, op.peer, op.tensor)]
+            sending.append((dist.isend(tensor, group=group, group_dst=op.peer), tensor))
+            del tensor
+        else:
+            tensor = needed(op.action, schedule)
+            if tensor in receiving:
+                handle, buffer = receiving.pop(tensor)
+                handle.wait()
+                result = work.run(op.action, buffer)
+                del buffer
+            else:
+                result = work.run(op.action, here.pop(tensor, None))
+            if given := made(op.action, schedule):
+                here[given[0]] = result
+            del result
+        while sending and sending[0][0].is_completed():
+            sending.popleft()
+    for handle, _ in sending:
+        handle.wait()
