@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("recipe")
     p.add_argument("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
     p.add_argument("--no-files", action="store_true", help="do not read model files and data")
+    p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
     p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
     p.add_argument("recipe")
@@ -97,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="FILE.jsonl")
     p.add_argument("--seq-len", type=int, default=8192, help="window of long documents (default: 8192)")
     p.add_argument("--micro-batch-tokens", type=int, help="tokens at once (default: one window)")
+    for axis in ("tensor", "context", "pipeline"):
+        p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{axis} parallelism, under torchrun")
     _dtype(p)
 
     p = verb("evaluate", _evaluate, "Validation loss by domain of a model or run.", recipe=True)
@@ -197,7 +200,7 @@ def _part(text: str | None) -> tuple[tuple[int, int] | None, list[str]]:
 
 
 def _check(options) -> int:
-    from megacpt.plan.check import check
+    from megacpt.plan.check import check, schedule_svg
 
     recipe = _load(options)
     parallel = recipe.parallel
@@ -209,6 +212,9 @@ def _check(options) -> int:
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    if options.schedule_picture:
+        Path(options.schedule_picture).write_text(schedule_svg(recipe, world_size), encoding="utf-8")
+        print(f"written {options.schedule_picture}")
     return 0
 
 
@@ -293,6 +299,7 @@ def _train(options) -> None:
 
 
 def _score(options) -> None:
+    from megacpt.config.recipe import Parallel
     from megacpt.evaluate.score import score
     from megacpt.train.standalone import open_model
 
@@ -305,7 +312,8 @@ def _score(options) -> None:
             ],
             "the arguments",
         )
-    model = open_model(options.model, options.dtype)
+    parallel = Parallel(tensor=options.tensor, context=options.context, pipeline=options.pipeline)
+    model = open_model(options.model, options.dtype, parallel)
     score(
         model,
         options.prefix,

@@ -1,8 +1,82 @@
-"""What the layout comparison must see: each breaks one thing on every rank."""
+"""What the layout comparison must see: each function breaks one thing on the rank that calls it."""
 
 
 def replicated() -> None:
-    """Gradients of norms and of repeated key heads are not summed over tp."""
+    """tp: gradients of norms and of repeated key heads are not summed."""
     import megacpt.model.run as run
 
     run.sum_replicated_gradients = lambda parameters, group: None
+
+
+def keys() -> None:
+    """cp: the gathered keys are those of the token before."""
+    import megacpt.parallel.context as context
+
+    take = context.Gather.take
+    context.Gather.take = lambda self, k, v: tuple(x.roll(1, 0) for x in take(self, k, v))
+
+
+def local_count() -> None:
+    """dp, cp: the loss is divided by the labels of this rank's rows (Megatron-LM issue 7452, finding 9)."""
+    import megacpt.train.step as step
+
+    original = step.accumulate
+    step.accumulate = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
+
+
+def tied() -> None:
+    """pp: the embedding and the head of a tied model each keep their own gradient."""
+    import megacpt.model.run as run
+
+    run.sum_tied_gradients = lambda model: None
+
+
+def other_micro_batch() -> None:
+    """pp: stages after the first take positions and documents of the micro-batch before."""
+    import megacpt.model.run as run
+
+    original = run._Work.inputs_of
+
+    def before(self, micro_batch):
+        return original(self, max(0, micro_batch - (0 not in self.model.plan.of(self.model.mesh.pipeline_rank))))
+
+    run._Work.inputs_of = before
+
+
+def lost_weights() -> None:
+    """zero-bubble: one weight gradient of each action is lost."""
+    import megacpt.model.run as run
+
+    original = run.drain
+    run.drain = lambda later: (later.queue.pop(), original(later))
+
+
+def counted_twice() -> None:
+    """The norm counts the tied embedding on both of its ranks."""
+    from megacpt.model.llama import Llama
+
+    Llama.counted_parameters = lambda self: list(self.parameters())
+
+
+def norm_of_the_stage() -> None:
+    """The norm is that of a rank's own stages."""
+    import megacpt.train.step as step
+    from megacpt.optim import clip
+
+    original = clip.grad_norm
+
+    class Without:
+        def __init__(self, mesh):
+            self.device, self.tensor = mesh.device, mesh.tensor
+            self.full = {
+                axis: mesh.full[axis if axis != "pp" else "dp_replicate"] for axis in ("dp_shard", "cp", "tp", "pp")
+            }
+
+    step.grad_norm = lambda parameters, mesh: original(parameters, Without(mesh))
+
+
+def norm_counts_replicas() -> None:
+    """The norm counts parameters that tp replicates once on every tp rank (Megatron-LM issues 7452 and 5916)."""
+    from megacpt.optim import clip
+
+    clip._is_replicated = lambda parameter: False

@@ -10,19 +10,26 @@ from tolerances import difference
 
 from megacpt.config.load import load_recipe
 
-AXES = {"tp": "tensor", "cp": "context", "pp": "pipeline", "v": "virtual_stages", "dp": "data_shard", "hsdp": "data_replicate"}
+AXES = {
+    "tp": "tensor",
+    "cp": "context",
+    "pp": "pipeline",
+    "v": "virtual_stages",
+    "dp": "data_shard",
+    "hsdp": "data_replicate",
+}
 STEPS = 8
 
 
 def flags_of(layout: str) -> list[str]:
-    """"tp2 pp2 v2 hsdp2 dp2 zb-v" as flags. What is no axis and no number is a schedule or a flag of [parallel]."""
+    """ "tp2 pp2 v2 hsdp2 dp2 zb-v" as flags. What is no axis and no number is a schedule or a flag of [parallel]."""
     flags = []
     for word in layout.split():
         axis = word.rstrip("0123456789")
         if "=" in word:
             flags.append(f"--parallel.{word}")
         elif axis in AXES:
-            flags.append(f"--parallel.{AXES[axis]}={word[len(axis):]}")
+            flags.append(f"--parallel.{AXES[axis]}={word[len(axis) :]}")
         else:
             flags.append(f"--parallel.schedule={word}")
     return flags
@@ -74,7 +81,12 @@ def body(path: str, flags: list[str], breakage: str = "") -> dict[str, Any]:
 
 
 def train(path: str, flags: list[str], layout: str, directory: Path, breakage: str = "") -> list[dict[str, Any]]:
-    common = ["--validation=[]", "--log.tensorboard=false", "--precision.compute=float64", f"--run.directory={directory}"]
+    common = [
+        "--validation=[]",
+        "--log.tensorboard=false",
+        "--precision.compute=float64",
+        f"--run.directory={directory}",
+    ]
     return on_ranks(world_size(layout), body, path, [*common, *flags, *flags_of(layout)], breakage)
 
 

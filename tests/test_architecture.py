@@ -32,6 +32,9 @@ TORCH_FREE = [
     "cli",
     "optim/schedule.py",
     "model/config.py",
+    "model/stage.py",
+    "parallel/pipeline/schedule.py",
+    "parallel/pipeline/simulate.py",
     "checkpoint/manifest.py",
 ]
 

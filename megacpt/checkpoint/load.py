@@ -97,9 +97,14 @@ class StoredModel:
         self.metadata = SafeReader(directory).read_metadata().state_dict_metadata
 
     def read(self, name: str) -> Tensor:
-        entry = self.metadata.get(f"model.{name}")
+        """A weight by its Hugging Face name."""
+        return self.tensor(f"model.{name}")
+
+    def tensor(self, name: str) -> Tensor:
+        """Anything stored, by its name in the checkpoint: model.NAME, optim.exp_avg.NAME, optim.exp_avg_sq.NAME."""
+        entry = self.metadata.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.directory}: holds no tensor {name}.")
+            raise CheckpointError(f"{self.directory}: holds no tensor {name.removeprefix('model.')}.")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load(self.directory, {f"model.{name}": tensor}, alone=True)
+        load(self.directory, {name: tensor}, alone=True)
         return tensor

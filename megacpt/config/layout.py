@@ -1,5 +1,6 @@
 """How ranks are laid out: degrees of the parallel axes for a world size, and the arithmetic when they do not fit."""
 
+import math
 from dataclasses import dataclass
 
 from megacpt.config.recipe import Parallel
@@ -56,3 +57,8 @@ def resolve_layout(parallel: Parallel, world_size: int) -> Layout:
             'Start as many processes, or set data_shard = "auto".'
         )
     return Layout(parallel.data_replicate, shard, parallel.pipeline, parallel.context, parallel.tensor)
+
+
+def token_unit(tensor: int, context: int) -> int:
+    """What the tokens of a micro-batch must be a multiple of: 2 chunks a context rank, each rank's tokens over tensor."""
+    return math.lcm(2 * context, context * tensor) if context > 1 else tensor

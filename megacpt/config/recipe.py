@@ -130,6 +130,10 @@ class Parallel(Section):
     overlap: Literal["none", "chunked", "symmetric_memory"] = "none"
     """How forward hides the collectives of tensor parallelism. symmetric_memory needs GPUs that share memory (NVLink)."""
 
+    @property
+    def schedule_name(self) -> str:
+        return self.schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved")
+
 
 class Precision(Section):
     compute: Annotated[DType | None, _OrWord("auto")] = None

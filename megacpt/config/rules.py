@@ -1,9 +1,7 @@
 """Rules across fields: what a recipe alone can tell, without files. Each problem names its key, the numbers, the way
 out. Rules that need the model's shape or the data stand in plan/check.py."""
 
-import math
-
-from megacpt.config.layout import resolve_layout
+from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.load import nearest
 from megacpt.config.recipe import LearningRate, Recipe, Stage
 
@@ -47,6 +45,17 @@ def _layout(recipe: Recipe, world_size: int) -> list[str]:
         resolve_layout(recipe.parallel, world_size)
     except ValueError as error:
         problems.append(f"parallel: {error}")
+    parallel, name = recipe.parallel, recipe.parallel.schedule_name
+    contiguous = parallel.contiguous_micro_batches
+    if contiguous and name != "interleaved":
+        problems.append(
+            f'parallel.contiguous_micro_batches = {contiguous}: belongs to schedule = "interleaved"; schedule is "{name}".'
+        )
+    elif contiguous and contiguous < parallel.pipeline:
+        problems.append(
+            f"parallel.contiguous_micro_batches = {contiguous}: at least parallel.pipeline = {parallel.pipeline}, or ranks wait "
+            "for each other."
+        )
     return problems
 
 
@@ -107,7 +116,7 @@ def _stage(recipe: Recipe, stage: Stage) -> list[str]:
     micro = recipe.parallel_of(stage).micro_batch_tokens
     problems += multiples("parallel.micro_batch_tokens", micro, f"{name}.seq_len", stage.seq_len)
     context, tensor = recipe.parallel.context, recipe.parallel.tensor
-    unit = math.lcm(2 * context, context * tensor) if context > 1 else tensor
+    unit = token_unit(tensor, context)
     text = "2 chunks a context rank, each rank's tokens over tensor" if context > 1 else "parallel.tensor"
     problems += multiples(f"{name}: parallel.micro_batch_tokens", micro, text, unit)
     if stage.seq_len < 2:

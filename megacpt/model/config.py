@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import nearest
-from megacpt.config.recipe import Model, Rope
+from megacpt.config.recipe import Model, Parallel, Rope
 from megacpt.errors import ConfigError
 
 _ROPE_FIELDS = {
@@ -303,3 +303,28 @@ ARCHITECTURES = {
     "llama3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
     "llama3.1-405b": _llama3(16384, 53248, 126, 128, 8.0, False),
 }
+
+
+def shape_problems(config: LlamaConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
+    """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers."""
+    tensor, kv_heads, problems = parallel.tensor, config.num_key_value_heads, []
+    if kv_heads % tensor and tensor % kv_heads:
+        possible = [
+            n
+            for n in range(1, config.num_attention_heads + 1)
+            if (kv_heads % n == 0 or n % kv_heads == 0) and config.num_attention_heads % n == 0
+        ]
+        problems.append(
+            f"parallel.tensor = {tensor}: num_key_value_heads = {kv_heads} can neither be divided by it nor repeated to it. "
+            f"Use {', '.join(map(str, possible))}."
+        )
+    sizes = {
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "the padded vocabulary": config.padded_vocab(vocab_multiple),
+    }
+    return problems + [
+        f"parallel.tensor = {tensor}: does not divide the model's {name} = {size}."
+        for name, size in sizes.items()
+        if size % tensor
+    ]

@@ -43,18 +43,13 @@ def _schedule(plan: StagePlan, micro_batches: int) -> Schedule:
     return make_schedule(plan.name, plan.ranks, plan.virtual, micro_batches, plan.contiguous, plan.max_in_flight)
 
 
-def schedule_name(parallel: Parallel) -> str:
-    """auto: 1f1b with one stage a rank, else interleaved."""
-    return parallel.schedule or ("1f1b" if parallel.virtual_stages == 1 else "interleaved")
-
-
 def plan_stages(num_layers: int, parallel: Parallel) -> StagePlan:
     """The plan of `[parallel]`.
 
     Raises:
         ValueError: if the layers cannot be split so, with the numbers and the key's name.
     """
-    name, ranks, virtual = schedule_name(parallel), parallel.pipeline, parallel.virtual_stages
+    name, ranks, virtual = parallel.schedule_name, parallel.pipeline, parallel.virtual_stages
     if virtual != virtual_stages_of(name, virtual):
         other = "interleaved" if name == "1f1b" else "zb-v" if virtual == 2 else "interleaved"
         raise ValueError(

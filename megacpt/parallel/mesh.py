@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megacpt.config.layout import Layout
+from megacpt.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,19 @@ def device_of_process() -> torch.device:
 
 
 def start_process_group(device: torch.device, timeout_seconds: float = 600) -> None:
-    """Joins the group that torchrun describes, or makes one of this process alone."""
+    """Joins the group that torchrun describes, or makes one of this process alone.
+
+    Raises:
+        ConfigError: for settings of the environment under which parallelism breaks.
+    """
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ConfigError(
+            [
+                "CUDA_DEVICE_MAX_CONNECTIONS = 1: forces all streams into one queue, so that FSDP's and the pipeline's "
+                "communication waits for computation. It is Megatron's setting for tensor parallelism; unset it here."
+            ],
+            "the environment",
+        )
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -1,18 +1,22 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, then the resolved run as text.
 Imports no torch and no numpy; answers in a fraction of a second."""
 
+import math
 from dataclasses import dataclass, field
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
 from megacpt.config.quantity import show_tokens
-from megacpt.config.recipe import Recipe
+from megacpt.config.recipe import Parallel, Recipe
 from megacpt.config.rules import problems_of
 from megacpt.data.manifest import expand_paths, read_manifest
 from megacpt.errors import ConfigError, MegacptError
 from megacpt.log import short_number
-from megacpt.model.config import LlamaConfig, change_rope, config_of
+from megacpt.model.config import LlamaConfig, change_rope, config_of, shape_problems
+from megacpt.model.stage import StagePlan, plan_stages, stage_weights
 from megacpt.optim.schedule import rate_of_step
+from megacpt.parallel.pipeline.simulate import simulate
+from megacpt.plan.picture import schedule_picture
 
 
 @dataclass
@@ -37,8 +41,10 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
         report.warnings.append("--no-files: model files and data were not read.")
     if config:
         _model_rules(recipe, config, report)
+    pipeline = _pipeline(recipe, world_size, config, report)
     if not report.problems:
         _resolved(recipe, world_size, config, tokens, report)
+        report.lines[-1:-1] = pipeline
     return report
 
 
@@ -53,28 +59,7 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
 
 
 def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
-    tensor = recipe.parallel.tensor
-    kv_heads = config.num_key_value_heads
-    if kv_heads % tensor and tensor % kv_heads:
-        degrees = sorted(
-            {
-                n
-                for n in range(1, config.num_attention_heads + 1)
-                if (kv_heads % n == 0 or n % kv_heads == 0) and config.num_attention_heads % n == 0
-            }
-        )
-        report.problems.append(
-            f"parallel.tensor = {tensor}: num_key_value_heads = {kv_heads} can neither be divided by it nor repeated to it. "
-            f"Use {', '.join(map(str, degrees))}."
-        )
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "the padded vocabulary": config.padded_vocab(recipe.model.vocab_multiple),
-    }
-    for name, size in sizes.items():
-        if size % tensor:
-            report.problems.append(f"parallel.tensor = {tensor}: does not divide the model's {name} = {size}.")
+    report.problems += shape_problems(config, recipe.parallel, recipe.model.vocab_multiple)
     for stage in recipe.stages:
         try:
             config = change_rope(config, stage.rope)
@@ -93,6 +78,96 @@ def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
                 f"stages.{stage.name}.seq_len = {stage.seq_len} is beyond the model's max_position_embeddings = "
                 f"{config.max_position_embeddings}, and its rotary embedding is kept."
             )
+
+
+def micro_batch_counts(recipe: Recipe, data_ranks: int) -> list[int]:
+    """The different numbers of micro-batches that a step of this run has."""
+    counts = set()
+    for stage in recipe.stages:
+        micro = recipe.parallel_of(stage).micro_batch_tokens
+        counts |= {max(1, -(-batch // (data_ranks * micro))) for _, batch in stage.batch_tokens}
+    return sorted(counts)
+
+
+def _pipeline(recipe: Recipe, world_size: int, config: LlamaConfig | None, report: Report) -> list[str]:
+    """Lines on stages, schedule and gradients; problems go to the report."""
+    parallel, lines = recipe.parallel, []
+    try:
+        layout = resolve_layout(parallel, world_size)
+    except ValueError:
+        return []  # said already
+    counts = micro_batch_counts(recipe, layout.data)
+    if config is None:
+        if parallel.pipeline > 1:
+            report.warnings.append(
+                "the model's number of layers is not known here: its split into stages was not checked."
+            )
+        return []
+    try:
+        plan = plan_stages(config.num_hidden_layers, parallel)
+        schedules = {count: plan.schedule(count) for count in counts}
+    except ValueError as error:
+        report.problems.append(f"parallel: {error}")
+        return []
+    if parallel.pipeline > 1:
+        shown = [f"{len(layers)}" for layers in plan.layers]
+        lines.append(f"pipeline {plan.name}, layers of the {len(shown)} stages: {' '.join(shown)}")
+        for count, schedule in schedules.items():
+            found = simulate(schedule, stage_weights(plan, parallel))
+            lines.append(
+                f"  {count} micro-batches: bubble {found.bubble:.1%}, at most {max(found.peak)} stage activations on a rank"
+            )
+            if found.bubble > 0.5:
+                report.warnings.append(
+                    f"with {count} micro-batches the pipeline's bubble is {found.bubble:.0%} of the busy time. More rows a step, "
+                    "fewer pipeline ranks, or more virtual stages."
+                )
+    sharers = layout.data * layout.context
+    if sharers > 1:
+        size, most = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / 2**30, max(counts)
+        chosen = recipe.precision.reduce
+        chosen = chosen if chosen != "auto" else "step" if parallel.pipeline > 1 else "micro_batch"
+        sent = size * (sharers - 1) / sharers
+        lines.append(
+            f'gradients, precision.reduce = "{chosen}": "step" keeps {size:.3g} GiB a rank and sends {sent:.3g} GiB a step, '
+            f'"micro_batch" sends up to {most * sent:.3g} GiB a step'
+        )
+    return lines
+
+
+def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vocab_multiple: int) -> list[int]:
+    """Parameters that each pipeline rank computes with, on one tensor rank, before FSDP shards them."""
+    last, totals = len(plan.layers) - 1, [0] * plan.ranks
+    for name, shape in config.shapes().items():
+        if name == "model.embed_tokens.weight":
+            stages = {0, last} if config.tie_word_embeddings else {0}
+        elif ".layers." in name:
+            layer = int(name.split(".")[2])
+            stages = {next(stage for stage, layers in enumerate(plan.layers) if layer in layers)}
+        else:
+            stages = {last}
+        size = math.prod(shape)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            size = config.padded_vocab(vocab_multiple) * shape[1]
+        repeated = ("k_proj" in name or "v_proj" in name) and parallel.tensor > config.num_key_value_heads
+        if len(shape) == 2 and not repeated:
+            size //= parallel.tensor
+        for rank in {plan.placement[stage] for stage in stages}:
+            totals[rank] += size
+    return totals
+
+
+def schedule_svg(recipe: Recipe, world_size: int) -> str:
+    """The timeline of the step with the most micro-batches.
+
+    Raises:
+        ConfigError: if the model's layers are not known.
+    """
+    config = config_of(recipe.model)
+    plan = plan_stages(config.num_hidden_layers, recipe.parallel)
+    count = micro_batch_counts(recipe, resolve_layout(recipe.parallel, world_size).data)[-1]
+    found = simulate(plan.schedule(count), stage_weights(plan, recipe.parallel))
+    return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
 def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[str, int]:

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from megacpt.model.stage import plan_stages
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.agreement import agree
-from megacpt.parallel.mesh import build_mesh, device_of_process, picture, start_process_group
+from megacpt.parallel.mesh import build_mesh, device_of_process, picture, set_timeout, start_process_group
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
@@ -58,6 +59,7 @@ class Run:
     stop: "StopRequest"
     board: TensorBoard | None = None
     validated_at: int = -1
+    timeout: float = 0.0
 
 
 class StopRequest:
@@ -86,7 +88,7 @@ class StopRequest:
 def train(recipe: Recipe) -> str:
     """Runs a recipe to its end or to a stop request. Returns the status: finished or preempted."""
     device = device_of_process()
-    start_process_group(device)
+    start_process_group(device, recipe.health.start_timeout_seconds)
     directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
     try:
         status = _train(recipe, directory, device)
@@ -160,6 +162,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         facts,
         pad_token(domains, config.eos_token_id),
         StopRequest(),
+        timeout=recipe.health.start_timeout_seconds,
     )
     if recipe.log.tensorboard and directory.write:
         run.board = TensorBoard(directory.path / "tb", layout.world_size, done + 1 if done else None)
@@ -288,6 +291,9 @@ def _steps(run: Run, domains: dict, done: int) -> str:
                     model, run.optimizer, batch.micro_batches, batch.num_labels, reduce, _update_of(recipe, step, lr)
                 )
                 loss, norm = loss.item(), norm.item()  # the step's one wait for the device
+                if number == numbers[0]:
+                    run.timeout = recipe.health.step_timeout_seconds
+                    set_timeout(run.timeout)
                 row = metrics.row(
                     step,
                     stage.name,
@@ -369,7 +375,8 @@ def _due(recipe: Recipe, step: Step) -> bool:
 
 def _validate(run: Run, sets: ValidationSets, number: int, stage) -> None:
     rows = run.recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
-    losses = validate(run.model, sets, rows, run.pad_id)
+    with _slow_phase(run):
+        losses = validate(run.model, sets, rows, run.pad_id)
     run.validated_at = number
     run.directory.event("validation", number, run.clock.tokens_at(number), losses=losses)
     if run.board:
@@ -377,12 +384,24 @@ def _validate(run: Run, sets: ValidationSets, number: int, stage) -> None:
     log.info("validation  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
 
+@contextmanager
+def _slow_phase(run: Run):
+    """Ranks may wait long for each other: while rank 0 writes, or one reads slowly."""
+    set_timeout(run.recipe.health.save_timeout_seconds)
+    try:
+        yield
+    finally:
+        set_timeout(run.timeout)
+
+
 def _save(run: Run, number: int) -> None:
     stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
     state = State(number, run.clock.tokens_at(number), run.optimizer.num_updates, stage.name, [], run.fingerprints)
-    seconds = save(run.directory.checkpoints, tensors_of(run.optimizer.parameters, run.optimizer), state, run.facts)
-    if dist.get_rank() == 0:
-        keep = run.recipe.checkpoint
-        removed = prune(run.directory.checkpoints, keep.keep_last, keep.keep_every_steps)
-        run.directory.event("saved", number, state.tokens, seconds=round(seconds, 3), removed=removed)
+    with _slow_phase(run):
+        seconds = save(run.directory.checkpoints, tensors_of(run.optimizer.parameters, run.optimizer), state, run.facts)
+        if dist.get_rank() == 0:
+            keep = run.recipe.checkpoint
+            removed = prune(run.directory.checkpoints, keep.keep_last, keep.keep_every_steps)
+            run.directory.event("saved", number, state.tokens, seconds=round(seconds, 3), removed=removed)
+        dist.barrier()  # the others wait for rank 0 here, not in the next step
     log.info(f"saved {Path(run.directory.checkpoints).name}/step-{number:08d} in {seconds:.1f} s")

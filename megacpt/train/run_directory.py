@@ -79,7 +79,7 @@ class RunDirectory:
         os.replace(partial, path)
 
 
-FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "profile")
+FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile")
 FREE_OF_CURRENT_STAGE = ("parallel", "tokens", "lr", "betas", "weight_decay", "clip_norm")
 
 

@@ -9,33 +9,48 @@ from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import verify
 from megacpt.checkpoint.save import tensors_of
-from megacpt.config.layout import Layout
-from megacpt.config.recipe import Recipe
+from megacpt.config.layout import resolve_layout
+from megacpt.config.recipe import Parallel, Recipe
 from megacpt.data.loader import open_domains, pad_token
+from megacpt.errors import ConfigError
 from megacpt.evaluate.validation import ValidationSets, validate
-from megacpt.model.build import build_model
-from megacpt.model.config import read_config
+from megacpt.model.build import build_model, sharding_of
+from megacpt.model.config import read_config, shape_problems
 from megacpt.model.hf import load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
+from megacpt.model.stage import plan_stages
 from megacpt.parallel.mesh import build_mesh, device_of_process, start_process_group
 from megacpt.train.step import compute_dtype
 
 
-def open_model(source: str, dtype: str | None, step: int | None = None) -> Llama:
-    """The model of a Hugging Face directory, or of a checkpoint when `source` is a run directory."""
+def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | None = None) -> Llama:
+    """The model of a Hugging Face directory, or of a checkpoint when `source` is a run directory, under any layout."""
     device = device_of_process()
     start_process_group(device)
-    mesh = build_mesh(Layout(data_shard=dist.get_world_size()), device)
-    compute, path = compute_dtype(dtype, device), Path(source)
-    if not (path / HUGGING_FACE).is_dir():
+    path, world_size = Path(source), dist.get_world_size()
+    directory, stage = None, None
+    if (path / HUGGING_FACE).is_dir():
+        directory, _ = find_checkpoint(path, step)
+        stage = verify(directory).stage
+        config, _ = run_config(path, stage)
+    else:
         config = read_config(path)
-        model = build_model(config, mesh, compute, ModelOptions())
+    problems = []
+    try:
+        layout = resolve_layout(parallel, world_size)
+        plan = plan_stages(config.num_hidden_layers, parallel)
+    except ValueError as error:
+        problems.append(f"parallel: {error}")
+    options = ModelOptions(run_vocab_multiple(path) if directory else 128, overlap=parallel.overlap)
+    problems += shape_problems(config, parallel, options.vocab_multiple)
+    if problems:
+        raise ConfigError(problems, "the layout")
+    mesh, compute = build_mesh(layout, device), compute_dtype(dtype, device)
+    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
+    if directory:
+        load(directory, tensors_of(dict(model.named_parameters()), None))
+    else:
         load_pretrained(model, config, path)
-        return model
-    directory, _ = find_checkpoint(path, step)
-    config, _ = run_config(path, verify(directory).stage)
-    model = build_model(config, mesh, compute, ModelOptions(run_vocab_multiple(path)))
-    load(directory, tensors_of(dict(model.named_parameters()), None))
     return model
 
 
@@ -47,7 +62,7 @@ def run_vocab_multiple(run_directory: Path) -> int:
 
 def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, dict[str, float]]:
     """{domain: {"loss", "perplexity"}} of a model on the recipe's held-out documents, in rows of its last stage."""
-    model = open_model(source, dtype, step)
+    model = open_model(source, dtype, recipe.parallel, step)
     stage = recipe.stages[-1]
     domains = open_domains(recipe, sorted({name for v in recipe.validation for name in v.domains}))
     sets = ValidationSets(recipe, stage.seq_len, domains)

@@ -1,63 +1,78 @@
-"""Tensor, context and data parallelism against one process, float64: losses, norms and weights of 8 AdamW steps; checkpoints from
-any of these layouts into any other."""
+"""Tensor, context, pipeline and data parallelism in any combination against one process, float64: losses, norms, every
+gradient and every weight of 8 AdamW steps; checkpoints from any of these layouts into any other."""
 
+import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from layout_runs import flags_of, train, world_size, worst
 from ranks import on_ranks
 from samples import tiny_config, without_names
-from tolerances import LAYOUT, difference
+from tolerances import LAYOUT
 
 from megacpt.checkpoint.load import StoredModel
 from megacpt.config.load import load_recipe
 
-LAYOUTS = {  # (tensor, context, data_replicate, data_shard)
-    "tp2": (2, 1, 1, 1),
-    "cp2": (1, 2, 1, 1),
-    "dp3": (1, 1, 1, 3),
-    "cp4": (1, 4, 1, 1),
-    "hsdp2x2": (1, 1, 2, 2),
-    "tp2 cp2": (2, 2, 1, 1),
-    "cp2 dp2": (1, 2, 1, 2),
-    "tp2 cp2 hsdp2x1": (2, 2, 2, 1),
-    "tp2 cp2 dp2": (2, 2, 1, 2),
-    "tp4, two key heads": (4, 1, 1, 1),
+ROWS = ["--parallel.micro_batch_tokens=64", "--stages.s.batch_tokens=320", "--stages.s.tokens=2560"]
+"""5 micro-batches a step on one data rank, 3 on two, 2 on four: more, as many and fewer than stages."""
+
+CHOSEN = {
+    "untied": [
+        "tp2",
+        "cp4",
+        "dp3",
+        "hsdp2 dp2 reshard_after_forward=false",
+        "pp2",
+        "pp4 v2",
+        "pp3 zb-h1",
+        "tp2 cp2 overlap=chunked",
+        "tp4 overlap=chunked",
+        "cp2 dp2",
+        "tp2 pp2 activation_checkpointing=full",
+        "cp2 pp2 v2 activation_checkpointing=selective",
+        "pp2 dp2 reshard_after_forward=true prefetch=2",
+        "pp2 v2 zb-v dp2 reshard_after_forward=true",
+        "tp2 cp2 hsdp2",
+        "tp2 cp2 pp2",
+        "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
+    ],
+    "tied": ["tp2", "cp2 dp2", "pp2", "pp2 v2 zb-v", "tp2 pp2 dp2 v2", "cp2 pp2 zb-h1"],
 }
-TIED = ("tp2", "cp2 dp2")
-AXES = ("tensor", "context", "data_replicate", "data_shard")
+SIXTEEN = [
+    ("untied", "tp2 cp2 pp2 dp2"),
+    ("tied", "tp2 cp2 pp2 dp2 v2"),
+    ("untied", "tp2 cp2 pp2 dp2 zb-h1 activation_checkpointing=full"),
+    ("tied", "tp2 cp2 pp2 dp2 v2 zb-v"),
+    ("untied", "tp2 cp2 pp2 hsdp2 v2 overlap=chunked activation_checkpointing=selective"),
+    ("tied", "tp2 cp2 pp2 dp2 gpipe reshard_after_forward=true"),
+    ("untied", "tp2 cp2 pp2 dp2 v3 contiguous_micro_batches=3"),
+]
 
 
-def flags_of(layout) -> list[str]:
-    return [f"--parallel.{axis}={degree}" for axis, degree in zip(AXES, layout, strict=True)]
-
-
-def world_size(layout) -> int:
-    return math.prod(layout)
-
-
-def train_here(path: str, flags: list[str], breakage: str = "") -> None:
-    """Body of every rank."""
-    from megacpt.train import loop
-
-    if breakage == "replicated":
-        import megacpt.model.run as run
-
-        run.sum_replicated_gradients = lambda parameters, group: None
-    if breakage == "scale":
-        import megacpt.train.step as step
-
-        original = step.accumulate
-        step.accumulate = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
-    if breakage == "keys":
-        import megacpt.parallel.context as context
-
-        take = context.Gather.take
-        context.Gather.take = lambda self, k, v: tuple(x.roll(1, 0) for x in take(self, k, v))
-    loop.train(load_recipe(path, flags))
+def matrix() -> list[tuple[str, str]]:
+    """All layouts of up to 8 ranks over degrees of 1, 2 and 4, with the options taken by turns."""
+    found = []
+    turns = {
+        "tie": itertools.cycle(["untied", "tied"]),
+        "one": itertools.cycle(["1f1b", "zb-h1", "gpipe"]),
+        "two": itertools.cycle(["v2", "v2 zb-v"]),
+        "keep": itertools.cycle(["", " activation_checkpointing=full", " activation_checkpointing=selective"]),
+        "overlap": itertools.cycle(["", " overlap=chunked"]),
+    }
+    for tp, cp, pp, dp in itertools.product((1, 2, 4), repeat=4):
+        if not 1 < tp * cp * pp * dp <= 8:
+            continue
+        for data in [f"dp{dp}", *(["hsdp2 dp2"] if dp == 4 else [])]:
+            for schedule in ["v1"] if pp == 1 else [next(turns["one"]), next(turns["two"])]:
+                words = f"tp{tp} cp{cp} pp{pp} {data} {schedule}"
+                extra = next(turns["keep"]) + (next(turns["overlap"]) if tp > 1 else "")
+                found.append((next(turns["tie"]), words + extra))
+    return found
 
 
 def losses(directory: Path) -> list[tuple[float, float]]:
@@ -75,79 +90,162 @@ def weights(directory: Path, step: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
-def worst(a: Path, b: Path) -> float:
-    """The largest relative difference over losses, norms and weights."""
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys() and len(losses(a)) == len(losses(b)) == 8
-    numbers = max(
-        abs(x - y) / abs(y) for p, q in zip(losses(a), losses(b), strict=True) for x, y in zip(p, q, strict=True)
-    )
-    return max(numbers, *(difference(ours[name], theirs[name]) for name in ours))
-
-
-def run_one(recipe_file, tmp_path, tied: bool):
-    """A float64 run on one process; returns (recipe path, its directory, flags)."""
-    path = recipe_file()
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(tie_word_embeddings=tied)))
-    flags = ["--precision.compute=float64", "--parallel.micro_batch_tokens=64", "--validation=[]"]
-    on_ranks(1, train_here, path, [*flags, f"--run.directory={tmp_path}/one"])
-    return path, tmp_path / "one", flags
-
-
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def one(request, recipe_file, tmp_path):
-    return run_one(recipe_file, tmp_path, request.param)
-
-
 @pytest.fixture
-def untied(recipe_file, tmp_path):
-    return run_one(recipe_file, tmp_path, False)
+def one(recipe_file, tmp_path):
+    """(recipe path, what one process found) by "tied" or "untied"; the model has six layers, two key heads of four."""
+    path, found = recipe_file(), {}
+
+    def run(kind: str):
+        raw = tiny_config(num_hidden_layers=6, tie_word_embeddings=kind == "tied")
+        (tmp_path / f"{kind}.json").write_text(json.dumps(raw))
+        flags = [*ROWS, f"--model.config={tmp_path}/{kind}.json"]
+        if kind not in found:
+            found[kind] = train(path, flags, "dp1", tmp_path / kind)[0]
+        return path, flags, found[kind]
+
+    return run
 
 
-def test_every_layout_gives_the_numbers_of_one_process(one, tmp_path):
-    path, reference, flags = one
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_every_layout_gives_the_numbers_of_one_process(one, tmp_path, kind):
+    path, flags, reference = one(kind)
     found = {}
-    tied = json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
-    for name, layout in LAYOUTS.items():
-        if tied and name not in TIED:
-            continue
-        directory = tmp_path / name.replace(" ", "-").replace(",", "")
-        on_ranks(world_size(layout), train_here, path, [*flags, *flags_of(layout), f"--run.directory={directory}"])
-        found[name] = worst(directory, reference)
-    assert max(found.values()) < LAYOUT, found
+    for i, layout in enumerate(CHOSEN[kind]):
+        begin = time.monotonic()
+        found[layout] = worst(train(path, flags, layout, tmp_path / str(i)), reference)
+        print(f"{layout}: {time.monotonic() - begin:.0f} s")
+    assert all(value < LAYOUT for values in found.values() for value in values.values()), found
 
 
-@pytest.mark.parametrize("breakage, layout", [("replicated", "tp2"), ("scale", "dp3"), ("keys", "cp2")])
-def test_the_comparison_sees_a_broken_axis(untied, tmp_path, breakage, layout):
-    path, reference, flags = untied
-    layout = LAYOUTS[layout]
-    on_ranks(
-        world_size(layout),
-        train_here,
-        path,
-        [*flags, *flags_of(layout), f"--run.directory={tmp_path}/broken"],
-        breakage,
+@pytest.mark.full
+def test_all_layouts_of_eight_ranks_and_seven_of_sixteen(one, tmp_path):
+    """Writes the table of docs/numerics.md."""
+    lines, bad = [], []
+    for i, (kind, layout) in enumerate([*matrix(), *SIXTEEN]):
+        path, flags, reference = one(kind)
+        begin = time.monotonic()
+        found = worst(train(path, flags, layout, tmp_path / str(i)), reference)
+        row = f"| {layout} | {kind} | {world_size(layout)} | " + " | ".join(f"{value:.1e}" for value in found.values())
+        lines.append(f"{row} |")
+        print(lines[-1], f"{time.monotonic() - begin:.0f} s", flush=True)
+        bad += [lines[-1]] if max(found.values()) >= LAYOUT else []
+    document = Path(__file__).parents[2] / "docs/numerics.md"
+    text = document.read_text()
+    before, after = text.split("<!-- layouts -->")[0], text.split("<!-- end of layouts -->")[1]
+    head = (
+        f"<!-- layouts -->\nWritten by `bash tests/run.sh --full` with torch {torch.__version__}: {len(lines)} layouts.\n\n"
+        "| layout | embeddings | ranks | loss and norm | gradients | weights |\n|---|---|---|---|---|---|\n"
     )
-    assert worst(tmp_path / "broken", reference) > 1e-6
+    document.write_text(before + head + "\n".join(lines) + "\n<!-- end of layouts -->" + after)
+    assert not bad, "\n".join(bad)
 
 
-def test_a_checkpoint_goes_on_under_any_other_layout(untied, tmp_path):
+@pytest.mark.parametrize(
+    "breakage, kind, layout",
+    [
+        ("replicated", "untied", "tp2"),
+        ("keys", "untied", "cp2"),
+        ("local_count", "untied", "dp3"),
+        ("tied", "tied", "pp2"),
+        ("other_micro_batch", "untied", "pp2"),
+        ("lost_weights", "untied", "pp2 zb-h1"),
+    ],
+)
+def test_the_comparison_sees_a_broken_axis(one, tmp_path, breakage, kind, layout):
+    path, flags, reference = one(kind)
+    found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+    assert found["gradients"] > 1e-6 and found["weights"] > 1e-6, found
+
+
+class TestMegatronIssue7452:
+    """Silent errors of composition that Megatron-LM's users found (its issues 7452, 5916, 1764): each must not be here, and
+    the comparison must see it when it is put in."""
+
+    @pytest.mark.parametrize("layout", ["cp2", "dp2"])
+    def test_the_loss_is_normalised_by_the_global_count_of_labels(self, one, tmp_path, layout):
+        path, flags, reference = one("untied")
+        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["loss and norm"] < LAYOUT
+        if layout == "dp2":  # context ranks hold the same rows, so their own count is the same here
+            broken = train(path, flags, layout, tmp_path / "broken", "local_count")
+            assert worst(broken, reference)["loss and norm"] > 1e-3
+
+    @pytest.mark.parametrize(
+        "breakage, kind, layout",
+        [
+            ("norm_counts_replicas", "untied", "tp2"),
+            ("norm_of_the_stage", "untied", "pp2"),
+            ("counted_twice", "tied", "pp2"),
+        ],
+    )
+    def test_the_gradient_norm_counts_each_parameter_once(self, one, tmp_path, breakage, kind, layout):
+        path, flags, reference = one(kind)
+        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["loss and norm"] < LAYOUT
+        found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+        assert found["loss and norm"] > 1e-4, found
+
+    def test_a_context_rank_without_labels_gives_no_nan(self, recipe_file, tmp_path):
+        """A row whose second half is filling: under cp 2 a rank may hold no label at all."""
+        path = recipe_file(
+            data={"a": {"paths": json.loads(json.dumps([str(load_recipe(recipe_file()).data["a"].paths[0])])), "max_tokens": 12}},
+            stages=[
+                {
+                    "name": "s", "tokens": 512, "seq_len": 64, "batch_tokens": 64, "mixture": {"a": 1.0},
+                    "lr": {"shape": "constant", "peak": 1e-3},
+                }
+            ],
+        )  # fmt: skip
+        flags = ["--parallel.micro_batch_tokens=64"]
+        found = worst(train(path, flags, "cp4", tmp_path / "4"), train(path, flags, "dp1", tmp_path / "1")[0])
+        assert all(math.isfinite(v) and v < LAYOUT for v in found.values()), found
+
+
+def test_seven_data_ranks_train_like_eight(one, tmp_path):
+    path, flags, _ = one("untied")
+    flags = [*flags, "--stages.s.batch_tokens=512", "--stages.s.tokens=4096"]
+    eight = train(path, flags, "dp8", tmp_path / "8")
+    assert worst(train(path, flags, "dp7", tmp_path / "7"), train(path, flags, "dp1", tmp_path / "1")[0]) != {}
+    seven = train(path, flags, "dp7", tmp_path / "7again")
+    for (a, b), (c, d) in zip(seven[0]["numbers"], eight[0]["numbers"], strict=True):
+        assert abs(a - c) / c < LAYOUT and abs(b - d) / d < LAYOUT
+
+
+def common(directory: Path, layout: str) -> list[str]:
+    return ["--validation=[]", "--precision.compute=float64", f"--run.directory={directory}", *flags_of(layout)]
+
+
+def only_train(path: str, flags: list[str]) -> None:
+    from megacpt.train import loop
+
+    loop.train(load_recipe(path, flags))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_a_checkpoint_goes_on_under_any_other_layout(one, tmp_path, kind):
     """Four steps on one layout, four on the next; the first load is bit-identical, the end equals one process."""
-    path, reference, flags = untied
-    for first, second in (("tp2 cp2", "dp3"), ("hsdp2x2", "tp2"), ("dp3", "tp2 cp2 dp2")):
+    path, flags, _ = one(kind)
+    reference = weights(tmp_path / kind)
+    pairs = [
+        ("tp2 cp2", "pp2 v2 dp3"),
+        ("pp4 v2 zb-v" if kind == "tied" else "pp3", "tp2 hsdp2"),
+        ("dp3", "pp2 v3 tp2"),
+    ]
+    for first, second in pairs:
         directory = tmp_path / f"{first}-{second}".replace(" ", "_")
-        common = [*flags, f"--run.directory={directory}", "--checkpoint.keep_last=9"]
-        on_ranks(
-            world_size(LAYOUTS[first]), train_here, path, [*common, *flags_of(LAYOUTS[first]), "--run.stop_at_step=4"]
+        run = lambda layout, *more, d=directory: on_ranks(
+            world_size(layout), only_train, path, [*common(d, layout), *flags, "--checkpoint.keep_last=9", *more]
         )
+        run(first, "--run.stop_at_step=4")
         before = weights(directory, 4)
-        on_ranks(
-            world_size(LAYOUTS[second]), train_here, path, [*common, *flags_of(LAYOUTS[second]), "--run.stop_at_step=4"]
-        )
+        moments = StoredModel(directory / "checkpoints/step-00000004")
+        stored = {n: moments.tensor(n) for n in moments.metadata}
+        run(second, "--run.stop_at_step=4")
         after = weights(directory, 4)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        on_ranks(world_size(LAYOUTS[second]), train_here, path, [*common, *flags_of(LAYOUTS[second])])
-        assert worst(directory, reference) < LAYOUT, (first, second)
+        again = StoredModel(directory / "checkpoints/step-00000004")
+        assert before.keys() == reference.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert all(torch.equal(stored[name], again.tensor(name)) for name in stored)
+        run(second)
+        ours = weights(directory)
+        assert all((ours[n] - reference[n]).norm() <= LAYOUT * reference[n].norm() for n in reference), (first, second)
 
 
 def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir):
@@ -156,16 +254,9 @@ def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir)
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     path = recipe_file(model={"pretrained": str(tmp_path / "hf")})
     found = []
-    for i, name in enumerate(["tp2", "dp3", "hsdp2x2", "tp2 cp2 dp2"]):
-        layout = LAYOUTS[name]
-        flags = [
-            *flags_of(layout),
-            f"--run.directory={tmp_path}/{i}",
-            "--run.stop_at_step=0",
-            "--parallel.micro_batch_tokens=64",
-            "--validation=[]",
-        ]
-        on_ranks(world_size(layout), train_here, path, flags)
+    for i, layout in enumerate(["tp2", "dp3", "hsdp2 dp2", "tp2 cp2 dp2", "pp2 v2", "tp2 pp2"]):
+        flags = [*common(tmp_path / str(i), layout)[:1], *common(tmp_path / str(i), layout)[2:], "--run.stop_at_step=0"]
+        on_ranks(world_size(layout), only_train, path, [*flags, "--parallel.micro_batch_tokens=64"])
         found.append(weights(tmp_path / str(i), 0))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     for name, tensor in theirs.items():
@@ -176,26 +267,39 @@ def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir)
 
 def test_validation_is_the_same_on_every_layout(recipe_file, tmp_path):
     found = []
-    for i, layout in enumerate([(1, 1, 1, 1), LAYOUTS["tp2 cp2"], LAYOUTS["dp3"]]):
-        flags = [
-            *flags_of(layout),
-            f"--run.directory={tmp_path}/{i}",
-            "--run.stop_at_step=0",
-            "--precision.compute=float64",
-        ]
-        on_ranks(world_size(layout), train_here, recipe_file(), flags)
+    for i, layout in enumerate(["dp1", "tp2 cp2", "dp3", "pp2 v2 dp2", "tp2 cp2 pp2 v2 zb-v"]):
+        flags = [*common(tmp_path / str(i), layout)[1:], "--run.stop_at_step=0"]
+        on_ranks(world_size(layout), only_train, recipe_file(), flags)
         events = map(json.loads, (tmp_path / str(i) / "events.jsonl").read_text().splitlines())
         found.append(next(event["losses"] for event in events if event["kind"] == "validation"))
-    assert found[1] == pytest.approx(found[0], rel=1e-12) and found[2] == pytest.approx(found[0], rel=1e-12)
+    assert all(losses == pytest.approx(found[0], rel=1e-12) for losses in found[1:])
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_activation_checkpointing_under_context_parallelism(untied, tmp_path, mode):
-    path, reference, flags = untied
-    more = [
-        *flags_of(LAYOUTS["tp2 cp2"]),
-        f"--parallel.activation_checkpointing={mode}",
-        f"--run.directory={tmp_path}/{mode}",
-    ]
-    on_ranks(4, train_here, path, [*flags, *more])
-    assert worst(tmp_path / mode, reference) < LAYOUT
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.gpu
+def test_the_same_on_nccl(one, tmp_path):
+    """The same body under torchrun, bfloat16 off: as many ranks as GPUs, each axis that fits."""
+    import subprocess
+    import sys
+
+    path, flags, _ = one("untied")
+    for layout in [
+        name
+        for name in ("tp2", "cp2", "pp2", "dp2", "tp2 pp2", "tp2 cp2 pp2")
+        if world_size(name) <= torch.cuda.device_count()
+    ]:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={world_size(layout)}",
+            "--standalone",
+        ]
+        more = [
+            "--validation=[]",
+            "--precision.compute=float32",
+            f"--run.directory={tmp_path}/{layout.replace(' ', '')}",
+        ]
+        subprocess.run([*command, "-m", "megacpt", "train", path, *flags, *flags_of(layout), *more], check=True)
+        ours, theirs = losses(tmp_path / layout.replace(" ", "")), losses(tmp_path / "untied")
+        assert all(abs(a - b) <= 1e-4 * b for (a, _), (b, _) in zip(ours, theirs, strict=True))

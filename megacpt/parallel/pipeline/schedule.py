@@ -47,7 +47,7 @@ def make_schedule(
     """A schedule by name.
 
     Args:
-        contiguous: N of `interleaved`, default P; at least P, and smaller values count as P.
+        contiguous: N of `interleaved`, at least P; default P.
         max_in_flight: bound on what a rank keeps, in stages times micro-batches.
     Raises:
         ValueError: if the schedule does not exist for these degrees, or keeps more than `max_in_flight`.
@@ -58,10 +58,12 @@ def make_schedule(
     if name == "gpipe":
         choices = [_breadth_first(ranks, virtual, micro_batches)]
     elif name == "1f1b":
-        choices = [_rounds(ranks, 1, _near_equal(ranks, micro_batches, ranks))]
+        choices = [_rounds(ranks, 1, _near_equal(micro_batches, ranks))]
     elif name == "interleaved":
-        wanted = max(ranks, contiguous or ranks)
-        choices = [_rounds(ranks, virtual, _near_equal(ranks, micro_batches, wanted))]
+        wanted = contiguous or ranks
+        if wanted < ranks:
+            raise ValueError(f"{wanted} contiguous micro-batches on {ranks} ranks: at least {ranks}.")
+        choices = [_rounds(ranks, virtual, _near_equal(micro_batches, wanted))]
         if micro_batches % wanted:
             choices.append(_phantom(ranks, virtual, micro_batches, wanted))
     elif name == "zb-h1":
@@ -110,9 +112,9 @@ def _breadth_first(ranks: int, virtual: int, micro_batches: int) -> list[list[Ac
     ]
 
 
-def _near_equal(ranks: int, micro_batches: int, contiguous: int) -> list[int]:
+def _near_equal(micro_batches: int, contiguous: int) -> list[int]:
     """Sizes of rounds that differ by one at most. A short last round behind rounds of N could deadlock."""
-    rounds = max(1, micro_batches // max(contiguous, ranks))
+    rounds = max(1, micro_batches // contiguous)
     size, rest = divmod(micro_batches, rounds)
     return [size + 1] * rest + [size] * (rounds - rest)
 
