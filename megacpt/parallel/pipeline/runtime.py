@@ -48,6 +48,7 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
             if tensor in receiving:
                 handle, buffer = receiving.pop(tensor)
                 handle.wait()
+                del handle  # it keeps the buffer
                 result = work.run(op.action, buffer)
                 del buffer
             else:
