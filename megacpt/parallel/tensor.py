@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
 
+_symmetric = torch.ops.symm_mem
 COLUMN, ROW, REPLICATED = Shard(0), Shard(1), Replicate()
 
 
@@ -121,7 +122,7 @@ def replicated(weight: DTensor) -> Tensor:
 def _products(x: Tensor, local: list[Tensor], axis: TensorAxis, between) -> tuple[Tensor, ...]:
     """gather(x) times each matrix."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = torch.ops.symm_mem.fused_all_gather_matmul
+        fused = _symmetric.fused_all_gather_matmul
         return tuple(fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1])
     if axis.overlap == "chunked" and axis.group.size() > 1:
         return _chunked_products(x, local, axis)
@@ -149,7 +150,7 @@ def _chunked_products(x: Tensor, local: list[Tensor], axis: TensorAxis) -> tuple
 def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
     """This rank's tokens of the sum over ranks of x times a matrix."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = torch.ops.symm_mem.fused_matmul_reduce_scatter
+        fused = _symmetric.fused_matmul_reduce_scatter
         return fused(x.contiguous(), weight.t(), "sum", 0, axis.group.group_name)
     if axis.overlap == "chunked" and axis.group.size() > 1:
         by_rank = x.unflatten(0, (axis.group.size(), -1))
