@@ -20,7 +20,7 @@ nproc="${NPROC:-$nproc_default}"
 nnodes="${NNODES:-1}"
 
 # A hang leaves the last collectives of every rank in a file (torch's flight recorder).
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-20000}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-20000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 # Tensors that an asynchronous collective uses go back to the allocator as soon as it is done, not at the next sync.
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"

@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("action", choices=["list", "verify"])
     p.add_argument("run", metavar="RUN_DIR")
 
-    verb("doctor", _doctor, "Versions, devices, attention backends, NCCL, disk.")
+    p = verb(
+        "doctor", _doctor, "Versions, devices, backends, NCCL, disk; under torchrun, the speed of every parallel axis."
+    )
+    for axis in ("tensor", "context", "pipeline", "data-replicate"):
+        p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="degree of the layout whose axes are timed")
     return parser
 
 
@@ -366,6 +370,14 @@ def _checkpoint(options) -> int:
 
 
 def _doctor(options) -> None:
-    from megacpt.doctor import report
+    from megacpt.doctor import axes, report
 
-    print("\n".join(report()))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(report()))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from megacpt.config.recipe import Parallel
+
+        degrees = {name: getattr(options, name) for name in ("tensor", "context", "pipeline", "data_replicate")}
+        lines = axes(Parallel(**degrees))
+        if int(os.environ["RANK"]) == 0:
+            print("\n".join(lines))

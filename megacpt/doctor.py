@@ -3,6 +3,15 @@
 import importlib.metadata
 import platform
 import shutil
+import statistics
+import time
+from collections.abc import Callable
+
+from megacpt.config.layout import resolve_layout
+from megacpt.config.recipe import Parallel
+from megacpt.errors import ConfigError
+
+AXES = ("tp", "cp", "pp", "dp_shard", "dp_replicate")
 
 _PACKAGES = (
     "torch",
@@ -54,3 +63,73 @@ def report() -> list[str]:
     lines.append(f"NCCL {nccl}; gloo {'available' if dist.is_gloo_available() else 'not available'}")
     lines.append(f"disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB free")
     return lines
+
+
+def axes(parallel: Parallel, size: int | None = None, repeats: int = 10) -> list[str]:
+    """Times an all-reduce on every axis of a layout, on all ranks, and names the slowest node. Collective; lines to print.
+
+    Args:
+        size: bytes of the tensor; default 64 MiB on a GPU, 1 MiB on a CPU.
+    Raises:
+        ConfigError: if the degrees do not multiply to the world size.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megacpt.parallel.mesh import build_mesh, device_of_process, picture, start_process_group
+
+    device = device_of_process()
+    start_process_group(device)
+    try:
+        layout = resolve_layout(parallel, dist.get_world_size())
+    except ValueError as error:
+        raise ConfigError([f"parallel: {error}"], "the arguments") from None
+    mesh = build_mesh(layout, device)
+    size = size or (1 << 26 if device.type == "cuda" else 1 << 20)
+    tensor = torch.ones(size // 4, device=device)
+    mine: dict[str, float] = {"host": platform.node()}
+    for axis in AXES:
+        group = mesh.full[axis].get_group()
+        if group.size() > 1:
+            mine[axis] = min(_seconds(lambda group=group: dist.all_reduce(tensor, group=group), device, repeats))
+            tensor.fill_(1)
+    everyone: list[dict] = [{} for _ in range(layout.world_size)]
+    dist.all_gather_object(everyone, mine)
+    return [picture(layout), *slowest(everyone, size, {axis: mesh.full[axis].size() for axis in AXES})]
+
+
+def slowest(everyone: list[dict], size: int, ranks: dict[str, int]) -> list[str]:
+    """A line for each axis, and the node whose groups are slowest compared with the others of their axis."""
+    lines, excess = [], {}
+    for axis, n in ranks.items():
+        if n == 1:
+            continue
+        times = [rank[axis] for rank in everyone]
+        usual, worst = statistics.median(times), max(times)
+        at = times.index(worst)
+        rate = 2 * (n - 1) / n * size / usual / 1e9
+        lines.append(
+            f"{axis} ({n} ranks): all-reduce of {size / 2**20:g} MiB {usual * 1e3:.2f} ms, {rate:.2f} GB/s; slowest "
+            f"{worst * 1e3:.2f} ms on rank {at} ({everyone[at]['host']})"
+        )
+        for rank, seconds in zip(everyone, times, strict=True):
+            excess.setdefault(rank["host"], []).append(seconds / usual)
+    if excess:
+        host = max(excess, key=lambda name: statistics.mean(excess[name]))
+        lines.append(f"slowest node: {host}, {statistics.mean(excess[host]):.2f} times the median of its axes")
+    return lines
+
+
+def _seconds(run: Callable[[], None], device, repeats: int) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for _ in range(repeats + 2):
+        dist.barrier()
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return times[2:]

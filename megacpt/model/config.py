@@ -178,7 +178,27 @@ def config_of(model: Model) -> LlamaConfig:
         config = parse_config(ARCHITECTURES[model.architecture], model.architecture)
     else:
         config = read_config(model.pretrained or model.config or "")
+    if model.expect and not model.architecture:
+        _compare(config, config_of(Model(architecture=model.expect)), model.expect)
     return change_rope(config, model.rope)
+
+
+def _compare(config: LlamaConfig, expected: LlamaConfig, name: str) -> None:
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    differ = [
+        f"{key} is {getattr(config, key)}, model.expect = {name} has {getattr(expected, key)}."
+        for key in names
+        if getattr(config, key) != getattr(expected, key)
+    ]
+    if differ:
+        raise ConfigError(differ)
 
 
 def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeConfig:

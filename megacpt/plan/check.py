@@ -3,11 +3,12 @@ Imports no torch and no numpy; answers in a fraction of a second."""
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
 from megacpt.config.quantity import show_tokens
-from megacpt.config.recipe import Parallel, Recipe
+from megacpt.config.recipe import Model, Parallel, Recipe
 from megacpt.config.rules import problems_of
 from megacpt.data.manifest import expand_paths, read_manifest
 from megacpt.errors import ConfigError, MegacptError
@@ -53,6 +54,8 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
     try:
         if model.architecture or (files and (model.pretrained or model.config)):
             return config_of(model)
+        if model.expect:
+            return config_of(Model(architecture=model.expect))
     except ConfigError as error:
         report.problems += [f"model: {problem}" for problem in error.problems]
     return None
@@ -60,6 +63,7 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
 
 def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
     report.problems += shape_problems(config, recipe.parallel, recipe.model.vocab_multiple)
+    own = config.rope
     for stage in recipe.stages:
         try:
             config = change_rope(config, stage.rope)
@@ -67,6 +71,8 @@ def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
             report.problems += [f"stages.{stage.name}.{p}" for p in error.problems]
             continue
         longest = config.rope.longest
+        if longest and config.rope == own and not recipe.model.rope:  # what the checkpoint itself was trained for
+            longest = max(longest, config.max_position_embeddings)
         if longest and stage.seq_len > longest:
             report.problems.append(
                 f"stages.{stage.name}.seq_len = {stage.seq_len}: the rotary embedding ({config.rope.type}, factor "
@@ -110,8 +116,11 @@ def _pipeline(recipe: Recipe, world_size: int, config: LlamaConfig | None, repor
         report.problems.append(f"parallel: {error}")
         return []
     if parallel.pipeline > 1:
-        shown = [f"{len(layers)}" for layers in plan.layers]
-        lines.append(f"pipeline {plan.name}, layers of the {len(shown)} stages: {' '.join(shown)}")
+        runs = [(count, len(list(same))) for count, same in groupby(map(len, plan.layers))]
+        shown = ", ".join(
+            f"{times} x {count}" if times > 2 else ", ".join([str(count)] * times) for count, times in runs
+        )
+        lines.append(f"pipeline {plan.name}, layers of the {len(plan.layers)} stages: {shown}")
         for count, schedule in schedules.items():
             found = simulate(schedule, stage_weights(plan, parallel))
             lines.append(

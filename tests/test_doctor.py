@@ -1,0 +1,25 @@
+"""doctor's timing of axes."""
+
+from ranks import on_ranks
+
+from megacpt.doctor import slowest
+
+
+def times() -> list[str]:
+    from megacpt.config.recipe import Parallel
+    from megacpt.doctor import axes
+
+    return axes(Parallel(tensor=2, pipeline=2), size=4096, repeats=3)
+
+
+def test_every_axis_of_the_layout_is_timed():
+    lines = on_ranks(4, times)[0]
+    assert any(line.startswith("tp (2 ranks): all-reduce of 0.00390625 MiB") for line in lines)
+    assert any(line.startswith("pp (2 ranks)") for line in lines) and not any(line.startswith("cp") for line in lines)
+    assert lines[-1].startswith("slowest node: ")
+
+
+def test_the_slow_node_is_named():
+    ranks = [{"host": f"node{i // 2}", "tp": 0.03 if i // 2 == 2 else 0.01, "dp_shard": 0.02} for i in range(8)]
+    lines = slowest(ranks, 1 << 20, {"tp": 2, "cp": 1, "dp_shard": 4})
+    assert "slowest 30.00 ms on rank 4 (node2)" in lines[0] and lines[-1].startswith("slowest node: node2, 2.00 times")
