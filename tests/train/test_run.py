@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from ranks import on_ranks
 from safetensors.torch import load_file
 from samples import ROPE_LLAMA3, tiny_config, without_names
 from tolerances import PARITY
@@ -343,21 +344,98 @@ def test_a_stop_request_saves_and_ends_with_0(recipe_file, tmp_path):
     assert rows(tmp_path / "run", "events.jsonl")[-1]["signal"] == "SIGTERM"
 
 
-def test_four_processes_under_torchrun_are_one(train, recipe_file, tmp_path):
-    """launch/torchrun.sh with tensor 2 x context 2, beside one process: the same losses; run.json has the layout."""
-    one = train("--run.stop_at_step=3", "--precision.compute=float64", name="one")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "4", "PYTHON": sys.executable}
-    flags = ["--run.stop_at_step=3", "--precision.compute=float64", "--parallel.tensor=2", "--parallel.context=2"]
+@pytest.mark.parametrize(
+    "axes, layout, picture",
+    [
+        (["tensor=2", "context=2", "pipeline=2"], "pipeline 2, context 2, tensor 2", "data 0, pipeline 1: [4 5] [6 7]"),
+        (
+            ["pipeline=2", "virtual_stages=2", "schedule=zb-v", "data_replicate=2"],
+            "data 2 x 2, pipeline 2, context 1, tensor 1",
+            "data 3, pipeline 1: [7]",
+        ),
+    ],
+)
+def test_eight_processes_under_torchrun_are_one(train, recipe_file, tmp_path, axes, layout, picture):
+    """launch/torchrun.sh beside one process: the same losses; run.json has the layout."""
+    common = ["--run.stop_at_step=3", "--precision.compute=float64", "--parallel.micro_batch_tokens=64"]
+    one = train(*common, name="one")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "8", "PYTHON": sys.executable}
+    flags = [*common, *(f"--parallel.{axis}" for axis in axes)]
     script = str(Path(__file__).parents[2] / "launch/torchrun.sh")
     out = subprocess.run(["bash", script, recipe_file(), *flags], capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
     for a, b in zip(exact(tmp_path / "run"), exact(one), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-12) and a["domain_tokens"] == b["domain_tokens"]
     facts = json.loads((tmp_path / "run/run.json").read_text())
-    assert (
-        facts["layout"].endswith("context 2, tensor 2") and facts["world_size"] == 4 and facts["status"] == "preempted"
-    )
-    assert "[0 1] [2 3]" in out.stderr
+    assert facts["layout"].endswith(layout) and facts["world_size"] == 8 and facts["status"] == "preempted"
+    assert picture in out.stderr
+
+
+def test_scores_and_evaluation_are_the_same_on_every_layout(train, tmp_path):
+    """Forward only, with tensor 2 x context 2 x pipeline 2, and on 3 data ranks; beside one process."""
+    directory = train("--precision.compute=float32")
+    assert run(["export", str(directory), "--output", str(tmp_path / "out")]) == 0
+    prefix = load_recipe(str(directory / "recipe.toml")).data["a"].paths[0]
+
+    def both(name: str, *degrees: str) -> None:
+        tail = [
+            "--output",
+            f"{tmp_path}/{name}.jsonl",
+            "--seq-len",
+            "64",
+            "--dtype",
+            "float64",
+            "--micro-batch-tokens",
+            "192",
+        ]
+        run(["score", str(tmp_path / "out"), prefix, *tail, *degrees])
+        flags = [f"--parallel.{degrees[i][2:]}={degrees[i + 1]}" for i in range(0, len(degrees), 2)]
+        output = ["--output", f"{tmp_path}/{name}.json2", "--dtype", "float64"]
+        run(["evaluate", str(directory), str(directory / "recipe.toml"), *output, *flags])
+
+    both("one")
+    for name, ranks, degrees in (
+        ("8", 8, ["--tensor", "2", "--context", "2", "--pipeline", "2"]),
+        ("3", 3, []),
+    ):
+        on_ranks(ranks, both, name, *degrees)
+        for a, b in zip(*((tmp_path / f"{n}.jsonl").read_text().splitlines() for n in (name, "one")), strict=True):
+            ours, theirs = json.loads(a), json.loads(b)
+            assert ours["document"] == theirs["document"] and ours["nll"] == pytest.approx(theirs["nll"], rel=1e-12)
+        ours, theirs = (json.loads((tmp_path / f"{n}.json2").read_text()) for n in (name, "one"))
+        assert all(ours[d]["loss"] == pytest.approx(theirs[d]["loss"], rel=1e-12) for d in theirs)
+
+
+def late(path: str, flags: list[str], slow: str) -> str:
+    """On a rank: rank 1 sleeps three seconds in a step or before a save; what comes of it."""
+    import time
+
+    from megacpt.train import loop
+
+    name = {"step": "train_step", "save": "save"}[slow]
+    original, calls = getattr(loop, name), []
+
+    def sleepy(*args, **kwargs):
+        calls.append(1)
+        if torch.distributed.get_rank() == 1 and (slow == "save" or len(calls) == 3):
+            time.sleep(3)
+        return original(*args, **kwargs)
+
+    setattr(loop, name, sleepy)
+    try:
+        loop.train(load_recipe(path, flags))
+    except RuntimeError as error:
+        torch.distributed.destroy_process_group()  # its connections are gone
+        return str(error)
+    return "done"
+
+
+@pytest.mark.parametrize("slow, ends", [("step", False), ("save", True)])
+def test_each_phase_has_its_own_timeout(recipe_file, slow, ends):
+    flags = ["--health.step_timeout_seconds=1", "--validation=[]", "--checkpoint.every_steps=2", "--parallel.tensor=2"]
+    found = on_ranks(2, late, recipe_file(), flags, slow)
+    assert (found[0] == "done") == ends, found
+    assert ends or "imed out" in found[0] or "imeout" in found[0], found[0]
 
 
 def test_torchrun_says_a_bad_recipe_once(recipe_file):
