@@ -112,3 +112,12 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "preempted"
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_no_collective_is_redundant():
+    """Counts and bytes of every collective of a step equal the formula in the benchmark's head."""
+    command = [sys.executable, str(ROOT / "launch/bench/collectives.py"), "--layouts", "tp2 cp2 pp2"]
+    out = subprocess.run(command, capture_output=True, text=True)
+    rows = [line.split(" | ") for line in out.stdout.splitlines()[2:]]
+    assert out.returncode == 0 and {row[1] for row in rows} == {"tp", "cp", "fsdp", "pp"}, out.stderr
+    assert all(row[2] == row[3] and row[4] == row[5].removesuffix(" |") for row in rows)

@@ -12,6 +12,7 @@ from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import StagePlan, plan_stages
 from megacpt.parallel.fsdp import Sharding, shard
 from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.pipeline.runtime import connect
 
 
 def master_dtype(compute: torch.dtype) -> torch.dtype:
@@ -58,4 +59,5 @@ def build_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.to_empty(device=mesh.device)
+    connect(plan.schedule(1), mesh)
     return model

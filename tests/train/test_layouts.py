@@ -41,7 +41,7 @@ CHOSEN = {
         "tp2 cp2 pp2",
         "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
     ],
-    "tied": ["tp2", "cp2 dp2", "pp2", "pp2 v2 zb-v", "tp2 pp2 dp2 v2", "cp2 pp2 zb-h1"],
+    "tied": ["v2", "tp2", "cp2 dp2", "pp2", "pp2 v2 zb-v", "tp2 pp2 dp2 v2", "cp2 pp2 zb-h1"],
 }
 SIXTEEN = [
     ("untied", "tp2 cp2 pp2 dp2"),

@@ -60,3 +60,22 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
             sending.popleft()
     for handle, _ in sending:
         handle.wait()
+
+
+def connect(schedule: Schedule, mesh: Mesh) -> None:
+    """Opens every connection of a schedule, edge by edge in the same order on all ranks.
+
+    NCCL opens a communicator with the first message of a pair and holds up both hosts until both are there. A receive that is
+    posted an action ahead could then wait for a send that waits for this very action: in GPipe it does.
+    """
+    edges = set()
+    for rank in range(len(schedule.ranks)):
+        for op in lower(schedule, rank):
+            if op.kind == "send":
+                edges.add((rank, op.peer, op.tensor[0], channel(rank, op.peer, op.tensor)))
+    token = torch.zeros(1, device=mesh.device)
+    for source, target, _, key in sorted(edges):
+        if mesh.pipeline_rank == source:
+            dist.send(token, group=mesh.channels[key], group_dst=target)
+        elif mesh.pipeline_rank == target:
+            dist.recv(token, group=mesh.channels[key], group_src=source)
