@@ -26,7 +26,9 @@ def flags_of(layout: str) -> list[str]:
     flags = []
     for word in layout.split():
         axis = word.rstrip("0123456789")
-        if "=" in word:
+        if "." in word:
+            flags.append(f"--{word}")
+        elif "=" in word:
             flags.append(f"--parallel.{word}")
         elif axis in AXES:
             flags.append(f"--parallel.{AXES[axis]}={word[len(axis) :]}")

@@ -37,6 +37,8 @@ CHOSEN = {
         "cp2 pp2 v2 activation_checkpointing=selective",
         "pp2 dp2 reshard_after_forward=true prefetch=2",
         "pp2 v2 zb-v dp2 reshard_after_forward=true",
+        "pp2 dp2 zb-h1 precision.reduce=micro_batch",
+        "pp2 hsdp2 precision.reduce=micro_batch",
         "tp2 cp2 hsdp2",
         "tp2 cp2 pp2",
         "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
@@ -205,6 +207,16 @@ def test_seven_data_ranks_train_like_eight(one, tmp_path):
     eight, seven = (train(path, flags, f"dp{n}", tmp_path / str(n)) for n in (8, 7))
     for ours, theirs in zip(seven[0]["numbers"], eight[0]["numbers"], strict=True):
         assert all(abs(a - b) <= LAYOUT * b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_split_backward_in_bfloat16_accumulates_like_a_whole_one(one, tmp_path):
+    """fp32 accumulation of bfloat16 weight gradients that came outside autograd: the same bits."""
+    path, flags, _ = one("untied")
+    flags = [*flags, "--precision.compute=bfloat16"]
+    whole, split = (train(path, flags, f"pp2 dp2 {name}", tmp_path / name) for name in ("1f1b", "zb-h1"))
+    for a, b in zip(whole, split, strict=True):
+        assert a["numbers"] == b["numbers"]
+        assert all(torch.equal(a["last"][name][1], b["last"][name][1]) for name in a["last"])
 
 
 def common(directory: Path, layout: str) -> list[str]:
