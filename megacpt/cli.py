@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -207,9 +208,8 @@ def _check(options) -> int:
     from megacpt.plan.check import check, schedule_svg
 
     recipe = _load(options)
-    parallel = recipe.parallel
-    least = (
-        parallel.tensor * parallel.context * parallel.pipeline * parallel.data_replicate * (parallel.data_shard or 1)
+    least = math.lcm(
+        *(p.tensor * p.context * p.pipeline * p.data_replicate * (p.data_shard or 1) for p in recipe.layouts.values())
     )
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", least))
     report = check(recipe, world_size, files=not options.no_files)

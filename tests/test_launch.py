@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {
     "llama31_8b_8gpu_8k": (8, "data 1 x 8, pipeline 1, context 1, tensor 1"),
     "llama31_8b_32gpu_128k": (32, "data 1 x 4, pipeline 1, context 8, tensor 1"),
-    "llama31_8b_zh_code_64gpu": (64, "data 1 x 8, pipeline 1, context 8, tensor 1"),
+    "llama31_8b_zh_code_64gpu": (64, "data 1 x 64, pipeline 1, context 1, tensor 1"),
     "llama31_70b_256gpu": (256, "data 1 x 8, pipeline 4, context 1, tensor 8"),
     "llama31_405b_8192gpu": (8192, "data 1 x 64, pipeline 16, context 1, tensor 8"),
     "llama31_405b_16384gpu": (16384, "data 1 x 128, pipeline 16, context 1, tensor 8"),

@@ -209,9 +209,36 @@ class Validation(Section):
 
 
 class StageParallel(Section):
+    """Keys of `[parallel]` that a stage has of its own. A stage with another layout begins with a checkpoint, from which all
+    ranks go on under the new one."""
+
+    tensor: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    context: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    pipeline: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    virtual_stages: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] | None = None
+    """As in `[parallel]`, for this stage."""
+    contiguous_micro_batches: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    max_in_flight: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """As in `[parallel]`, for this stage."""
+    data_replicate: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    data_shard: Count | None = None
+    """As in `[parallel]`, for this stage."""
     micro_batch_tokens: Tokens | None = None
     """As in `[parallel]`, for this stage."""
     activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    """As in `[parallel]`, for this stage."""
+    reshard_after_forward: bool | None = None
+    """As in `[parallel]`, for this stage."""
+    overlap: Literal["none", "chunked", "symmetric_memory"] | None = None
     """As in `[parallel]`, for this stage."""
 
 
@@ -334,3 +361,22 @@ class Recipe(Section):
         """`[parallel]` with the stage's own keys merged over it."""
         merged = self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
         return merged if merged.micro_batch_tokens else merged.model_copy(update={"micro_batch_tokens": stage.seq_len})
+
+    def layout_of(self, stage: Stage) -> Parallel:
+        """What of `parallel_of` a model is built for: the same for two stages that need no new layout between them."""
+        return self.parallel_of(stage).model_copy(
+            update={"micro_batch_tokens": None, "activation_checkpointing": "none"}
+        )
+
+    @property
+    def layouts(self) -> dict[str, Parallel]:
+        """The different layouts of the stages in order, by the key that names each."""
+        found: dict[str, Parallel] = {}
+        for stage in self.stages:
+            layout = self.layout_of(stage)
+            if layout not in found.values():
+                own = layout != self.parallel.model_copy(
+                    update={"micro_batch_tokens": None, "activation_checkpointing": "none"}
+                )
+                found[f"stages.{stage.name}.parallel" if own else "parallel"] = layout
+        return found

@@ -41,21 +41,21 @@ def _start(recipe: Recipe) -> list[str]:
 
 def _layout(recipe: Recipe, world_size: int) -> list[str]:
     problems = []
-    try:
-        resolve_layout(recipe.parallel, world_size)
-    except ValueError as error:
-        problems.append(f"parallel: {error}")
-    parallel, name = recipe.parallel, recipe.parallel.schedule_name
-    contiguous = parallel.contiguous_micro_batches
-    if contiguous and name != "interleaved":
-        problems.append(
-            f'parallel.contiguous_micro_batches = {contiguous}: belongs to schedule = "interleaved"; schedule is "{name}".'
-        )
-    elif contiguous and contiguous < parallel.pipeline:
-        problems.append(
-            f"parallel.contiguous_micro_batches = {contiguous}: at least parallel.pipeline = {parallel.pipeline}, or ranks wait "
-            "for each other."
-        )
+    for key, parallel in recipe.layouts.items():
+        try:
+            resolve_layout(parallel, world_size)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+        name, contiguous = parallel.schedule_name, parallel.contiguous_micro_batches
+        if contiguous and name != "interleaved":
+            problems.append(
+                f'{key}.contiguous_micro_batches = {contiguous}: belongs to schedule = "interleaved"; schedule is "{name}".'
+            )
+        elif contiguous and contiguous < parallel.pipeline:
+            problems.append(
+                f"{key}.contiguous_micro_batches = {contiguous}: at least parallel.pipeline = {parallel.pipeline}, or ranks wait "
+                "for each other."
+            )
     return problems
 
 
@@ -115,7 +115,7 @@ def _stage(recipe: Recipe, stage: Stage) -> list[str]:
         problems += multiples(f"{name}.batch_tokens", batch, "seq_len", stage.seq_len)
     micro = recipe.parallel_of(stage).micro_batch_tokens
     problems += multiples("parallel.micro_batch_tokens", micro, f"{name}.seq_len", stage.seq_len)
-    context, tensor = recipe.parallel.context, recipe.parallel.tensor
+    context, tensor = recipe.parallel_of(stage).context, recipe.parallel_of(stage).tensor
     unit = token_unit(tensor, context)
     text = "2 chunks a context rank, each rank's tokens over tensor" if context > 1 else "parallel.tensor"
     problems += multiples(f"{name}: parallel.micro_batch_tokens", micro, text, unit)

@@ -103,6 +103,23 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def restart_process_group(device: torch.device, generation: int, timeout_seconds: float) -> None:
+    """Ends all groups and begins anew, for another layout, on the rendezvous that is there. Collective.
+
+    A plain initialisation would meet the old group's keys and hang under torchrun: each generation has its own prefix.
+    """
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"layout{generation}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
 def rank_grid(layout: Layout) -> Tensor:
     """Ranks by (pp, dp_replicate, dp_shard, cp, tp): rank = tp + TP (cp + CP (pp + PP dp)), Llama 3, figure 5."""
     shape = (layout.data_replicate, layout.data_shard, layout.pipeline, layout.context, layout.tensor)

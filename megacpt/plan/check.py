@@ -62,7 +62,9 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
 
 
 def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
-    report.problems += shape_problems(config, recipe.parallel, recipe.model.vocab_multiple)
+    for key, parallel in recipe.layouts.items():
+        found = shape_problems(config, parallel, recipe.model.vocab_multiple)
+        report.problems += [problem.replace("parallel", key, 1) for problem in found]
     own = config.rope
     for stage in recipe.stages:
         try:
@@ -86,10 +88,10 @@ def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
             )
 
 
-def micro_batch_counts(recipe: Recipe, data_ranks: int) -> list[int]:
-    """The different numbers of micro-batches that a step of this run has."""
+def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> list[int]:
+    """The different numbers of micro-batches that steps under a layout have."""
     counts = set()
-    for stage in recipe.stages:
+    for stage in (stage for stage in recipe.stages if recipe.layout_of(stage) == parallel):
         micro = recipe.parallel_of(stage).micro_batch_tokens
         counts |= {max(1, -(-batch // (data_ranks * micro))) for _, batch in stage.batch_tokens}
     return sorted(counts)
@@ -97,23 +99,33 @@ def micro_batch_counts(recipe: Recipe, data_ranks: int) -> list[int]:
 
 def _pipeline(recipe: Recipe, world_size: int, config: LlamaConfig | None, report: Report) -> list[str]:
     """Lines on stages, schedule and gradients; problems go to the report."""
-    parallel, lines = recipe.parallel, []
-    try:
-        layout = resolve_layout(parallel, world_size)
-    except ValueError:
-        return []  # said already
-    counts = micro_batch_counts(recipe, layout.data)
     if config is None:
-        if parallel.pipeline > 1:
+        if any(parallel.pipeline > 1 for parallel in recipe.layouts.values()):
             report.warnings.append(
                 "the model's number of layers is not known here: its split into stages was not checked."
             )
         return []
+    lines = []
+    for key, parallel in recipe.layouts.items():
+        found = _pipeline_of(recipe, key, parallel, world_size, config, report)
+        lines += [f"{key}:", *(f"  {line}" for line in found)] if found and len(recipe.layouts) > 1 else found
+    return lines
+
+
+def _pipeline_of(
+    recipe: Recipe, key: str, parallel: Parallel, world_size: int, config: LlamaConfig, report: Report
+) -> list[str]:
+    lines = []
+    try:
+        layout = resolve_layout(parallel, world_size)
+    except ValueError:
+        return []  # said already
+    counts = micro_batch_counts(recipe, parallel, layout.data)
     try:
         plan = plan_stages(config.num_hidden_layers, parallel)
         schedules = {count: plan.schedule(count) for count in counts}
     except ValueError as error:
-        report.problems.append(f"parallel: {error}")
+        report.problems.append(f"{key}: {error}")
         return []
     if parallel.pipeline > 1:
         runs = [(count, len(list(same))) for count, same in groupby(map(len, plan.layers))]
@@ -167,15 +179,16 @@ def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vo
 
 
 def schedule_svg(recipe: Recipe, world_size: int) -> str:
-    """The timeline of the step with the most micro-batches.
+    """The timeline of the step with the most micro-batches, under the layout with the most stages.
 
     Raises:
         ConfigError: if the model's layers are not known.
     """
     config = config_of(recipe.model)
-    plan = plan_stages(config.num_hidden_layers, recipe.parallel)
-    count = micro_batch_counts(recipe, resolve_layout(recipe.parallel, world_size).data)[-1]
-    found = simulate(plan.schedule(count), stage_weights(plan, recipe.parallel))
+    parallel = max(recipe.layouts.values(), key=lambda p: p.pipeline * p.virtual_stages)
+    plan = plan_stages(config.num_hidden_layers, parallel)
+    count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
+    found = simulate(plan.schedule(count), stage_weights(plan, parallel))
     return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
@@ -209,7 +222,7 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
 def _resolved(
     recipe: Recipe, world_size: int, config: LlamaConfig | None, tokens: dict[str, int], report: Report
 ) -> None:
-    clock, layout = Clock(recipe), resolve_layout(recipe.parallel, world_size)
+    clock, layout = Clock(recipe), resolve_layout(recipe.layout_of(recipe.stages[0]), world_size)
     lines = report.lines
     lines.append(f"run {recipe.run.name} in {recipe.directory}, start {recipe.run.start}, seed {recipe.run.seed}")
     if config:
@@ -222,6 +235,9 @@ def _resolved(
     need = dict.fromkeys(recipe.data, 0.0)
     for i, stage in enumerate(recipe.stages):
         parallel, steps = recipe.parallel_of(stage), clock.stage_steps(i)
+        if i and recipe.layout_of(stage) != recipe.layout_of(recipe.stages[i - 1]):
+            layout = resolve_layout(parallel, world_size)
+            lines.append(f"layout from stage {stage.name} on: {layout}")
         first = clock.step(1 + sum(clock.stage_steps(j) for j in range(i)))
         last = clock.step(first.number + steps - 1)
         sizes = " -> ".join(show_tokens(batch) for _, batch in stage.batch_tokens)

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from megacpt import log
 from megacpt.checkpoint.export import HUGGING_FACE
 from megacpt.checkpoint.load import load
-from megacpt.checkpoint.manifest import State, newest_sound
+from megacpt.checkpoint.manifest import State, directory_name, newest_sound
 from megacpt.checkpoint.save import prune, save, tensors_of
 from megacpt.config.clock import Clock, Step
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.recipe import Recipe
+from megacpt.config.recipe import Recipe, Stage
 from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.evaluate.validation import ValidationSets, validate
@@ -37,7 +37,14 @@ from megacpt.model.stage import plan_stages
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.agreement import agree
-from megacpt.parallel.mesh import build_mesh, device_of_process, picture, set_timeout, start_process_group
+from megacpt.parallel.mesh import (
+    build_mesh,
+    device_of_process,
+    picture,
+    restart_process_group,
+    set_timeout,
+    start_process_group,
+)
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
@@ -116,15 +123,10 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         }
     )
     compute = compute_dtype(recipe.precision.compute, device)
-    layout = resolve_layout(recipe.parallel, dist.get_world_size())
-    mesh = build_mesh(layout, device)
     torch.use_deterministic_algorithms(recipe.kernels.deterministic)
-    options = ModelOptions(
-        recipe.model.vocab_multiple, recipe.kernels.attention, recipe.kernels.deterministic, recipe.parallel.overlap
-    )
-    plan = plan_stages(config.num_hidden_layers, recipe.parallel)
-    model = build_model(config, mesh, compute, options, plan, sharding_of(recipe.parallel))
-    optimizer = AdamW(dict(model.named_parameters()))
+    first = recipe.stages[clock.step(min(clock.num_steps, (found[1].step if mode == "resume" else 0) + 1)).stage]
+    model, optimizer = _build(recipe, first, config, compute, device)
+    layout = model.mesh.layout
     done = _load(recipe, directory, model, optimizer, config, compute, mode, found)
     peak, peak_source = peak_flops(device, recipe.log.peak_tflops)
     facts = {
@@ -171,6 +173,38 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     finally:
         if run.board:
             run.board.close()
+
+
+def _build(
+    recipe: Recipe, stage: Stage, config: LlamaConfig, compute: torch.dtype, device: torch.device
+) -> tuple[Llama, AdamW]:
+    """Model and optimizer for a stage's layout, without values."""
+    parallel = recipe.layout_of(stage)
+    mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
+    kernels = recipe.kernels
+    options = ModelOptions(recipe.model.vocab_multiple, kernels.attention, kernels.deterministic, parallel.overlap)
+    plan = plan_stages(config.num_hidden_layers, parallel)
+    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
+    return model, AdamW(dict(model.named_parameters()))
+
+
+def _relayout(run: Run, index: int, number: int) -> None:
+    """The model under the layout of another stage, through a checkpoint of the step that is done."""
+    stage, before = run.recipe.stages[index], run.model
+    old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
+    path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
+    if not path.is_dir():
+        _save(run, number)
+    run.model = run.optimizer = before = None  # the old shards leave memory before the new ones come
+    gc.collect()
+    restart_process_group(device, index, run.recipe.health.start_timeout_seconds)
+    run.timeout = run.recipe.health.start_timeout_seconds
+    run.model, run.optimizer = _build(run.recipe, stage, config, compute, device)
+    load(path, tensors_of(run.optimizer.parameters, run.optimizer))
+    run.optimizer.num_updates = updates
+    run.facts["layout"] = str(run.model.mesh.layout)
+    run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])
+    log.info(f"from stage {stage.name} on: {picture(run.model.mesh.layout)}")
 
 
 def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:
@@ -252,18 +286,24 @@ def _device_name(device: torch.device) -> str:
 
 
 def _steps(run: Run, domains: dict, done: int) -> str:
-    recipe, clock, model, mesh = run.recipe, run.clock, run.model, run.model.mesh
+    recipe, clock = run.recipe, run.clock
     orders = mixtures(recipe, clock)
     profiler = Profiler(recipe.profile, run.directory.path / "profile", dist.get_rank())
-    metrics = StepMetrics(model.config, mesh.layout.world_size, run.facts["peak_flops"])
+    metrics = StepMetrics(run.model.config, run.model.mesh.layout.world_size, run.facts["peak_flops"])
     console = Console(clock, recipe.log.every_steps)
     stop_at = min(clock.num_steps, recipe.run.stop_at_step if recipe.run.stop_at_step is not None else clock.num_steps)
     saved = done if run.facts["start"] == "resume" else None
+    layout = recipe.layout_of(recipe.stages[clock.step(min(clock.num_steps, done + 1)).stage])
     gc.collect()
     gc.disable()  # a collection in one rank's step is a stall of all; it runs at intervals, on all at once
     try:
         for index, stage in enumerate(recipe.stages):
             numbers = [n for n in _stage_numbers(clock, index) if done < n <= stop_at]
+            if numbers and recipe.layout_of(stage) != layout:
+                model = mesh = None  # so that the old shards can go
+                _relayout(run, index, numbers[0] - 1)
+                layout, saved = recipe.layout_of(stage), numbers[0] - 1
+            model, mesh = run.model, run.model.mesh
             if numbers or (done == 0 and index == 0):
                 _enter_stage(run, index)
                 sets = ValidationSets(recipe, stage.seq_len, domains) if recipe.validation else None
@@ -274,7 +314,7 @@ def _steps(run: Run, domains: dict, done: int) -> str:
             data = StageData(recipe, stage, orders[index], domains, run.pad_id, model.config.vocab_size)
             rows_per_micro_batch = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
 
-            def make(number: int, data=data, rows=rows_per_micro_batch):
+            def make(number: int, data=data, rows=rows_per_micro_batch, mesh=mesh):
                 step = clock.step(number)
                 return load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
 

@@ -151,7 +151,9 @@ def test_a_bad_recipe_leaves_with_2_and_no_traceback(recipe_file):
 
 
 def test_every_shipped_recipe_is_valid():
-    recipes = sorted((ROOT / "launch/recipes").glob("*.toml"))
+    recipes = sorted(
+        (ROOT / "launch/recipes").glob("quickstart*.toml")
+    )  # the others are for more ranks: tests/test_launch.py
     assert recipes
     for path in recipes:
         assert problems_of(load_recipe(str(path)), 1) == [], path

@@ -258,6 +258,47 @@ def test_a_checkpoint_goes_on_under_any_other_layout(one, tmp_path, kind):
         assert all((ours[n] - reference[n]).norm() <= LAYOUT * reference[n].norm() for n in reference), (first, second)
 
 
+STAGED = [
+    ("8", {"tensor": 2, "data_shard": 2}, 64),
+    ("16", {"pipeline": 2, "virtual_stages": 2, "schedule": "zb-v"}, 64),
+    ("32", {"context": 4}, 128),
+]
+
+
+def staged(recipe_file) -> str:
+    """Three stages that grow in length, each with a layout of its own for four ranks."""
+    lr = {"shape": "constant", "peak": 1e-3}
+    stages = [
+        {
+            "name": name, "tokens": 768, "seq_len": seq_len, "batch_tokens": 256, "mixture": {"a": 0.7, "b": 0.3}, "lr": lr,
+            "parallel": {"micro_batch_tokens": seq_len, **parallel},
+        }
+        for name, parallel, seq_len in STAGED
+    ]  # fmt: skip
+    return recipe_file(stages=stages, parallel={})
+
+
+def test_stages_with_layouts_of_their_own_are_one_run(recipe_file, tmp_path):
+    """One command through three layouts, beside one process; and stopped within each stage and resumed: the same bits."""
+    path = staged(recipe_file)
+    flags = ["--validation=[]", "--precision.compute=float64", "--checkpoint.keep_last=20"]
+    on_ranks(4, only_train, path, [*flags, f"--run.directory={tmp_path}/four"])
+    plain = [f"--stages.{name}.parallel={{micro_batch_tokens={length}}}" for name, _, length in STAGED]
+    on_ranks(1, only_train, path, [*flags, *plain, f"--run.directory={tmp_path}/one"])
+    four, one = losses(tmp_path / "four"), losses(tmp_path / "one")
+    assert len(one) == 9 and all(
+        abs(a - b) <= LAYOUT * b for p, q in zip(four, one, strict=True) for a, b in zip(p, q, strict=True)
+    )
+    events = [json.loads(line) for line in (tmp_path / "four/events.jsonl").read_text().splitlines()]
+    changes = [event["after"] for event in events if event["kind"] == "layout"]
+    assert changes == ["data 1 x 2, pipeline 2, context 1, tensor 1", "data 1 x 1, pipeline 1, context 4, tensor 1"]
+    for stop in (3, 5, 8, 9):  # at a boundary, within, within, the end
+        on_ranks(4, only_train, path, [*flags, f"--run.directory={tmp_path}/again", f"--run.stop_at_step={stop}"])
+    assert losses(tmp_path / "again") == four
+    ours, theirs = weights(tmp_path / "again", 9), weights(tmp_path / "four", 9)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir):
     raw = without_names(tiny_config())
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")

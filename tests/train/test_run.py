@@ -371,6 +371,24 @@ def test_eight_processes_under_torchrun_are_one(train, recipe_file, tmp_path, ax
     assert picture in out.stderr
 
 
+def test_a_layout_that_changes_under_torchrun(train, recipe_file, tmp_path):
+    """Groups end and begin again on torchrun's own store: tensor 2, then pipeline 2, with a validation after it."""
+    flags = ["--precision.compute=float64", "--parallel.micro_batch_tokens=64"]
+    lr = {"shape": "constant", "peak": 1e-3}
+    stage = lambda name, **parallel: {
+        "name": name, "tokens": 512, "seq_len": 64, "batch_tokens": 256, "mixture": {"a": 1.0}, "lr": lr, "parallel": parallel
+    }  # fmt: skip
+    path = recipe_file(stages=[stage("x", tensor=2), stage("y", pipeline=2)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": sys.executable}
+    script = str(Path(__file__).parents[2] / "launch/torchrun.sh")
+    out = subprocess.run(["bash", script, path, *flags], capture_output=True, text=True, env=environment, timeout=300)
+    assert out.returncode == 0, out.stderr
+    kinds = [event["kind"] for event in rows(tmp_path / "run", "events.jsonl")]
+    assert kinds.index("layout") < len(kinds) - 1 - kinds[::-1].index("validation")
+    assert [row["stage"] for row in rows(tmp_path / "run")] == ["x", "x", "y", "y"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+
+
 def test_scores_and_evaluation_are_the_same_on_every_layout(train, tmp_path):
     """Forward only, with tensor 2 x context 2 x pipeline 2, and on 3 data ranks; beside one process."""
     directory = train("--precision.compute=float32")
