@@ -161,8 +161,8 @@ def _backends(device: torch.device, names: tuple[str, ...]):
     """High-priority streams for the axes whose collectives stand between two products."""
     if device.type != "cuda":
         return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    return tuple(("nccl", options) if name in ("cp", "tp") else (None, None) for name in names)
+    high = lambda: ("nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))
+    return tuple(high() if name in ("cp", "tp") else (None, None) for name in names)
 
 
 def set_timeout(seconds: float) -> None:
