@@ -217,7 +217,9 @@ def _check(options) -> int:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
     if options.schedule_picture:
-        Path(options.schedule_picture).write_text(schedule_svg(recipe, world_size), encoding="utf-8")
+        Path(options.schedule_picture).write_text(
+            schedule_svg(recipe, world_size, files=not options.no_files), encoding="utf-8"
+        )
         print(f"written {options.schedule_picture}")
     return 0
 

@@ -50,15 +50,18 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
 
 
 def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
-    model = recipe.model
     try:
-        if model.architecture or (files and (model.pretrained or model.config)):
-            return config_of(model)
-        if model.expect:
-            return config_of(Model(architecture=model.expect))
+        return _known(recipe.model, files)
     except ConfigError as error:
         report.problems += [f"model: {problem}" for problem in error.problems]
     return None
+
+
+def _known(model: Model, files: bool) -> LlamaConfig | None:
+    """The model's shape, from disk only if `files`."""
+    if model.architecture or (files and (model.pretrained or model.config)):
+        return config_of(model)
+    return config_of(Model(architecture=model.expect)) if model.expect else None
 
 
 def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
@@ -178,13 +181,15 @@ def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vo
     return totals
 
 
-def schedule_svg(recipe: Recipe, world_size: int) -> str:
+def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     """The timeline of the step with the most micro-batches, under the layout with the most stages.
 
     Raises:
         ConfigError: if the model's layers are not known.
     """
-    config = config_of(recipe.model)
+    config = _known(recipe.model, files)
+    if config is None:
+        raise ConfigError(["--schedule-picture: the number of layers is not known without files. Set model.expect."])
     parallel = max(recipe.layouts.values(), key=lambda p: p.pipeline * p.virtual_stages)
     plan = plan_stages(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
