@@ -28,11 +28,12 @@ def schedule_picture(title: str, simulation: Simulation, placement: tuple[int, .
         for action, begin, end in spans:
             light = 55 + 35 * mine.index(action.stage) / max(1, len(mine) - 1) if len(mine) > 1 else 70
             x, wide = _LEFT + begin * unit, (end - begin) * unit
+            number = action.micro_batch if wide >= 8 * len(str(action.micro_batch)) else ""
             out.append(
                 f"<g><title>{_NAMES[action.kind]}, stage {action.stage}, micro-batch {action.micro_batch}</title>"
                 f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{_ROW - 4}" stroke="white" '
                 f'fill="hsl({_HUES[action.kind]},60%,{light:.0f}%)"/>'
-                f'<text x="{x + wide / 2:.1f}" y="{y + 15}" text-anchor="middle">{action.micro_batch}</text></g>'
+                f'<text x="{x + wide / 2:.1f}" y="{y + 15}" text-anchor="middle">{number}</text></g>'
             )
     x, y = _LEFT, _TOP + ranks * _ROW + 20
     for kind in sorted({action.kind for spans in simulation.spans for action, _, _ in spans}, key="FBIW".index):
