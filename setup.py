@@ -28,6 +28,7 @@ setup(
     package_dir={"megacpt_kernels": "kernels/megacpt_kernels"},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
         "pydantic>=2.8,<3",
         "tokenizers>=0.21",
@@ -44,6 +45,7 @@ setup(
         "dev": [
             *hugging_face,
             "pytest>=8",
+            "pyyaml>=6",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "matplotlib>=3.9",

@@ -39,6 +39,7 @@ def report() -> list[str]:
     import torch
     import torch.distributed as dist
     from megacpt_kernels.attention import available_backends, resolve_backend
+    from megacpt_kernels.backend import use_triton
 
     import megacpt
 
@@ -55,6 +56,11 @@ def report() -> list[str]:
         lines.append(f"  {i}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
     lines.append(f"attention on {device} (auto in bfloat16: {resolve_backend('auto', device, torch.bfloat16)}):")
     lines += [f"  {name}: {reason or 'available'}" for name, reason in available_backends(device).items()]
+    try:
+        use_triton("triton", torch.empty(0, device=device))
+        lines.append(f"operations on {device}: triton (auto), torch")
+    except ValueError as error:
+        lines.append(f"operations on {device}: torch (auto). {error}")
     nccl = (
         ".".join(map(str, torch.cuda.nccl.version()))
         if dist.is_nccl_available() and device == "cuda"

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of them
 
 import json
 import sys
@@ -113,6 +114,16 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def honest_interpreter():
+    import importlib.util
+
+    if importlib.util.find_spec("triton") and os.environ["TRITON_INTERPRET"] == "1":
+        import interpreter
+
+        interpreter.install()
 
 
 def pytest_runtest_logreport(report):

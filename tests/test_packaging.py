@@ -94,3 +94,17 @@ def test_requirements_pin_what_setup_asks_for():
 def test_the_shell_scripts_parse():
     for script in [*(ROOT / "launch").glob("*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"]:
         assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0, script
+
+
+def test_operations_run_without_triton():
+    """Where there is no Triton, the package imports and torch computes; a named triton is an error."""
+    code = """
+import sys; sys.modules["triton"] = None
+import torch
+from megacpt_kernels import rms_norm
+print(rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).sum().item())
+try: rms_norm(torch.ones(2, 4), torch.ones(4), 0.0, backend="triton")
+except ValueError as error: print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == '8.0\nbackend "triton": triton is not installed. Use "torch" or "auto".\n'

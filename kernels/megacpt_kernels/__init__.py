@@ -2,8 +2,8 @@
 
 from megacpt_kernels.attention import Documents, attention
 from megacpt_kernels.cross_entropy import cross_entropy_
-from megacpt_kernels.rms_norm import rms_norm
+from megacpt_kernels.rms_norm import add_rms_norm, rms_norm
 from megacpt_kernels.rope import rope_qk
 from megacpt_kernels.swiglu import swiglu
 
-__all__ = ["Documents", "attention", "cross_entropy_", "rms_norm", "rope_qk", "swiglu"]
+__all__ = ["Documents", "add_rms_norm", "attention", "cross_entropy_", "rms_norm", "rope_qk", "swiglu"]

@@ -7,7 +7,7 @@ The formula, for each rank, with M micro-batches of T tokens, Tc = T / cp, t = T
 an element (n ranks on an axis: a gather of shards of b bytes, and a reduce-scatter to them, send (n - 1) b each):
   tp    a layer and micro-batch: 2 gathers and 2 reduce-scatters of t h e forward (one pair for attention, one for the MLP), the
         transposed ones backward, and 2 gathers again in place of keeping their Tc h e; embedding: 1 and 1; head: 1 and 1, and per
-        chunk of logits the maximum and the pair of sums; a step: one sum of what tp replicates.
+        chunk of logits one gather of three fp32 numbers a token; a step: one sum of what tp replicates.
   cp    a layer and micro-batch: K and V in one gather of Tc 2 kv d e forward, again backward, one fp32 reduce-scatter.
   fsdp  a step: one gather and one fp32 reduce-scatter of each block and of the rest ("step", weights not freed in between).
   pp    a micro-batch and edge between ranks: t h e forward, as much backward.
@@ -194,8 +194,7 @@ def expected(config, parallel, layout, plan, mesh) -> dict[tuple[str, str], tupl
             chunk = _chunk(type("W", (), {"shape": (VOCAB // tp,), "is_cuda": False}))
             for begin in range(0, context_tokens, chunk):
                 rows = min(chunk, context_tokens - begin)
-                add("tp", "all-reduce", m, 2 * (tp - 1) * rows * e // tp)
-                add("tp", "all-reduce", m, 2 * (tp - 1) * 2 * rows * e // tp)
+                add("tp", "gather", m, (tp - 1) * 3 * rows * 4)
         add("tp", "all-reduce", 1, 2 * (tp - 1) * (2 * layers + last) * HIDDEN * 4 // sharers // tp)
     if cp > 1:
         part = (cp - 1) * context_tokens * 2 * (KV // tp) * (HIDDEN // HEADS)

@@ -4,6 +4,7 @@ import warnings
 
 import torch
 from megacpt_kernels.attention import resolve_backend
+from megacpt_kernels.backend import use_triton
 
 from megacpt.config.recipe import Parallel
 from megacpt.errors import ConfigError
@@ -44,6 +45,10 @@ def build_model(
         resolve_backend(options.attention_backend, mesh.device.type, compute)
     except ValueError as error:
         problems.append(f"kernels.attention: {error}")
+    try:
+        use_triton(options.operations, torch.empty(0, dtype=compute, device=mesh.device))
+    except ValueError as error:
+        problems.append(f"kernels.operations: {error}")
     if options.overlap == "symmetric_memory" and mesh.device.type != "cuda":
         problems.append(
             'parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".'

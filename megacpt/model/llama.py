@@ -40,6 +40,7 @@ class ModelOptions:
     attention_backend: str = "auto"
     deterministic: bool = False
     overlap: str = "none"
+    operations: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ class Attention(nn.Module):
         self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
-        gather = Gather(plan, self.context_group, lambda k: rope_qk(k[:, :0], k, cos, sin)[1])
+        options = self.options
+        gather = Gather(plan, self.context_group, lambda k: rope_qk(k[:, :0], k, cos, sin, options.operations)[1])
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
         weights = [self.k_proj.weight, self.v_proj.weight, self.q_proj.weight]
         start = (2, lambda k, v: gather.start(heads(k), heads(v)))  # travels while the queries are computed
         k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start))
-        q, k = rope_qk(q, k, cos, sin)
-        backend, deterministic = self.options.attention_backend, self.options.deterministic
-        out = context_attention(q, k, v, plan, gather, backend, deterministic)
+        q, k = rope_qk(q, k, cos, sin, options.operations)
+        out = context_attention(q, k, v, plan, gather, options.attention_backend, options.deterministic)
         out = row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later)
         if out.requires_grad:
             out.register_hook(gather.start_again)
@@ -98,11 +99,11 @@ class MLP(nn.Module):
         self.gate_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
         self.up_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
         self.down_proj = Weight((h, f), ROW, mesh.tensor, dtype)
-        self.axis = TensorAxis(mesh.tensor_group, options.overlap)
+        self.axis, self.operations = TensorAxis(mesh.tensor_group, options.overlap), options.operations
 
     def forward(self, x: Tensor, later: Later | None) -> Tensor:
         gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.axis, None, later)
-        return row_parallel(swiglu(gate, up), self.down_proj.weight, self.axis, later)
+        return row_parallel(swiglu(gate, up, self.operations), self.down_proj.weight, self.axis, later)
 
 
 class Block(nn.Module):
@@ -114,12 +115,13 @@ class Block(nn.Module):
         self.self_attn = Attention(config, mesh, dtype, options)
         self.post_attention_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
         self.mlp = MLP(config, mesh, dtype, options)
-        self.eps = config.rms_norm_eps
+        self.eps, self.operations = config.rms_norm_eps, options.operations
         self.run = self._run
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
-        x = x + self.self_attn(rms_norm(x, replicated(self.input_layernorm.weight), self.eps), cos, sin, plan, later)
-        return x + self.mlp(rms_norm(x, replicated(self.post_attention_layernorm.weight), self.eps), later)
+        norm = lambda x, weight: rms_norm(x, replicated(weight.weight), self.eps, self.operations)
+        x = x + self.self_attn(norm(x, self.input_layernorm), cos, sin, plan, later)
+        return x + self.mlp(norm(x, self.post_attention_layernorm), later)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
         return self.run(x, cos, sin, plan, later)
@@ -212,18 +214,18 @@ class Llama(nn.Module):
         for block in self.blocks(stage):
             x = block(x, cos, sin, inputs.plan, later)
         if stage == len(self.plan.layers) - 1:
-            x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps)
+            x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x
 
     def loss(self, x: Tensor, inputs: Inputs, scale: float) -> Tensor:
         """scale * sum of the token losses, a scalar, from the last stage's [t, h]. The last stage must have run."""
-        return linear_cross_entropy(
-            x, self._head(), inputs.labels, self.config.vocab_size, self.mesh.tensor_group, scale
-        )
+        group, size = self.mesh.tensor_group, self.config.vocab_size
+        return linear_cross_entropy(x, self._head(), inputs.labels, size, group, scale, self.options.operations)
 
     def token_losses(self, x: Tensor, inputs: Inputs) -> Tensor:
         """The loss of each token [T], 0 without label. No gradient."""
-        return token_losses(x, self._head(), inputs.labels, self.config.vocab_size, self.mesh.tensor_group)
+        group, size = self.mesh.tensor_group, self.config.vocab_size
+        return token_losses(x, self._head(), inputs.labels, size, group, self.options.operations)
 
     def _head(self) -> Tensor:
         return (self.lm_head or self.model.embed_tokens).weight

@@ -50,10 +50,3 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter_sum_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the ranks of [T, …]; each keeps its [T / size, …]."""
     return start_scatter_sum(x, group).wait()
-
-
-def all_reduce(x: Tensor, operation: str, group: dist.ProcessGroup) -> Tensor:
-    """In place. operation: "sum" or "max"."""
-    if group.size() > 1:
-        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation], group=group)
-    return x

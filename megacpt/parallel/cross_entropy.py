@@ -13,11 +13,17 @@ from megacpt_kernels import cross_entropy_
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megacpt.parallel.collectives import all_reduce, gather_tokens, scatter_sum_tokens
+from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, scale: float
+    x: Tensor,
+    weight: DTensor,
+    target: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    scale: float,
+    backend: str = "auto",
 ) -> Tensor:
     """scale * sum of the negative log-likelihoods of this rank's T tokens. At least fp32.
 
@@ -25,20 +31,26 @@ def linear_cross_entropy(
         x: [t, h], the final norm's output. weight: [v, h], this rank's rows of the head.
         target: int64 [T], -100 without label. vocab_size: the true size; padding rows get no probability.
     """
-    return _LinearCrossEntropy.apply(x, weight, target, vocab_size, group, scale)
+    return _LinearCrossEntropy.apply(x, weight, target, vocab_size, group, scale, backend)
 
 
 @torch.no_grad()
-def token_losses(x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+def token_losses(
+    x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, backend: str = "auto"
+) -> Tensor:
     """Negative log-likelihood of each token [T], 0 without label. At least fp32. No gradient."""
     tokens, local = gather_tokens(x, group), weight._local_tensor
     start, valid = _columns(local, vocab_size, group)
-    reduce = lambda tensor, operation: all_reduce(tensor, operation, group)
     losses = [
-        cross_entropy_(F.linear(part, local), ids, start, valid, None, reduce)[0]
+        cross_entropy_(F.linear(part, local), ids, start, valid, None, _gather(group), backend=backend)[0]
         for part, ids in zip(tokens.split(_chunk(local)), target.split(_chunk(local)), strict=True)
     ]
     return torch.cat(losses)
+
+
+def _gather(group: dist.ProcessGroup):
+    """[3, t] -> [tp, 3, t]: the statistics of a chunk from all ranks in one collective."""
+    return lambda statistics: gather_tokens(statistics[None], group)
 
 
 def _columns(weight: Tensor, vocab_size: int, group: dist.ProcessGroup) -> tuple[int, int]:
@@ -54,11 +66,12 @@ def _chunk(weight: Tensor) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group, scale: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group, scale: float, backend: str
+    ) -> Tensor:
         local = weight._local_tensor
         tokens = gather_tokens(x, group)
         start, valid = _columns(local, vocab_size, group)
-        reduce = lambda tensor, operation: all_reduce(tensor, operation, group)
         chunk = _chunk(local)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x.device)
@@ -67,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = None if one else torch.zeros(local.shape, dtype=wide, device=x.device)
         for part, ids, dpart in zip(tokens.split(chunk), target.split(chunk), dx.split(chunk), strict=True):
             logits = F.linear(part, local)
-            nll, _ = cross_entropy_(logits, ids, start, valid, scale, reduce)
+            nll, _ = cross_entropy_(logits, ids, start, valid, scale, _gather(group), backend=backend)
             loss += nll.sum()
             torch.mm(logits, local, out=dpart)
             if one:
@@ -86,5 +99,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             (dx * grad).to(dx.dtype),
             DTensor(dweight * grad.to(dweight.dtype), ctx.spec, requires_grad=False),
-            *[None] * 4,
+            *[None] * 5,
         )

@@ -182,7 +182,9 @@ def _build(
     parallel = recipe.layout_of(stage)
     mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
     kernels = recipe.kernels
-    options = ModelOptions(recipe.model.vocab_multiple, kernels.attention, kernels.deterministic, parallel.overlap)
+    options = ModelOptions(
+        recipe.model.vocab_multiple, kernels.attention, kernels.deterministic, parallel.overlap, kernels.operations
+    )
     plan = plan_stages(config.num_hidden_layers, parallel)
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
     return model, AdamW(dict(model.named_parameters()))

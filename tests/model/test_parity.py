@@ -60,9 +60,9 @@ def reference(raw: dict, dtype: torch.dtype):
     return model
 
 
-def ours(raw: dict, mesh, dtype: torch.dtype, source):
+def ours(raw: dict, mesh, dtype: torch.dtype, source, options: ModelOptions | None = None):
     config = parse_config(raw, "test")
-    model = build_model(config, mesh, dtype, ModelOptions())
+    model = build_model(config, mesh, dtype, options or ModelOptions())
     weights = dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,11 +89,13 @@ def losses_of(model, batch: Batch) -> torch.Tensor:
     return found[0]
 
 
-def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda batch: batch) -> dict[str, float]:
+def compare(
+    raw: dict, mesh, dtype: torch.dtype, change=lambda batch: batch, options=None, lengths=LENGTHS
+) -> dict[str, float]:
     """Differences by name: the token losses and every gradient."""
     theirs = reference(raw, dtype)
-    model = ours(raw, mesh, dtype, theirs)
-    batch, documents = packed(LENGTHS, raw["vocab_size"])
+    model = ours(raw, mesh, dtype, theirs, options)
+    batch, documents = packed(lengths, raw["vocab_size"])
     losses, labels = [], sum(len(d) - 1 for d in documents)
     for document in documents:
         logits = theirs(document[None], position_ids=torch.arange(len(document))[None]).logits[0]
@@ -118,6 +120,14 @@ def compare(raw: dict, mesh, dtype: torch.dtype, change=lambda batch: batch) -> 
 def test_losses_and_gradients_equal_transformers(mesh, variant, dtype):
     found = compare(VARIANTS[variant], mesh, dtype)
     assert max(found.values()) < PARITY[dtype], found
+
+
+def test_the_model_on_triton_kernels_equals_transformers(mesh):
+    """All operations at once, forward and backward, in the interpreter."""
+    pytest.importorskip("triton", reason="needs Triton (Linux)")
+    raw = VARIANTS["llama3.1"] | {"num_hidden_layers": 1}
+    found = compare(raw, mesh, torch.float32, options=ModelOptions(operations="triton"), lengths=[9, 1, 6])
+    assert max(found.values()) < PARITY[torch.float32], found
 
 
 def _shift(batch: Batch) -> Batch:

@@ -1,0 +1,178 @@
+"""Triton kernels in the interpreter against float64: fenced inputs, poisoned outputs, sizes that divide nothing, borders of shards."""
+
+import sys
+
+import pytest
+import torch
+from tolerances import KERNEL, difference
+
+pytest.importorskip("triton", reason="needs Triton (Linux)")
+from megacpt_kernels import add_rms_norm, cross_entropy_, rms_norm, rope_qk, swiglu
+from megacpt_kernels.backend import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before the first import")
+DTYPES = [torch.float32, torch.bfloat16]
+FENCE = 64
+
+
+class Fenced:
+    """A tensor inside a buffer of NaNs that must be left alone."""
+
+    def __init__(self, values: torch.Tensor):
+        self.buffer = torch.full((values.numel() + 2 * FENCE,), float("nan"), dtype=values.dtype)
+        self.tensor = self.buffer[FENCE:-FENCE].view(values.shape)
+        self.tensor.copy_(values)
+
+    def whole(self) -> bool:
+        return bool(self.buffer[:FENCE].isnan().all() and self.buffer[-FENCE:].isnan().all())
+
+
+def random(*shape, dtype=torch.float32, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def compare(function, reference, inputs: list[torch.Tensor]) -> float:
+    """The largest relative difference of outputs and gradients from float64; inputs and cotangents stand between fences."""
+    fenced = [Fenced(x) for x in inputs]
+    given = [f.tensor.requires_grad_() for f in fenced]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = function(*given), reference(*wide)
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    cotangents = [Fenced(random(*y.shape, dtype=y.dtype, seed=7 + i)) for i, y in enumerate(got)]
+    found = torch.autograd.grad(got, given, [c.tensor for c in cotangents])
+    exact = torch.autograd.grad(want, wide, [c.tensor.double() for c in cotangents])
+    assert all(f.whole() for f in [*fenced, *cotangents])
+    assert all(x.dtype == y.dtype for x, y in zip(found, given, strict=True))
+    return max(difference(a, b) for a, b in zip([*got, *found], [*want, *exact], strict=True))
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel does not write stays a NaN."""
+    plain = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+    for name, make in plain.items():
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, h", [(1, 7), (0, 8), (33, 129), (6, 128)])
+def test_rms_norm(rows, h, dtype):
+    inputs = [random(rows, h, dtype=dtype), random(h, dtype=dtype, seed=1)]
+    assert compare(lambda x, w: rms_norm(x, w, 1e-5, backend="triton"), norm, inputs) <= KERNEL[dtype]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, h", [(1, 7), (0, 8), (33, 129)])
+def test_add_rms_norm(rows, h, dtype, backend):
+    inputs = [random(rows, h, dtype=dtype), random(rows, h, dtype=dtype, seed=2), random(h, dtype=dtype, seed=1)]
+    reference = lambda x, r, w: (norm(x + r, w), x + r)
+    assert compare(lambda x, r, w: add_rms_norm(x, r, w, 1e-5, backend), reference, inputs) <= KERNEL[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 0, 37, 200])
+def test_swiglu(rows, dtype):
+    inputs = [random(rows, 13, dtype=dtype), random(rows, 13, dtype=dtype, seed=1)]
+    reference = lambda g, u: g * torch.sigmoid(g) * u
+    assert compare(lambda g, u: swiglu(g, u, backend="triton"), reference, inputs) <= KERNEL[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, kv, d", [(3, 1, 8), (18, 2, 12), (4, 0, 8)])
+def test_rope(heads, kv, d, dtype):
+    """Positions restart in the middle; q and k are slices of one product, so their tokens stand apart."""
+    angles = torch.tensor([0, 1, 2, 0, 1, 90])[:, None] * torch.rand(d // 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def reference(packed):
+        q, k = packed.view(6, heads + kv, d).split([heads, kv], 1)
+        c, s = (torch.cat([x, x], -1)[:, None].to(packed.dtype) for x in (cos, sin))
+        turned = lambda x: torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
+        return q * c + turned(q) * s, k * c + turned(k) * s
+
+    def ours(packed):
+        return rope_qk(*packed.view(6, heads + kv, d).split([heads, kv], 1), cos, sin, backend="triton")
+
+    assert compare(ours, reference, [random(6, (heads + kv) * d, dtype=dtype)]) <= KERNEL[dtype]
+
+
+def test_the_comparison_sees_a_row_that_is_not_written(monkeypatch):
+    """Twin: one program less."""
+    module = sys.modules["megacpt_kernels.swiglu"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "_grid", lambda x: (x.numel() // module._BLOCK,))
+    inputs = [random(200, 13), random(200, 13, seed=1)]
+    assert not compare(lambda g, u: swiglu(g, u, backend="triton"), lambda g, u: g * torch.sigmoid(g) * u, inputs) < 1
+
+
+def test_bfloat16_arithmetic_without_a_cast_raises():
+    """Twin of the interpreter's repair."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def double(x, y):
+        tl.store(y, tl.load(x) + tl.load(x))
+
+    with pytest.raises(Exception, match="bfloat16 arithmetic"):
+        double[(1,)](torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, columns, valid", [(5, 23, 23), (3, 23, 20), (1, 1, 1), (0, 8, 8), (2, 5000, 4999)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy(rows, columns, valid, z_loss, dtype):
+    fenced = Fenced(3 * random(rows, columns, dtype=dtype))
+    target = torch.randint(0, valid, (rows,), generator=torch.Generator().manual_seed(1))
+    target[rows // 2 : rows // 2 + 1] = -100
+    exact = fenced.tensor.double().requires_grad_()
+    lse = exact[:, :valid].logsumexp(-1)
+    want = torch.nn.functional.cross_entropy(exact[:, :valid], target, reduction="none", ignore_index=-100)
+    want = want + (target != -100) * z_loss * lse.square()
+    (want.sum() * 0.37).backward()
+    nll, found = cross_entropy_(fenced.tensor, target, 0, valid, 0.37, z_loss=z_loss, backend="triton")
+    assert fenced.whole()
+    assert difference(nll, want) <= 1e-6 and difference(found, lse) <= 1e-6
+    assert difference(fenced.tensor, exact.grad) <= KERNEL[dtype]
+    assert not fenced.tensor[:, valid:].any() and not fenced.tensor[target == -100].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_over_shards(dtype):
+    """Each shard's statistics by themselves, together by hand; targets on every border, one shard all padding."""
+    width, valid = 8, 15
+    whole = 2 * random(6, 24, dtype=dtype)
+    target = torch.tensor([0, 7, 8, 14, -100, 3])
+    local = [max(0, min(width, valid - rank * width)) for rank in range(3)]
+    parts, statistics = [whole[:, r * width : (r + 1) * width].clone() for r in range(3)], []
+
+    def collect(rank: int, backend: str):
+        keep = lambda own: (statistics.append(own), own[None])[1]
+        cross_entropy_(parts[rank].clone(), target, rank * width, local[rank], None, keep, backend=backend)
+
+    for rank in range(3):
+        collect(rank, "triton")
+    together = torch.stack(statistics)
+    exact = whole.double()[:, :valid].requires_grad_()
+    torch.nn.functional.cross_entropy(exact, target, reduction="sum", ignore_index=-100).backward()
+    for rank in range(3):
+        cross_entropy_(parts[rank], target, rank * width, local[rank], 1.0, lambda own: together, backend="triton")
+    found = torch.cat(parts, 1)
+    assert difference(found[:, :valid], exact.grad) <= KERNEL[dtype] and not found[:, valid:].any()
+
+
+def test_a_target_of_the_next_shard_is_no_hit():
+    """Twin: without the check of `valid`, a padded lane would match it and add minus infinity."""
+    nll, _ = cross_entropy_(random(1, 16), torch.tensor([20]), 0, 12, None, backend="triton")
+    assert torch.isfinite(nll).all()
+
+
+def test_a_named_backend_that_cannot_run_is_an_error():
+    with pytest.raises(ValueError, match="its kernels compute in float32, the input is float64"):
+        cross_entropy_(random(1, 4).double(), torch.tensor([0]), 0, 4, None, backend="triton")
+    with pytest.raises(ValueError, match="possible are auto, triton, torch"):
+        cross_entropy_(random(1, 4), torch.tensor([0]), 0, 4, None, backend="cuda")
