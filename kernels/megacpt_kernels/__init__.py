@@ -1,9 +1,19 @@
 """Operations of Llama training, one a file. Each runs in any float type on any device; usable without the trainer."""
 
+from megacpt_kernels.adamw import adamw_
 from megacpt_kernels.attention import Documents, attention
 from megacpt_kernels.cross_entropy import cross_entropy_
 from megacpt_kernels.rms_norm import add_rms_norm, rms_norm
 from megacpt_kernels.rope import rope_qk
 from megacpt_kernels.swiglu import swiglu
 
-__all__ = ["Documents", "add_rms_norm", "attention", "cross_entropy_", "rms_norm", "rope_qk", "swiglu"]
+__all__ = [
+    "Documents",
+    "adamw_",
+    "add_rms_norm",
+    "attention",
+    "cross_entropy_",
+    "rms_norm",
+    "rope_qk",
+    "swiglu",
+]

@@ -68,8 +68,8 @@ def cases() -> list[Case]:
     """Llama-3-8B's shapes: hidden 4,096, FFN 14,336, 32 and 8 heads of 128, vocabulary 128,256, bfloat16."""
     import megacpt_kernels  # noqa: F401  (its functions hide its modules of the same names)
 
-    norm, rope, swiglu, loss = (
-        sys.modules[f"megacpt_kernels.{name}"] for name in ("rms_norm", "rope", "swiglu", "cross_entropy")
+    norm, rope, swiglu, loss, adamw = (
+        sys.modules[f"megacpt_kernels.{name}"] for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
     )
     half, single, long = torch.bfloat16, torch.float32, torch.int64
     rows = dict(BLOCK=4096, num_warps=norm._warps(4096))
@@ -91,6 +91,7 @@ def cases() -> list[Case]:
             "cross_entropy gradient", loss._gradient_kernel, (half, long, single, single, single, 128256, 128256, 128256),
             wide, 64, 2, 2,
         ),
+        Case("adamw", adamw._kernel, (single,) * 5 + (2**24, *(0.5,) * 8), dict(BLOCK=adamw._BLOCK, num_warps=4), 64, 4, 3),
     ]  # fmt: skip
 
 

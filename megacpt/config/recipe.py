@@ -305,7 +305,7 @@ class Kernels(Section):
     attention: Literal["auto", "sdpa", "varlen", "flash-attn"] = "auto"
     """Backend of document attention; one that is named and missing is an error."""
     operations: Literal["auto", "triton", "torch"] = "auto"
-    """Norms, rotary embedding, SwiGLU and cross-entropy. auto: Triton's on a GPU, torch's elsewhere."""
+    """Norms, rotary embedding, SwiGLU, cross-entropy and AdamW. auto: Triton's on a GPU, torch's elsewhere."""
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits twice."""
 

@@ -1,10 +1,11 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the local shards of sharded parameters.
 
 Moments are DTensors placed like their parameters, so that checkpoints reshard them alike. The update itself runs on
-the local tensors, fused, with the clip coefficient inside: one pass over the state.
+the local tensors, with the clip coefficient inside: one pass over the state.
 """
 
 import torch
+from megacpt_kernels import adamw_
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,14 +17,15 @@ def local(tensor: Tensor) -> Tensor:
 class AdamW:
     """Args:
     parameters: by name; matrices are decayed, vectors (norms) are not.
+    backend: of the update, `megacpt_kernels.adamw_`.
 
     Attributes:
         exp_avg, exp_avg_sq: moments by name.
         num_updates: updates so far, for the bias correction.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
+    def __init__(self, parameters: dict[str, nn.Parameter], backend: str = "auto"):
+        self.parameters, self.backend = parameters, backend
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.num_updates = 0
@@ -44,25 +46,8 @@ class AdamW:
             tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
             weights = [local(self.parameters[name]) for name in names]
             grads = [local(self.parameters[name].grad) for name in names]
-            scale = inverse_clip
-            if scale is not None and weights[0].dtype == torch.float64:  # the fused kernel reads its scale in fp32
-                torch._foreach_div_(grads, scale)
-                scale = None
-            count = torch.full((), float(self.num_updates), dtype=torch.float32, device=weights[0].device)
-            torch._fused_adamw_(
-                weights,
-                grads,
-                *tensors,
-                [],
-                [count] * len(names),
-                lr=lr,
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=decay,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=None if scale is None else scale.float(),
+            adamw_(
+                weights, grads, *tensors, lr, betas, eps, decay, self.num_updates, inverse_clip, backend=self.backend
             )
 
     def _groups(self, weight_decay: float) -> list[tuple[float, list[str]]]:

@@ -187,7 +187,7 @@ def _build(
     )
     plan = plan_stages(config.num_hidden_layers, parallel)
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
-    return model, AdamW(dict(model.named_parameters()))
+    return model, AdamW(dict(model.named_parameters()), kernels.operations)
 
 
 def _relayout(run: Run, index: int, number: int) -> None:

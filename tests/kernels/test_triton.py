@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from tolerances import KERNEL, difference
+from tolerances import ADAMW, KERNEL, difference
 
 pytest.importorskip("triton", reason="needs Triton (Linux)")
-from megacpt_kernels import add_rms_norm, cross_entropy_, rms_norm, rope_qk, swiglu
+from megacpt_kernels import adamw_, add_rms_norm, cross_entropy_, rms_norm, rope_qk, swiglu
 from megacpt_kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before the first import")
@@ -176,3 +176,25 @@ def test_a_named_backend_that_cannot_run_is_an_error():
         cross_entropy_(random(1, 4).double(), torch.tensor([0]), 0, 4, None, backend="triton")
     with pytest.raises(ValueError, match="possible are auto, triton, torch"):
         cross_entropy_(random(1, 4), torch.tensor([0]), 0, 4, None, backend="cuda")
+
+
+@pytest.mark.parametrize("clip", [None, 2.5])
+def test_adamw(clip):
+    """Five updates of several sizes against torch.optim.AdamW in float64 on gradients that were divided by hand."""
+    shapes = [(3, 7), (0,), (1,), (1025,)]
+    fenced = [[Fenced(random(*shape, seed=i) * (i == 0)) for shape in shapes] for i in range(3)]
+    weights, first, second = ([f.tensor for f in row] for row in fenced)
+    exact = [torch.nn.Parameter(w.double()) for w in weights]
+    optimizer = torch.optim.AdamW(exact, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    inverse = None if clip is None else torch.tensor(clip, dtype=torch.float64)
+    for step in range(1, 6):
+        grads = [random(*shape, seed=10 * step) for shape in shapes]
+        for parameter, grad in zip(exact, grads, strict=True):
+            parameter.grad = grad.double() / (clip or 1.0)
+        optimizer.step()
+        adamw_(weights, grads, first, second, 1e-2, (0.9, 0.95), 1e-8, 0.1, step, inverse, backend="triton")
+    assert all(f.whole() for row in fenced for f in row)
+    assert all(difference(w, e) <= ADAMW[torch.float32] for w, e in zip(weights, exact, strict=True) if w.numel())
+    moments = [optimizer.state[p] for p in exact]
+    assert all(difference(m, s["exp_avg"]) <= 1e-6 for m, s in zip(first, moments, strict=True) if m.numel())
+    assert all(difference(v, s["exp_avg_sq"]) <= 1e-6 for v, s in zip(second, moments, strict=True) if v.numel())
