@@ -6,6 +6,7 @@
 import os
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 try:
@@ -45,6 +46,11 @@ def _missing(x: Tensor) -> str | None:
     if not x.is_cuda and not INTERPRETED:
         return f"its kernels need a GPU, the input is on {x.device.type}"
     return None
+
+
+def wide_of(x: Tensor) -> Tensor:
+    """`x` in at least fp32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def block_of(size: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import jit, tl, triton, use_triton
+from megacpt_kernels.backend import jit, tl, triton, use_triton, wide_of
 
 IGNORE = -100
 
@@ -39,7 +39,7 @@ def cross_entropy_(
         (nll [t], 0 where ignored; lse [t]), at least fp32.
     """
     fast, column = use_triton(backend, logits), target - vocab_start
-    wide = None if fast else _wide(logits)
+    wide = None if fast else wide_of(logits)
     statistics = _statistics_triton(logits, column, valid) if fast else _statistics_(wide, column, valid)
     maximum, sums, hits = gather(statistics).unbind(1)
     largest = maximum.amax(0)
@@ -81,10 +81,6 @@ def _gradient_(wide: Tensor, column: Tensor, valid: int, factor: Tensor, hit: Te
     if valid:
         mine = (column >= 0) & (column < valid)
         wide.scatter_add_(1, column.clamp(0, valid - 1).unsqueeze(1), (-hit * mine).unsqueeze(1))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _statistics_triton(logits: Tensor, column: Tensor, valid: int) -> Tensor:

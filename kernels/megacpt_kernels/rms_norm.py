@@ -8,7 +8,7 @@ two stages of fixed order, without atomics: the same bits twice.
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import block_of, jit, tl, use_triton
+from megacpt_kernels.backend import block_of, jit, tl, use_triton, wide_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -73,24 +73,20 @@ class _AddRMSNorm(torch.autograd.Function):
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, what was normed, 1 / root mean square [t])."""
     h = x if residual is None else x + residual
-    wide = _wide(h)
+    wide = wide_of(h)
     inverse = torch.rsqrt(wide.square().mean(-1).add_(eps))
     return (wide * inverse.unsqueeze(1)).mul_(weight).to(x.dtype), h, inverse
 
 
 def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     inverse = inverse.unsqueeze(1)
-    normed, dy_wide = _wide(h) * inverse, _wide(dy)
+    normed, dy_wide = wide_of(h) * inverse, wide_of(dy)
     dweight = (dy_wide * normed).sum(0)
     dnormed = dy_wide * weight
     dx = dnormed.addcmul_(normed, (dnormed * normed).mean(-1, keepdim=True), value=-1).mul_(inverse)
     if dh is not None:
         dx = dx + dh
     return dx.to(h.dtype), dweight.to(weight.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

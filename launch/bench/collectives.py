@@ -15,6 +15,7 @@ an element (n ranks on an axis: a gather of shards of b bytes, and a reduce-scat
 """
 
 import argparse
+import ast
 import math
 import os
 import sys
@@ -49,7 +50,7 @@ def run(layout: str) -> dict[str, dict]:
     size = math.prod(n for axis, n in degrees.items() if axis != "v")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(rank_main, (size, folder, degrees), nprocs=size, start_method="fork")
-        rows = [eval(open(f"{folder}/{rank}").read()) for rank in range(size)]
+        rows = [ast.literal_eval(open(f"{folder}/{rank}").read()) for rank in range(size)]
     out = {}
     for axis in sorted({key[0] for counts, _ in rows for key in counts}):
         total = lambda table, i, axis=axis: sum(value[i] for key, value in table.items() if key[0] == axis)

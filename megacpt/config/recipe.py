@@ -370,6 +370,12 @@ class Recipe(Section):
             update={"micro_batch_tokens": None, "activation_checkpointing": "none"}
         )
 
+    def reduction(self, parallel: Parallel) -> Literal["step", "micro_batch"]:
+        """When gradients are reduced under a layout. auto: once a step under pipeline, where weights stay gathered."""
+        if self.precision.reduce != "auto":
+            return self.precision.reduce
+        return "step" if parallel.pipeline > 1 else "micro_batch"
+
     @property
     def layouts(self) -> dict[str, Parallel]:
         """The different layouts of the stages in order, by the key that names each."""

@@ -1,7 +1,7 @@
 """FSDP2: what is sharded how, and when gradients are reduced. Everything that needs its insides stands here.
 
 Autograd's own end of backward never ends a step: with a pipeline many backwards run, and with a split backward the last
-gradients come outside autograd. `reduce_now` and `finish` do it by hand, as torch's pipelining does.
+gradients come outside autograd. `take_gradients` and `finish` do it by hand, as torch's pipelining does.
 """
 
 from collections.abc import Iterable

@@ -149,8 +149,7 @@ def _pipeline_of(
     sharers = layout.data * layout.context
     if sharers > 1:
         size, most = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / 2**30, max(counts)
-        chosen = recipe.precision.reduce
-        chosen = chosen if chosen != "auto" else "step" if parallel.pipeline > 1 else "micro_batch"
+        chosen = recipe.reduction(parallel)
         sent = size * (sharers - 1) / sharers
         lines.append(
             f'gradients, precision.reduce = "{chosen}": "step" keeps {size:.3g} GiB a rank and sends {sent:.3g} GiB a step, '

@@ -48,7 +48,7 @@ from megacpt.parallel.mesh import (
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
-from megacpt.train.step import Update, compute_dtype, resolve_reduce, train_step
+from megacpt.train.step import Update, compute_dtype, train_step
 
 
 @dataclass
@@ -328,7 +328,7 @@ def _steps(run: Run, domains: dict, done: int) -> str:
                 batch = next(waiting)
                 data_seconds = time.monotonic() - begin
                 lr = rate_of_step(recipe, clock, step)
-                reduce = resolve_reduce(recipe.precision.reduce, mesh.layout.pipeline)
+                reduce = recipe.reduction(layout)
                 loss, norm = train_step(
                     model, run.optimizer, batch.micro_batches, batch.num_labels, reduce, _update_of(recipe, step, lr)
                 )

@@ -35,11 +35,6 @@ def train_step(
     return loss, norm
 
 
-def resolve_reduce(reduce: str, pipeline: int) -> str:
-    """auto: once a step under pipeline parallelism, where weights stay gathered; else with every micro-batch."""
-    return ("step" if pipeline > 1 else "micro_batch") if reduce == "auto" else reduce
-
-
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """auto (None): bfloat16 on a GPU, float32 on a CPU."""
     return getattr(torch, name) if name else torch.bfloat16 if device.type == "cuda" else torch.float32
