@@ -74,21 +74,20 @@ def _rotate_kernel(
     at = tl.arange(0, HALF)
     c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)[None, :] * SIGN
-    for first in range(0, q_heads, HEADS):
+    _rotate_heads(q + token * q_token, out_q + token * q_heads * 2 * half, q_head, q_heads, half, c, s, HALF, HEADS)
+    _rotate_heads(k + token * k_token, out_k + token * k_heads * 2 * half, k_head, k_heads, half, c, s, HALF, HEADS)
+
+
+@jit
+def _rotate_heads(x, out, stride, heads, half, c, s, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """One token's heads; out is contiguous."""
+    at = tl.arange(0, HALF)
+    for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)
-        inside = (head < q_heads)[:, None] & (at < half)[None, :]
-        place = q + token * q_token + head[:, None] * q_head + at[None, :]
+        inside = (head < heads)[:, None] & (at < half)[None, :]
+        place = x + head[:, None] * stride + at[None, :]
         a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
-        target = out_q + (token * q_heads + head[:, None]) * 2 * half + at[None, :]
-        tl.store(target, (a * c - b * s).to(out_q.dtype.element_ty), mask=inside)
-        tl.store(target + half, (b * c + a * s).to(out_q.dtype.element_ty), mask=inside)
-    for first in range(0, k_heads, HEADS):
-        head = first + tl.arange(0, HEADS)
-        inside = (head < k_heads)[:, None] & (at < half)[None, :]
-        place = k + token * k_token + head[:, None] * k_head + at[None, :]
-        a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
-        target = out_k + (token * k_heads + head[:, None]) * 2 * half + at[None, :]
-        tl.store(target, (a * c - b * s).to(out_k.dtype.element_ty), mask=inside)
-        tl.store(target + half, (b * c + a * s).to(out_k.dtype.element_ty), mask=inside)
+        target = out + head[:, None] * 2 * half + at[None, :]
+        tl.store(target, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + half, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
