@@ -3,8 +3,11 @@
 from megacpt_kernels.adamw import adamw_
 from megacpt_kernels.attention import Documents, attention
 from megacpt_kernels.cross_entropy import cross_entropy_
+from megacpt_kernels.embedding import embedding
+from megacpt_kernels.grad_norm import grad_norm
+from megacpt_kernels.linear_cross_entropy import linear_cross_entropy, linear_lse
 from megacpt_kernels.rms_norm import add_rms_norm, rms_norm
-from megacpt_kernels.rope import rope_qk
+from megacpt_kernels.rope import rope_qk, rope_qk_
 from megacpt_kernels.swiglu import swiglu
 
 __all__ = [
@@ -13,7 +16,12 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy_",
+    "embedding",
+    "grad_norm",
+    "linear_cross_entropy",
+    "linear_lse",
     "rms_norm",
     "rope_qk",
+    "rope_qk_",
     "swiglu",
 ]

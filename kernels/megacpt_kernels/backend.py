@@ -3,7 +3,10 @@
 `TRITON_INTERPRET=1`, set before the first import, runs the kernels on a CPU; tests do that.
 """
 
+import functools
+import importlib.util
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -24,6 +27,24 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
+_library = torch.library.Library("megacpt_kernels", "FRAGMENT")
+
+
+def operation(schema: str, fake: Callable):
+    """Makes a launcher of kernels an operation of torch, `torch.ops.megacpt_kernels.NAME`: FakeTensorMode runs `fake`, which only makes
+    empty results, and torch.compile takes it as one node."""
+
+    def register(function: Callable) -> Callable:
+        name = schema.split("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        torch.library.register_fake(f"megacpt_kernels::{name}", fake, lib=_library)
+        return getattr(torch.ops.megacpt_kernels, name).default
+
+    return register
+
+
 def use_triton(backend: str, x: Tensor) -> bool:
     """Whether Triton runs an operation on `x`.
 
@@ -32,20 +53,51 @@ def use_triton(backend: str, x: Tensor) -> bool:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: possible are {', '.join(BACKENDS)}.")
-    reason = _missing(x)
+    if backend == "torch":
+        return False
+    reason = missing_triton(x.device.type, x.dtype)
     if backend == "triton" and reason:
         raise ValueError(f'backend "triton": {reason}. Use "torch" or "auto".')
-    return backend == "triton" or (backend == "auto" and not reason and x.is_cuda)
+    return not reason and (backend == "triton" or x.is_cuda)
 
 
-def _missing(x: Tensor) -> str | None:
+def missing_triton(device_type: str, dtype: torch.dtype) -> str:
+    """Why Triton's kernels cannot run, '' if they can."""
     if triton is None:
         return "triton is not installed"
-    if x.element_size() == 8:
-        return f"its kernels compute in float32, the input is {str(x.dtype).removeprefix('torch.')}"
-    if not x.is_cuda and not INTERPRETED:
-        return f"its kernels need a GPU, the input is on {x.device.type}"
-    return None
+    if dtype.itemsize == 8:
+        return f"its kernels compute in float32, the input is {str(dtype).removeprefix('torch.')}"
+    if device_type != "cuda" and not INTERPRETED:
+        return f"its kernels need a GPU, the input is on {device_type}"
+    return ""
+
+
+@functools.cache
+def find_apex(device_type: str):
+    """NVIDIA apex's kernels, by the name that only it has (`apex` on PyPI is a web toolkit).
+
+    Raises:
+        ValueError: where it is not installed or there is no GPU.
+    """
+    if importlib.util.find_spec("amp_C") is None:
+        raise ValueError(
+            'backend "apex": NVIDIA apex is not installed (no module amp_C). Build it from its repository, or use "auto".'
+        )
+    if device_type != "cuda":
+        raise ValueError(f'backend "apex": needs a GPU, the tensors are on {device_type}. Use "torch" or "auto".')
+    return importlib.import_module("amp_C")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 132, a Hopper's, where the device is only pretended (FakeTensorMode on a machine without one)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
+
+
+def same_device(**tensors: Tensor) -> None:
+    """Raises ValueError if the tensors stand on different devices."""
+    if len({x.device for x in tensors.values()}) > 1:
+        raise ValueError("devices differ: " + ", ".join(f"{name} on {x.device}" for name, x in tensors.items()) + ".")
 
 
 def wide_of(x: Tensor) -> Tensor:

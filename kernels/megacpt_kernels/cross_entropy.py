@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import jit, tl, triton, use_triton, wide_of
+from megacpt_kernels.backend import block_of, jit, operation, same_device, tl, triton, use_triton, wide_of
 
 IGNORE = -100
 
@@ -25,6 +25,7 @@ def cross_entropy_(
     gather: Callable[[Tensor], Tensor] = lambda statistics: statistics[None],
     z_loss: float = 0.0,
     backend: str = "auto",
+    check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods, and, with `grad_scale`, their gradient written over `logits`.
 
@@ -35,17 +36,19 @@ def cross_entropy_(
         grad_scale: factor of the gradient, or None for none.
         gather: [3, t] of this rank -> [ranks, 3, t], over the ranks of the vocabulary.
         z_loss: weight of lse^2, which is added to the loss (PaLM, Chowdhery et al. 2022, section 5).
+        check: also look at the values of the targets (waits for the device).
     Returns:
         (nll [t], 0 where ignored; lse [t]), at least fp32.
     """
+    _check(logits, target, valid)
     fast, column = use_triton(backend, logits), target - vocab_start
+    if check:
+        check_targets(target, column, valid, gather)
     wide = None if fast else wide_of(logits)
     statistics = _statistics_triton(logits, column, valid) if fast else _statistics_(wide, column, valid)
-    maximum, sums, hits = gather(statistics).unbind(1)
-    largest = maximum.amax(0)
-    lse = largest + (sums * (maximum - largest).exp()).sum(0).log()
+    lse, hits = combined(gather(statistics))
     has_label = target != IGNORE
-    nll = torch.where(has_label, lse - hits.sum(0) + z_loss * lse.square(), torch.zeros_like(lse))
+    nll = torch.where(has_label, lse - hits + z_loss * lse.square(), torch.zeros_like(lse))
     if grad_scale is not None:
         factor = has_label * (grad_scale * (1 + 2 * z_loss * lse))
         hit = has_label.to(lse.dtype) * grad_scale
@@ -56,6 +59,40 @@ def cross_entropy_(
             if wide is not logits:
                 logits.copy_(wide)
     return nll, lse
+
+
+def combined(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """[parts, 3, t], maximum, sum of exponentials and target's logit of parts of the vocabulary -> (lse [t], target's logit [t])."""
+    maximum, sums, hits = statistics.unbind(1)
+    largest = maximum.amax(0)
+    return largest + (sums * (maximum - largest).exp()).sum(0).log(), hits.sum(0)
+
+
+def _check(logits: Tensor, target: Tensor, valid: int) -> None:
+    if (
+        logits.ndim != 2
+        or target.shape != logits.shape[:1]
+        or target.dtype != torch.int64
+        or not 0 <= valid <= logits.shape[1]
+    ):
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, target {tuple(target.shape)} {target.dtype}, {valid} columns real: they are [t, v], int64 [t], "
+            "at most v."
+        )
+    if not logits.is_contiguous():
+        raise ValueError(f"logits have strides {logits.stride()}; they are written over, so they must be contiguous.")
+    same_device(logits=logits, target=target)
+
+
+def check_targets(target: Tensor, column: Tensor, valid: int, gather: Callable[[Tensor], Tensor]) -> None:
+    """Raises ValueError if a target with a label belongs to no rank. Waits for the device."""
+    mine = ((column >= 0) & (column < valid)).float()
+    homeless = (target != IGNORE) & (gather(mine.expand(3, -1).contiguous())[:, 0].sum(0) == 0)
+    if homeless.any():
+        at = int(homeless.nonzero()[0])
+        raise ValueError(
+            f"{int(homeless.sum())} targets outside the vocabulary, the first {int(target[at])} at token {at}."
+        )
 
 
 def _statistics_(wide: Tensor, column: Tensor, valid: int) -> Tensor:
@@ -83,33 +120,31 @@ def _gradient_(wide: Tensor, column: Tensor, valid: int, factor: Tensor, hit: Te
         wide.scatter_add_(1, column.clamp(0, valid - 1).unsqueeze(1), (-hit * mine).unsqueeze(1))
 
 
+@operation(
+    "cross_entropy_statistics(Tensor logits, Tensor column, int valid) -> Tensor",
+    lambda logits, column, valid: logits.new_empty((3, logits.shape[0]), dtype=torch.float32),
+)
 def _statistics_triton(logits: Tensor, column: Tensor, valid: int) -> Tensor:
     out = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        block = min(4096, max(16, triton.next_power_of_2(valid)))
+        block = min(4096, max(16, block_of(valid)))
         _statistics_kernel[(len(logits),)](
             logits, column, out, logits.stride(0), valid, len(logits), BLOCK=block, num_warps=8, enable_fp_fusion=True
         )
     return out
 
 
+@operation(
+    "cross_entropy_gradient_(Tensor(a!) logits, Tensor column, int valid, Tensor lse, Tensor factor, Tensor hit) -> ()",
+    lambda logits, column, valid, lse, factor, hit: None,
+)
 def _gradient_triton_(logits: Tensor, column: Tensor, valid: int, lse: Tensor, factor: Tensor, hit: Tensor) -> None:
     rows, columns = logits.shape
     if rows and columns:
-        block = min(4096, triton.next_power_of_2(columns))
+        block = min(4096, block_of(columns))
         _gradient_kernel[(rows, triton.cdiv(columns, block))](
-            logits,
-            column,
-            lse,
-            factor,
-            hit,
-            logits.stride(0),
-            columns,
-            valid,
-            BLOCK=block,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
+            logits, column, lse, factor, hit, logits.stride(0), columns, valid, BLOCK=block, num_warps=8, enable_fp_fusion=True
+        )  # fmt: skip
 
 
 @jit

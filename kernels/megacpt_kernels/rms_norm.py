@@ -8,7 +8,7 @@ two stages of fixed order, without atomics: the same bits twice.
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import block_of, jit, tl, use_triton, wide_of
+from megacpt_kernels.backend import block_of, jit, multiprocessors, operation, same_device, tl, use_triton, wide_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -34,12 +34,14 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}.")
+    same_device(x=x, residual=residual)
     return _AddRMSNorm.apply(x, residual, weight, eps, use_triton(backend, x))
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.ndim != 2 or weight.shape != x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they are [t, h] and [h].")
+    same_device(x=x, weight=weight)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -91,9 +93,22 @@ def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, inverse:
 
 def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y, h, inverse = _launch_forward(x, residual, weight, eps)
+    return y, x if residual is None else h, inverse
+
+
+@operation(
+    "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps: (
+        torch.empty_like(x),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+    ),
+)
+def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     y, inverse = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-    h = x if residual is None else torch.empty_like(x)
+    h = x.new_empty(0) if residual is None else torch.empty_like(x)
     if rows:
         block = block_of(columns)
         _forward_kernel[(rows,)](
@@ -106,18 +121,30 @@ def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 def _backward_triton(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
-    rows, columns = h.shape
-    dx = torch.empty_like(h)
-    programs = min(rows, _programs(h))
-    partial = torch.empty(programs, columns, dtype=torch.float32, device=h.device)
-    if rows:
-        block = block_of(columns)
-        _backward_kernel[(programs,)](
-            dy, dh, h, weight, inverse, dx, partial, rows, columns,
-            ADD=dh is not None, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
-        )  # fmt: skip
+    dx, partial = _launch_backward(dy.contiguous(), None if dh is None else dh.contiguous(), h, weight, inverse)
     return dx, partial.sum(0).to(weight.dtype)
+
+
+@operation(
+    "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
+    lambda dy, dh, h, weight, inverse: (
+        torch.empty_like(h),
+        h.new_empty((_programs(h), h.shape[1]), dtype=torch.float32),
+    ),
+)
+def _launch_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx, and the weight's gradient in one part a program."""
+    rows, columns = h.shape
+    dx, programs = torch.empty_like(h), _programs(h)
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=h.device)
+    block = block_of(columns)
+    _backward_kernel[(programs,)](
+        dy, dh, h, weight, inverse, dx, partial, rows, columns,
+        ADD=dh is not None, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
+    )  # fmt: skip
+    return dx, partial
 
 
 def _warps(block: int) -> int:
@@ -126,7 +153,7 @@ def _warps(block: int) -> int:
 
 def _programs(x: Tensor) -> int:
     """Programs of backward, each of which sums the weight's gradient over some rows: two a multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return 2 * multiprocessors(x.device) if x.is_cuda else 4
 
 
 @jit
@@ -157,7 +184,7 @@ def _backward_kernel(
     inside = at < columns
     gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, tl.cdiv(rows - program, programs)):
+    for i in range(0, tl.cdiv(tl.maximum(rows - program, 0), programs)):
         row = program.to(tl.int64) + i * programs
         start = row * columns
         scale = tl.load(inverse + row)

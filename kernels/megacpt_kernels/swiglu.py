@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacpt_kernels.backend import jit, tl, triton, use_triton
+from megacpt_kernels.backend import jit, operation, same_device, tl, triton, use_triton
 
 _BLOCK = 1024
 
@@ -17,6 +17,7 @@ def swiglu(gate: Tensor, up: Tensor, backend: str = "auto") -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate is {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}.")
+    same_device(gate=gate, up=up)
     return _SwiGLU.apply(gate, up, use_triton(backend, gate))
 
 
@@ -25,27 +26,36 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, fast: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.fast = fast
-        if not fast:
-            return F.silu(gate).mul_(up)
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        if y.numel():
-            _forward_kernel[_grid(y)](gate, up, y, y.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True)
-        return y
+        return _forward(gate.contiguous(), up.contiguous()) if fast else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
-        if not ctx.fast:
-            dup = F.silu(gate).mul_(dy)
-            return torch.ops.aten.silu_backward(dy * up, gate), dup, None
-        gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        if dy.numel():
-            _backward_kernel[_grid(dy)](
-                gate, up, dy, dgate, dup, dy.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
-            )
-        return dgate, dup, None
+        if ctx.fast:
+            return *_backward(dy.contiguous(), gate.contiguous(), up.contiguous()), None
+        dup = F.silu(gate).mul_(dy)
+        return torch.ops.aten.silu_backward(dy * up, gate), dup, None
+
+
+@operation("swiglu_forward(Tensor gate, Tensor up) -> Tensor", lambda gate, up: torch.empty_like(gate))
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    if y.numel():
+        _forward_kernel[_grid(y)](gate, up, y, y.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True)
+    return y
+
+
+@operation(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)
+def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    if dy.numel():
+        _backward_kernel[_grid(dy)](
+            gate, up, dy, dgate, dup, dy.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
+        )
+    return dgate, dup
 
 
 def _grid(x: Tensor) -> tuple[int]:

@@ -170,6 +170,9 @@ class Optimizer(Section):
     """Decoupled decay, on matrices only."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Bound of the global gradient norm."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the moments. bfloat16 halves their memory; it is rounded stochastically, with the same bits on every layout. (A run in
+    float64 keeps them in float64.)"""
 
 
 class Checkpoint(Section):
@@ -302,10 +305,16 @@ class Stage(Section):
 
 
 class Kernels(Section):
-    attention: Literal["auto", "sdpa", "varlen", "flash-attn"] = "auto"
+    attention: Literal["auto", "flash-attn-3", "flash-attn-4", "flash-attn", "varlen", "triton", "cudnn", "sdpa"] = (
+        "auto"
+    )
     """Backend of document attention; one that is named and missing is an error."""
     operations: Literal["auto", "triton", "torch"] = "auto"
-    """Norms, rotary embedding, SwiGLU, cross-entropy and AdamW. auto: Triton's on a GPU, torch's elsewhere."""
+    """Embedding, norms, rotary embedding, SwiGLU, cross-entropy and the gradient norm. auto: Triton's on a GPU, torch's elsewhere."""
+    optimizer: Literal["auto", "triton", "torch", "apex"] = "auto"
+    """AdamW's update. apex: NVIDIA's fused Adam, which is found by its module amp_C."""
+    compile: bool = False
+    """Compile each block with torch.compile. Collectives and attention stay outside its graphs."""
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits twice."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from megacpt_kernels import rms_norm, rope_qk, swiglu
+from megacpt_kernels import add_rms_norm, rms_norm, rope_qk, swiglu
 from torch import Tensor, nn
 
 from megacpt.model.config import LlamaConfig, RopeConfig
@@ -41,6 +41,7 @@ class ModelOptions:
     deterministic: bool = False
     overlap: str = "none"
     operations: str = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Inputs:
     """One micro-batch on the device.
 
     Attributes:
-        tokens, positions: int64 [T]. labels: int64 [T], -100 without.
+        tokens: int64 [T]. labels: int64 [T], -100 without. positions: int32 [T].
         plan: documents, and under context parallelism whose keys. longest: rows of the rotary tables that are needed.
     """
 
@@ -57,6 +58,10 @@ class Inputs:
     positions: Tensor
     plan: ContextPlan
     longest: int
+
+
+Rotary = tuple[Tensor, Tensor, Tensor]
+"""cos and sin fp32 [positions, d / 2], and each token's position int32 [T]."""
 
 
 class Attention(nn.Module):
@@ -77,14 +82,16 @@ class Attention(nn.Module):
         self.head_dim, self.options = d, options
         self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
         options = self.options
-        gather = Gather(plan, self.context_group, lambda k: rope_qk(k[:, :0], k, cos, sin, options.operations)[1])
+        gather = Gather(
+            plan, self.context_group, lambda k: rope_qk(k[:, :0], k, *rotary, backend=options.operations)[1]
+        )
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
         weights = [self.k_proj.weight, self.v_proj.weight, self.q_proj.weight]
         start = (2, lambda k, v: gather.start(heads(k), heads(v)))  # travels while the queries are computed
         k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start))
-        q, k = rope_qk(q, k, cos, sin, options.operations)
+        q, k = rope_qk(q, k, *rotary, backend=options.operations)
         out = context_attention(q, k, v, plan, gather, options.attention_backend, options.deterministic)
         out = row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later)
         if out.requires_grad:
@@ -118,16 +125,26 @@ class Block(nn.Module):
         self.eps, self.operations = config.rms_norm_eps, options.operations
         self.run = self._run
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
-        norm = lambda x, weight: rms_norm(x, replicated(weight.weight), self.eps, self.operations)
-        x = x + self.self_attn(norm(x, self.input_layernorm), cos, sin, plan, later)
-        return x + self.mlp(norm(x, self.post_attention_layernorm), later)
+    def _run(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
+        before, after = replicated(self.input_layernorm.weight), replicated(self.post_attention_layernorm.weight)
+        out = self.self_attn(rms_norm(x, before, self.eps, self.operations), rotary, plan, later)
+        normed, x = add_rms_norm(out, x, after, self.eps, self.operations)
+        return x + self.mlp(normed, later)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: ContextPlan, later: Later | None) -> Tensor:
-        return self.run(x, cos, sin, plan, later)
+    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
+        return self.run(x, rotary, plan, later)
 
 
-_KEPT = ("mm", "addmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "varlen")
+_KEPT = (
+    "mm",
+    "addmm",
+    "_scaled_dot_product",
+    "_flash_attention",
+    "_efficient_attention",
+    "_cudnn_attention",
+    "varlen",
+    "attention_forward",
+)
 
 
 def _keep_products(context, operation, *args, **kwargs):
@@ -209,10 +226,12 @@ class Llama(nn.Module):
             [t, h].
         """
         if stage == 0:
-            x = embedding(inputs.tokens, self.model.embed_tokens.weight, self.mesh.tensor_group)
-        cos, sin = self.rope.at(inputs.positions, inputs.longest, x.dtype)
+            x = embedding(
+                inputs.tokens, self.model.embed_tokens.weight, self.mesh.tensor_group, self.options.operations
+            )
+        rotary = (*self.rope.up_to(inputs.longest), inputs.positions)
         for block in self.blocks(stage):
-            x = block(x, cos, sin, inputs.plan, later)
+            x = block(x, rotary, inputs.plan, later)
         if stage == len(self.plan.layers) - 1:
             x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x

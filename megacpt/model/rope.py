@@ -68,10 +68,10 @@ class RopeTables:
         self.rope, self.head_dim, self.device = rope, head_dim, device
         self.cos = self.sin = torch.empty(0, head_dim // 2, device=device)
 
-    def at(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows of the tables for int64 positions [t] below `longest`, in `dtype`."""
+    def up_to(self, longest: int) -> tuple[Tensor, Tensor]:
+        """The tables, with rows for positions below `longest` at least."""
         if longest > len(self.cos):
             frequencies, scale = inverse_frequencies(self.rope, self.head_dim)
             angles = torch.outer(torch.arange(longest, dtype=torch.float32), frequencies)
             self.cos, self.sin = (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device)
-        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return self.cos, self.sin

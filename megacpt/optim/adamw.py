@@ -4,30 +4,57 @@ Moments are DTensors placed like their parameters, so that checkpoints reshard t
 the local tensors, with the clip coefficient inside: one pass over the state.
 """
 
+import functools
+import math
+import zlib
+
 import torch
 from megacpt_kernels import adamw_
+from megacpt_kernels.adamw import Place
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def place_of(name: str, parameter: Tensor) -> Place:
+    """Where this rank's part stands in the whole parameter."""
+    key = zlib.crc32(name.encode())
+    if not isinstance(parameter, DTensor):
+        return Place(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
+    whole, mesh = parameter.shape, parameter.device_mesh
+    _, offset = compute_local_shape_and_global_offset(whole, mesh, parameter.placements)
+    row = math.prod(whole[1:])
+    columns = math.prod(parameter._local_tensor.shape[1:])
+    return Place(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
+
+
 class AdamW:
     """Args:
     parameters: by name; matrices are decayed, vectors (norms) are not.
     backend: of the update, `megacpt_kernels.adamw_`.
+    state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
 
     Attributes:
         exp_avg, exp_avg_sq: moments by name.
         num_updates: updates so far, for the bias correction.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], backend: str = "auto"):
-        self.parameters, self.backend = parameters, backend
-        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        self.parameters, self.backend, self.seed = parameters, backend, seed
+        zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
+        self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
+        self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
+        self.places = {name: place_of(name, p) for name, p in parameters.items()}
         self.num_updates = 0
 
     @torch.no_grad()
@@ -46,9 +73,9 @@ class AdamW:
             tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
             weights = [local(self.parameters[name]) for name in names]
             grads = [local(self.parameters[name].grad) for name in names]
-            adamw_(
-                weights, grads, *tensors, lr, betas, eps, decay, self.num_updates, inverse_clip, backend=self.backend
-            )
+            places = [self.places[name] for name in names]
+            settings = (lr, betas, eps, decay, self.num_updates, inverse_clip)
+            adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
 
     def _groups(self, weight_decay: float) -> list[tuple[float, list[str]]]:
         """(decay, names) of the parameters that this rank holds a part of and that have a gradient."""

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from megacpt_kernels import grad_norm as norm_of
 from torch import Tensor, nn
 
 from megacpt.optim.adamw import local
@@ -9,21 +10,20 @@ from megacpt.parallel.mesh import Mesh
 
 
 @torch.no_grad()
-def grad_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
+def grad_norm(parameters: list[nn.Parameter], mesh: Mesh, backend: str = "auto") -> Tensor:
     """Norm over all parameters of all ranks, a float64 scalar on the device.
 
     Every tp rank holds the whole gradient of a parameter that tp replicates, so its square counts 1 / tp there.
     """
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for replicated in (False, True):
-        grads = [local(p.grad) for p in parameters if p.grad is not None and _is_replicated(p) == replicated]
-        if grads:
-            squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-            total += squares / (mesh.tensor.size() if replicated else 1)
-    for axis in ("dp_shard", "cp", "tp", "pp"):
-        if mesh.full[axis].size() > 1:
-            dist.all_reduce(total, group=mesh.full[axis].get_group())
-    return total.sqrt()
+    held = [p for p in parameters if p.grad is not None]
+    weights = [1 / mesh.tensor.size() if _is_replicated(p) else 1.0 for p in held]
+
+    def sum_over_ranks(total: Tensor) -> None:
+        for axis in ("dp_shard", "cp", "tp", "pp"):
+            if mesh.full[axis].size() > 1:
+                dist.all_reduce(total, group=mesh.full[axis].get_group())
+
+    return norm_of([local(p.grad) for p in held], weights, sum_over_ranks, mesh.device, backend)
 
 
 def _is_replicated(parameter: nn.Parameter) -> bool:

@@ -1,19 +1,21 @@
-"""Head and loss in one: logits exist only for a chunk of tokens, on this rank's part of the vocabulary.
+"""Head and loss over a vocabulary that tp ranks share: `megacpt_kernels.linear_cross_entropy` with the collectives of a group.
 
-Shapes: t local tokens, T = t * tp, h hidden, v vocabulary rows of this tp rank, c tokens of a chunk.
-
-The loss is a sum times a scale that is known beforehand (1 / the step's global count of labels), so each chunk's
-gradient is taken right after its forward and the logits are never kept or computed twice.
+Shapes: t local tokens, T = t * tp, h hidden, v vocabulary rows of this tp rank.
 """
+
+import functools
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megacpt_kernels import cross_entropy_
+from megacpt_kernels import linear_cross_entropy as head_and_loss
+from megacpt_kernels import linear_lse
+from megacpt_kernels.cross_entropy import IGNORE
+from megacpt_kernels.linear_cross_entropy import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens
+from megacpt.parallel.collectives import start_gather, start_scatter_sum
+from megacpt.parallel.tensor import replicated
 
 
 def linear_cross_entropy(
@@ -31,73 +33,27 @@ def linear_cross_entropy(
         x: [t, h], the final norm's output. weight: [v, h], this rank's rows of the head.
         target: int64 [T], -100 without label. vocab_size: the true size; padding rows get no probability.
     """
-    return _LinearCrossEntropy.apply(x, weight, target, vocab_size, group, scale, backend)
+    columns = _columns(weight._local_tensor, vocab_size, group)
+    return head_and_loss(x, replicated(weight), target, *columns, scale, _ranks(group), backend=backend)
 
 
 @torch.no_grad()
 def token_losses(
     x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, backend: str = "auto"
 ) -> Tensor:
-    """Negative log-likelihood of each token [T], 0 without label. At least fp32. No gradient."""
-    tokens, local = gather_tokens(x, group), weight._local_tensor
-    start, valid = _columns(local, vocab_size, group)
-    losses = [
-        cross_entropy_(F.linear(part, local), ids, start, valid, None, _gather(group), backend=backend)[0]
-        for part, ids in zip(tokens.split(_chunk(local)), target.split(_chunk(local)), strict=True)
-    ]
-    return torch.cat(losses)
+    """Negative log-likelihood of each token [T], 0 without label. At least fp32. No gradient, no logits on a GPU."""
+    local = weight._local_tensor
+    columns = _columns(local, vocab_size, group)
+    lse, logit = linear_lse(x, local, target, *columns, _ranks(group), backend=backend)
+    return torch.where(target != IGNORE, lse - logit, torch.zeros_like(lse))
 
 
-def _gather(group: dist.ProcessGroup):
-    """[3, t] -> [tp, 3, t]: the statistics of a chunk from all ranks in one collective."""
-    return lambda statistics: gather_tokens(statistics[None], group)
+def _ranks(group: dist.ProcessGroup) -> Ranks:
+    start = functools.partial(start_gather, group=group)
+    return Ranks(group.size(), start, functools.partial(start_scatter_sum, group=group))
 
 
 def _columns(weight: Tensor, vocab_size: int, group: dist.ProcessGroup) -> tuple[int, int]:
     """(first id, number of real rows) of this rank's part of the vocabulary."""
     start = group.rank() * weight.shape[0]
     return start, max(0, min(weight.shape[0], vocab_size - start))
-
-
-def _chunk(weight: Tensor) -> int:
-    """Tokens whose logits exist at once: 2^27 logits on a GPU, what stays in cache on a CPU."""
-    return max(64, (1 << (27 if weight.is_cuda else 21)) // weight.shape[0])
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group, scale: float, backend: str
-    ) -> Tensor:
-        local = weight._local_tensor
-        tokens = gather_tokens(x, group)
-        start, valid = _columns(local, vocab_size, group)
-        chunk = _chunk(local)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        dx = torch.empty_like(tokens)
-        one = len(tokens) <= chunk
-        dweight = None if one else torch.zeros(local.shape, dtype=wide, device=x.device)
-        for part, ids, dpart in zip(tokens.split(chunk), target.split(chunk), dx.split(chunk), strict=True):
-            logits = F.linear(part, local)
-            nll, _ = cross_entropy_(logits, ids, start, valid, scale, _gather(group), backend=backend)
-            loss += nll.sum()
-            torch.mm(logits, local, out=dpart)
-            if one:
-                dweight = logits.t() @ part
-            elif dweight.dtype == logits.dtype:
-                dweight.addmm_(logits.t(), part)
-            else:
-                dweight += logits.t() @ part
-        ctx.group, ctx.spec = group, weight._spec
-        ctx.save_for_backward(scatter_sum_tokens(dx, group), dweight.to(local.dtype))
-        return loss * scale
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        dx, dweight = ctx.saved_tensors
-        return (
-            (dx * grad).to(dx.dtype),
-            DTensor(dweight * grad.to(dweight.dtype), ctx.spec, requires_grad=False),
-            *[None] * 5,
-        )

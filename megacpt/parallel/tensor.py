@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megacpt_kernels import embedding as rows_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -103,7 +104,7 @@ def drain(later: Later) -> None:
     later.queue.clear()
 
 
-def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor:
+def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: str = "auto") -> Tensor:
     """Rows of a table whose vocabulary the ranks share.
 
     Args:
@@ -111,11 +112,12 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup) -> Tensor:
     Returns:
         [t, h].
     """
-    return _Embedding.apply(group, ids, weight)
+    rows = rows_of(ids, replicated(weight), group.rank() * weight._local_tensor.shape[0], backend=backend)
+    return _ScatterSum.apply(rows, group)
 
 
 def replicated(weight: DTensor) -> Tensor:
-    """The local tensor of a parameter that every tp rank holds. Its gradient is partial: `sum_replicated_gradients`."""
+    """The local tensor of a parameter. Where every tp rank holds it all, its gradient is partial: `sum_replicated_gradients`."""
     return _Local.apply(weight)
 
 
@@ -225,30 +227,16 @@ class _Row(torch.autograd.Function):
         return None, grad @ weight, None, None
 
 
-class _Embedding(torch.autograd.Function):
+class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, ids: Tensor, weight: DTensor):
-        table = weight._local_tensor
-        local = ids - group.rank() * table.shape[0]
-        outside = (local < 0) | (local >= table.shape[0])
-        ctx.group, ctx.spec, ctx.rows = group, weight._spec, table.shape[0]
-        if group.size() > 1:
-            local = local.masked_fill(outside, 0)
-        ctx.save_for_backward(local, outside)
-        rows = F.embedding(local, table)
-        if group.size() > 1:
-            rows.masked_fill_(outside.unsqueeze(1), 0)
-        return scatter_sum_tokens(rows, group)
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup):
+        ctx.group = group
+        out = scatter_sum_tokens(x, group)
+        return out.view_as(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        local, outside = ctx.saved_tensors
-        grad = gather_tokens(grad, ctx.group)
-        if ctx.group.size() > 1:
-            grad = grad.masked_fill(outside.unsqueeze(1), 0)
-        wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-        dweight = torch.ops.aten.embedding_dense_backward(wide, local, ctx.rows, -1, False).to(grad.dtype)
-        return None, None, DTensor(dweight, ctx.spec, requires_grad=False)
+        return gather_tokens(grad, ctx.group), None
 
 
 class _Local(torch.autograd.Function):

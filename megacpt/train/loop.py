@@ -183,11 +183,17 @@ def _build(
     mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
     kernels = recipe.kernels
     options = ModelOptions(
-        recipe.model.vocab_multiple, kernels.attention, kernels.deterministic, parallel.overlap, kernels.operations
+        recipe.model.vocab_multiple,
+        kernels.attention,
+        kernels.deterministic,
+        parallel.overlap,
+        kernels.operations,
+        kernels.compile,
     )
     plan = plan_stages(config.num_hidden_layers, parallel)
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
-    return model, AdamW(dict(model.named_parameters()), kernels.operations)
+    state = torch.bfloat16 if recipe.optimizer.state_dtype == "bfloat16" else None
+    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed)
 
 
 def _relayout(run: Run, index: int, number: int) -> None:

@@ -29,7 +29,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Returns (loss, gradient norm before clipping), scalars on the device."""
     loss = accumulate(model, micro_batches, num_labels, reduce)
-    norm = grad_norm(model.counted_parameters(), model.mesh)
+    norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, inverse_clip(norm, update.clip_norm))
     optimizer.zero_grad()
     return loss, norm
