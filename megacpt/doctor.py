@@ -95,13 +95,13 @@ def axes(parallel: Parallel, size: int | None = None, repeats: int = 10) -> list
     tensor = torch.ones(size // 4, device=device)
     mine: dict[str, float] = {"host": platform.node()}
     for axis in AXES:
-        group = mesh.full[axis].get_group()
+        group = mesh.groups[axis]
         if group.size() > 1:
             mine[axis] = min(_seconds(lambda group=group: dist.all_reduce(tensor, group=group), device, repeats))
             tensor.fill_(1)
     everyone: list[dict] = [{} for _ in range(layout.world_size)]
     dist.all_gather_object(everyone, mine)
-    return [picture(layout), *slowest(everyone, size, {axis: mesh.full[axis].size() for axis in AXES})]
+    return [picture(layout), *slowest(everyone, size, {axis: mesh.groups[axis].size() for axis in AXES})]
 
 
 def slowest(everyone: list[dict], size: int, ranks: dict[str, int]) -> list[str]:

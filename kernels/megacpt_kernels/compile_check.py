@@ -28,7 +28,8 @@ MARKS = ("<!-- compiled -->", "<!-- end of compiled -->")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it ships: arguments (types stand for tensors), options, most registers a thread, fewest 128-bit accesses."""
+    """A kernel as it ships: arguments (types stand for tensors), options, most registers a thread, fewest 128-bit accesses, whether
+    Hopper's warpgroup products (HGMMA) are meant."""
 
     name: str
     kernel: object
@@ -37,6 +38,7 @@ class Case:
     registers: int
     loads: int
     stores: int
+    multiplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Resources:
     shared: int
     loads: int
     stores: int
+    products: int = 0
 
 
 class _Driver:
@@ -68,16 +71,30 @@ def cases() -> list[Case]:
     """Llama-3-8B's shapes: hidden 4,096, FFN 14,336, 32 and 8 heads of 128, vocabulary 128,256, bfloat16."""
     import megacpt_kernels  # noqa: F401  (its functions hide its modules of the same names)
 
-    norm, rope, swiglu, loss, adamw = (
-        sys.modules[f"megacpt_kernels.{name}"] for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
+    names = (
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "cross_entropy",
+        "adamw",
+        "embedding",
+        "grad_norm",
+        "linear_cross_entropy",
+        "flash_attention",
     )
-    half, single, long = torch.bfloat16, torch.float32, torch.int64
+    norm, rope, swiglu, loss, adamw, embedding, total, linear, flash = (
+        sys.modules[f"megacpt_kernels.{name}"] for name in names
+    )
+    half, single, integer, long = torch.bfloat16, torch.float32, torch.int32, torch.int64
     rows = dict(BLOCK=4096, num_warps=norm._warps(4096))
     flat = dict(BLOCK=swiglu._BLOCK, num_warps=4)
     wide = dict(BLOCK=4096, num_warps=8)
     forward = lambda residual: (half, residual, half, half, half, single, 4096, 1e-5)
     backward = lambda dh: (half, dh, half, half, single, half, single, 8192, 4096)
-    heads = (half, half, half, half, half, half, 4096, 128, 1024, 128, 32, 8, 64)
+    heads = (half, half, half, half, single, single, integer, *(4096, 128, 1024, 128) * 2, 32, 8, 64)
+    strides, shape = (4096, 128, 1024, 128, 1024, 128), (8192, 0.088, 4, 128)
+    update = lambda state: (single, single, state, state, single, 2**24, *(0.5,) * 8, 2**24, 4096, 4096, 12345)
+    rounding = lambda on: dict(ROUND_WEIGHT=False, ROUND_AVG=on, ROUND_SQ=on, BLOCK=adamw._BLOCK, num_warps=4)
     return [
         Case("rms_norm forward", norm._forward_kernel, forward(None), dict(ADD=False, **rows), 64, 2, 1),
         Case("add_rms_norm forward", norm._forward_kernel, forward(half), dict(ADD=True, **rows), 64, 3, 2),
@@ -91,7 +108,37 @@ def cases() -> list[Case]:
             "cross_entropy gradient", loss._gradient_kernel, (half, long, single, single, single, 128256, 128256, 128256),
             wide, 64, 2, 2,
         ),
-        Case("adamw", adamw._kernel, (single,) * 5 + (2**24, *(0.5,) * 8), dict(BLOCK=adamw._BLOCK, num_warps=4), 64, 4, 3),
+        Case("adamw", adamw._kernel, update(single), rounding(False), 64, 4, 3),
+        Case("adamw, bfloat16 moments", adamw._kernel, update(half), rounding(True), 96, 3, 1),
+        Case("grad_norm", total._kernel, (single, single, 2**24), dict(BLOCK=total._BLOCK, num_warps=8), 64, 4, 0),
+        Case(
+            "embedding forward", embedding._forward_kernel, (long, half, half, 128256, 4096),
+            dict(BLOCK=embedding._BLOCK, num_warps=1), 64, 1, 1,
+        ),
+        Case(
+            "embedding backward", embedding._backward_kernel, (half, long, long, half, 8192, 128256, 4096),
+            dict(BLOCK=embedding._BLOCK, num_warps=1), 64, 1, 1,
+        ),
+        Case(
+            "linear_lse", linear._lse_kernel, (half, half, long, single, 8192, 128256, 4096, 128256), linear.LSE, 255, 2, 0, True
+        ),
+        Case(
+            "attention forward", flash._forward_kernel, (half, half, half, integer, half, single, *strides, *shape),
+            dict(D=128) | flash.FORWARD, 255, 8, 8, True,
+        ),
+        Case(
+            "attention backward, queries", flash._queries_kernel,
+            (half, half, half, integer, half, single, single, half, *strides, *shape), dict(D=128) | flash.QUERIES, 255, 8, 8, True,
+        ),
+        Case(
+            "attention backward, keys", flash._keys_kernel,
+            (half, half, half, integer, integer, half, single, single, half, half, *strides, 8192, *shape), dict(D=128) | flash.KEYS,
+            255, 8, 8, True,
+        ),
+        Case(
+            "attention backward, delta", flash._delta_kernel, (half, half, single, 8192, 32, 128), dict(D=128, M=32, num_warps=4),
+            96, 8, 0,
+        ),
     ]  # fmt: skip
 
 
@@ -123,8 +170,9 @@ def resources_of(case: Case, arch: int) -> Resources:
         int(used["REG"]),
         int(spills[1]) + int(spills[2]),
         compiled.metadata.shared,
-        count(r"LDG\.E\S*\.128"),
+        count(r"LDG(STS)?\.E\S*\.128"),
         count(r"STG\.E\S*\.128"),
+        count(r"HGMMA"),
     )
 
 
@@ -142,6 +190,8 @@ def over_budget(case: Case, found: Resources, arch: int) -> list[str]:
             problems.append(
                 f"{found.loads} loads and {found.stores} stores of 128 bits, wanted {case.loads} and {case.stores}"
             )
+        if case.multiplies and not found.products:
+            problems.append("no HGMMA")
     return problems
 
 
@@ -153,8 +203,8 @@ def main() -> None:
     if backend.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted here, not compiled. Unset it.")
     lines = [
-        "| kernel | architecture | warps | registers | spills, bytes | shared, bytes | 128-bit loads, stores | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | architecture | warps | registers | spills, bytes | shared, bytes | 128-bit loads, stores | HGMMA | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     bad = False
     for arch in options.arch:
@@ -164,7 +214,7 @@ def main() -> None:
             bad |= bool(problems)
             lines.append(
                 f"| {case.name} | sm_{arch} | {case.options['num_warps']} | {found.registers} | {found.spills} | {found.shared} | "
-                f"{found.loads}, {found.stores} | {'; '.join(problems) or 'ok'} |"
+                f"{found.loads}, {found.stores} | {found.products} | {'; '.join(problems) or 'ok'} |"
             )
     print(f"triton {triton.__version__}\n\n" + "\n".join(lines))
     if options.write:

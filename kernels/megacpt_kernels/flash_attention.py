@@ -18,7 +18,7 @@ from megacpt_kernels.backend import block_of, jit, operation, tl, triton
 
 FORWARD = dict(M=128, N=64, num_warps=8, num_stages=3)
 QUERIES = dict(M=128, N=64, num_warps=8, num_stages=2)
-KEYS = dict(M=64, N=128, num_warps=8, num_stages=2)
+KEYS = dict(M=32, N=128, num_warps=8, num_stages=2)
 """Tiles, warps and stages of forward, backward of queries, backward of keys and values: bfloat16 and d <= 128."""
 SMALL = dict(M=32, N=32, num_warps=4, num_stages=1)
 """Of all three for longer heads and fp32."""

@@ -45,7 +45,7 @@ class Ranks:
     start_scatter_sum: Callable[[Tensor], Any] = Done
 
     def gather_statistics(self, statistics: Tensor) -> Tensor:
-        return self.start_gather(statistics[None]).wait()
+        return self.start_gather(statistics.unsqueeze(0)).wait()
 
 
 ALONE = Ranks()
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
         step = max(1, _chunk(weight, chunk_logits) // ranks.size)
-        pieces, targets = x.split(step), target.view(ranks.size, -1).split(step, 1)
+        pieces, targets, dpieces = x.split(step), target.view(ranks.size, -1).split(step, 1), dx.split(step)
         one = len(pieces) == 1
         dweight = None if one else torch.zeros(weight.shape, dtype=wide, device=x.device)
         gathered, summed = ranks.start_gather(pieces[0]), None
@@ -146,14 +146,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             loss += nll.sum()
             if summed is not None:
-                dx[(i - 1) * step : i * step] = summed.wait()
+                dpieces[i - 1].copy_(summed.wait())
             summed = ranks.start_scatter_sum(logits @ weight)
             if one:
                 dweight = logits.t() @ tokens
             else:
                 _add_product_(dweight, logits, tokens)
             del logits
-        dx[(len(pieces) - 1) * step :] = summed.wait()
+        dpieces[-1].copy_(summed.wait())
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
         return loss * scale
 
@@ -168,8 +168,8 @@ def _add_product_(total: Tensor, logits: Tensor, tokens: Tensor) -> None:
         total.addmm_(logits.t(), tokens)
         return
     rows = max(1, logits.numel() // (8 * tokens.shape[1]))
-    for begin in range(0, len(total), rows):
-        total[begin : begin + rows] += logits[:, begin : begin + rows].t() @ tokens
+    for some, columns in zip(total.split(rows), logits.split(rows, 1), strict=True):
+        some += columns.t() @ tokens
 
 
 @operation(

@@ -82,6 +82,7 @@ class Attention(nn.Module):
         self.head_dim, self.options = d, options
         self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
+    @torch.compiler.disable  # hooks and collectives between its products: it stays outside the graphs of a compiled block
     def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
         options = self.options
         gather = Gather(
@@ -197,6 +198,7 @@ class Llama(nn.Module):
             rows = config.padded_vocab(options.vocab_multiple)
             self.lm_head = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
         self.set_rope(config.rope)
+        self.set_activation_checkpointing("none")
 
     def set_rope(self, rope: RopeConfig) -> None:
         """The rotary embedding from now on."""
@@ -205,7 +207,7 @@ class Llama(nn.Module):
     def set_activation_checkpointing(self, mode: str) -> None:
         """none, selective (products and attention are kept) or full (only each block's input is)."""
         for block in self.model.layers.values():
-            block.run = _checkpointed(block._run, mode)
+            block.run = _checkpointed(torch.compile(block._run) if self.options.compile else block._run, mode)
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """All of this rank's but the copy of the embedding that is the head at the other end of the pipeline."""

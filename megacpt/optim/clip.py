@@ -1,7 +1,8 @@
 """The global gradient norm, each element counted once, and the coefficient that clips it. No host sync."""
 
+import functools
+
 import torch
-import torch.distributed as dist
 from megacpt_kernels import grad_norm as norm_of
 from torch import Tensor, nn
 
@@ -18,12 +19,8 @@ def grad_norm(parameters: list[nn.Parameter], mesh: Mesh, backend: str = "auto")
     held = [p for p in parameters if p.grad is not None]
     weights = [1 / mesh.tensor.size() if _is_replicated(p) else 1.0 for p in held]
 
-    def sum_over_ranks(total: Tensor) -> None:
-        for axis in ("dp_shard", "cp", "tp", "pp"):
-            if mesh.full[axis].size() > 1:
-                dist.all_reduce(total, group=mesh.full[axis].get_group())
-
-    return norm_of([local(p.grad) for p in held], weights, sum_over_ranks, mesh.device, backend)
+    reduce = functools.partial(mesh.sum_over, ("dp_shard", "cp", "tp", "pp"))
+    return norm_of([local(p.grad) for p in held], weights, reduce, mesh.device, backend)
 
 
 def _is_replicated(parameter: nn.Parameter) -> bool:

@@ -4,7 +4,9 @@ laid out (pp, dp_replicate, dp_shard, cp, tp), because the axes that FSDP flatte
 cp ranks hold the same weights and different tokens, so FSDP shards over dp_shard x cp.
 """
 
+import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -32,41 +34,59 @@ class Mesh:
     ends: dist.ProcessGroup | None
     """The first and the last pipeline rank, if this is one of them."""
 
+    @functools.cached_property
+    def axes(self) -> dict[str, DeviceMesh]:
+        """Each axis by name. Kept: slicing a mesh takes the host a while."""
+        return {name: self.full[name] for name in self.full.mesh_dim_names}
+
+    @functools.cached_property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        return {name: axis.get_group() for name, axis in self.axes.items()}
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """This rank's place on each axis."""
+        return {name: axis.get_local_rank() for name, axis in self.axes.items()}
+
     @property
     def tensor(self) -> DeviceMesh:
-        return self.full["tp"]
+        return self.axes["tp"]
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
-        return self.full["tp"].get_group()
+        return self.groups["tp"]
 
     @property
     def tensor_rank(self) -> int:
-        return self.full.get_local_rank("tp")
+        return self.ranks["tp"]
 
     @property
     def context_group(self) -> dist.ProcessGroup:
-        return self.full["cp"].get_group()
+        return self.groups["cp"]
 
     @property
     def context_rank(self) -> int:
-        return self.full.get_local_rank("cp")
+        return self.ranks["cp"]
 
     @property
     def pipeline_rank(self) -> int:
-        return self.full.get_local_rank("pp")
+        return self.ranks["pp"]
 
     @property
     def data_rank(self) -> int:
         """Which rows this rank reads, 0 … layout.data - 1."""
-        return self.full.get_local_rank("dp_replicate") * self.layout.data_shard + self.full.get_local_rank("dp_shard")
+        return self.ranks["dp_replicate"] * self.layout.data_shard + self.ranks["dp_shard"]
 
     def sum_over_tokens(self, x: Tensor) -> Tensor:
         """Sums, in place, what ranks with different tokens hold: over the data and context axes, and over the pipeline,
         where all but the last rank hold zeros."""
-        for axis in ("dp_replicate", "dp_shard", "cp", "pp"):
-            if self.full[axis].size() > 1:
-                dist.all_reduce(x, group=self.full[axis].get_group())
+        return self.sum_over(("dp_replicate", "dp_shard", "cp", "pp"), x)
+
+    def sum_over(self, axes: Sequence[str], x: Tensor) -> Tensor:
+        """Sums, in place, over some axes."""
+        for axis in axes:
+            if self.groups[axis].size() > 1:
+                dist.all_reduce(x, group=self.groups[axis])
         return x
 
 

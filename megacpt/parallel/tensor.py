@@ -64,6 +64,7 @@ class Later:
         self.queue: list[tuple[DTensor, Callable[[], DTensor]]] = []
 
 
+@torch.compiler.disable
 def column_parallel(
     x: Tensor,
     weights: list[DTensor],
@@ -84,6 +85,7 @@ def column_parallel(
     return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, *weights)
 
 
+@torch.compiler.disable
 def row_parallel(x: Tensor, weight: DTensor, axis: TensorAxis, later: Later | None = None) -> Tensor:
     """Multiplies, sums over ranks, keeps this rank's tokens.
 
@@ -116,6 +118,7 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     return _ScatterSum.apply(rows, group)
 
 
+@torch.compiler.disable
 def replicated(weight: DTensor) -> Tensor:
     """The local tensor of a parameter. Where every tp rank holds it all, its gradient is partial: `sum_replicated_gradients`."""
     return _Local.apply(weight)

@@ -1,11 +1,27 @@
 """Every operation against a plain float64 composition on the same inputs, its gradients, gradcheck, and a broken twin."""
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megacpt_kernels import Documents, attention, cross_entropy_, rms_norm, rope_qk, swiglu
+from megacpt_kernels import (
+    Documents,
+    adamw_,
+    add_rms_norm,
+    attention,
+    cross_entropy_,
+    embedding,
+    grad_norm,
+    linear_cross_entropy,
+    linear_lse,
+    rms_norm,
+    rope_qk,
+    rope_qk_,
+    swiglu,
+)
+from megacpt_kernels.adamw import Place
 from megacpt_kernels.attention import resolve_backend
 from tolerances import ATTENTION, ATTENTION_OUT, KERNEL, WEIGHT_GRAD, difference
 
@@ -64,14 +80,28 @@ def rotate_reference(q, k, cos, sin):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope(dtype):
     inputs = [random(11, 3, 8, dtype=dtype), random(11, 1, 8, dtype=dtype, seed=1)]
-    angles = torch.arange(11)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    got = gradients(lambda q, k: rope_qk(q, k, cos, sin), inputs)
-    want = gradients(lambda q, k: rotate_reference(q, k, cos.double(), sin.double()), wide(inputs))
+    angles = torch.arange(20)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
+    cos, sin, positions = (
+        angles.cos(),
+        angles.sin(),
+        torch.tensor([0, 1, 2, 0, 1, 0, 19, 3, 3, 2, 7], dtype=torch.int32),
+    )
+    got = gradients(lambda q, k: rope_qk(q, k, cos, sin, positions), inputs)
+    want = gradients(
+        lambda q, k: rotate_reference(q, k, cos[positions].double(), sin[positions].double()), wide(inputs)
+    )
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
         assert difference(a, b) <= KERNEL[dtype]
-    with pytest.raises(ValueError, match="cos has shape"):
-        rope_qk(*inputs, cos[:5], sin[:5])
+    in_place = gradients(lambda q, k: rope_qk_(q * 1, k * 1, cos, sin, positions), inputs)
+    assert all(torch.equal(a, b) for a, b in zip([*got[0], *got[1]], [*in_place[0], *in_place[1]], strict=True))
+
+
+def test_rope_in_place_writes_where_it_read():
+    q, k = random(2, 1, 4).detach(), random(2, 1, 4, seed=1).detach()
+    tables = torch.ones(2, 2).cos(), torch.ones(2, 2).sin()
+    want = rope_qk(q, k, *tables, torch.tensor([0, 1]))
+    got = rope_qk_(q, k, *tables, torch.tensor([0, 1]))
+    assert got[0].data_ptr() == q.data_ptr() and torch.equal(q, want[0]) and torch.equal(k, want[1])
 
 
 def attention_reference(q, k, v, documents):
@@ -179,9 +209,272 @@ def test_gradcheck():
     check = lambda function, *inputs: torch.autograd.gradcheck(function, inputs)
     assert check(lambda x, w: rms_norm(x, w, 1e-5), random(3, 4), random(4, seed=1))
     assert check(swiglu, random(3, 4), random(3, 4, seed=1))
-    cos, sin = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
-    assert check(lambda q, k: rope_qk(q, k, cos, sin), random(3, 2, 4), random(3, 1, 4, seed=1))
+    assert check(lambda x, r, w: add_rms_norm(x, r, w, 1e-5), random(3, 4), random(3, 4, seed=2), random(4, seed=1))
+    cos, sin, positions = torch.rand(5, 2), torch.rand(5, 2), torch.tensor([4, 0, 4])
+    assert check(lambda q, k: rope_qk(q, k, cos, sin, positions), random(3, 2, 4), random(3, 1, 4, seed=1))
+    assert check(lambda q, k: rope_qk_(q * 1, k * 1, cos, sin, positions), random(3, 2, 4), random(3, 1, 4, seed=1))
+    assert check(lambda table: embedding(torch.tensor([1, 3, 1, 7]), table, 1), random(3, 4))
+    target = torch.tensor([0, 5, -100, 2, 4])
+    loss = lambda x, w: linear_cross_entropy(x, w, target, 0, 6, 0.3, z_loss=0.1)
+    assert check(loss, random(5, 4), random(7, 4, seed=1))
     documents = Documents.of([0, 2, 3], 6)
     assert check(
         lambda q, k, v: attention(q, k, v, documents), random(6, 2, 4), random(6, 1, 4, seed=1), random(6, 1, 4, seed=2)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [None, 64 * 23])
+def test_linear_cross_entropy_and_linear_lse(chunk, dtype):
+    """150 tokens in chunks of 64 (or one): loss, both gradients, log-sum-exp and target logits."""
+    inputs = [random(150, 12, dtype=dtype), random(23, 12, dtype=dtype, seed=1)]
+    target = torch.randint(0, 20, (150,), generator=torch.Generator().manual_seed(3))
+    target[40:50] = -100
+    exact = wide(inputs)
+    logits = (exact[0] @ exact[1].t())[:, :20]
+    want = F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) * 0.01
+    want.backward()
+    loss = linear_cross_entropy(*inputs, target, 0, 20, 0.01, chunk_logits=chunk)
+    loss.backward()
+    bound = KERNEL[dtype] if dtype != torch.float64 else 1e-6  # the scale is a Python float, sums differ in order only
+    assert abs(loss.item() / want.item() - 1) <= max(bound, 1e-6)
+    for got, reference in zip(inputs, exact, strict=True):
+        assert difference(got.grad, reference.grad) <= (2 * KERNEL[dtype] if dtype == torch.bfloat16 else KERNEL[dtype])
+    lse, hit = linear_lse(inputs[0].detach(), inputs[1].detach(), target, 0, 20)
+    labelled = target >= 0
+    picked = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+    assert difference(lse, logits.logsumexp(-1)) <= KERNEL[dtype]
+    assert difference(hit[labelled], picked[labelled]) <= KERNEL[dtype] and not hit[~labelled].any()
+
+
+def test_memory_of_the_loss_is_one_chunk_of_logits():
+    """131,072 tokens x 128,256 entries x 4,096 hidden in bfloat16, on pretended tensors: beside inputs and both gradients, one chunk of
+    logits and an eighth (the partial product of the weight's gradient). The twin takes a chunk four times as large."""
+    from memory import peak_of
+
+    def peak(chunk: int) -> int:
+        x = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+        target = torch.empty(131072, dtype=torch.int64, device="meta")
+        how = dict(chunk_logits=chunk, backend="triton")
+        return peak_of(lambda: linear_cross_entropy(x, weight, target, 0, 128256, 1.0, **how))
+
+    chunk = 1 << 29
+    gradients = 2 * 131072 * 4096 + 4 * 128256 * 4096
+    allowed = gradients + 2 * chunk * 1.2
+    assert gradients + 2 * chunk <= peak(chunk) <= allowed < peak(4 * chunk)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stochastic_rounding_has_the_same_bits_however_a_tensor_is_cut(backend):
+    """A matrix whole, by rows, and by columns: weights and moments in bfloat16. Another seed gives other bits; so does another name."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton (Linux)")
+    rows, columns = 6, 10
+    start = [random(rows, columns, seed=i).detach().bfloat16() for i in range(3)]
+    start[2].abs_()
+    grad = random(rows, columns, seed=5).detach().float()
+
+    def update(cut: list[tuple[slice, slice]], seed: int = 1, key: int = 7) -> list[torch.Tensor]:
+        whole = [x.clone() for x in start]
+        for r, c in cut:
+            part = [x[r, c].clone().contiguous() for x in whole]
+            place = Place((r.start or 0) * columns + (c.start or 0), part[0].shape[1], columns, key)
+            one = [[x] for x in (part[0], grad[r, c].contiguous(), *part[1:])]
+            adamw_(*one, 1e-3, (0.9, 0.95), 1e-8, 0.1, 3, None, [place], seed, backend=backend)
+            for x, new in zip(whole, part, strict=True):
+                x[r, c] = new
+        return whole
+
+    everything = slice(None)
+    want = update([(everything, everything)])
+    for cut in (
+        [(slice(0, 1), everything), (slice(1, 6), everything)],
+        [(everything, slice(0, 5)), (everything, slice(5, 10))],
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(update(cut), want, strict=True))
+    assert not torch.equal(update([(everything, everything)], seed=2)[0], want[0])
+    assert not torch.equal(update([(everything, everything)], key=8)[0], want[0])
+    moved = update([(slice(0, 3), everything)])
+    assert torch.equal(moved[0][3:], start[0][3:])
+
+
+def test_stochastic_rounding_keeps_small_updates_in_the_mean():
+    """20,000 weights of 1, steps of a hundredth of bfloat16's spacing: rounding to nearest never moves, this does by the sum."""
+    n, steps, lr = 20000, 50, 2**-8 / 100
+    weight, moments = torch.ones(n, dtype=torch.bfloat16), [torch.zeros(n), torch.zeros(n)]
+    for step in range(1, steps + 1):
+        adamw_(
+            [weight],
+            [torch.ones(n)],
+            [moments[0]],
+            [moments[1]],
+            lr,
+            (0.9, 0.95),
+            0.0,
+            0.0,
+            step,
+            None,
+            [Place(0, n, n, 1)],
+            5,
+        )
+    moved = 1 - weight.double().mean().item()
+    deviation = 2**-8 * (0.25 * steps / 100) ** 0.5 / n**0.5 * 4
+    assert abs(moved - steps * lr) <= deviation * 2, (moved, steps * lr)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_grad_norm(backend):
+    """Weighted, over tensors of many sizes, in float64 at the end; the same bits twice."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton (Linux)")
+    grads = [random(*shape, dtype=torch.float32).detach() for shape in ((3, 7), (1,), (0,), (8193,), (2, 9000))]
+    weights = [1.0, 0.5, 1.0, 1.0, 0.5]
+    want = sum(w * g.double().square().sum() for g, w in zip(grads, weights, strict=True)).sqrt()
+    got = grad_norm(grads, weights, backend=backend)
+    assert abs(got.item() / want.item() - 1) < 1e-6 and torch.equal(got, grad_norm(grads, weights, backend=backend))
+    assert grad_norm([]).item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding(dtype):
+    """Repeated ids, ids of other ranks, rows that nobody asks for."""
+    ids, table = torch.tensor([7, 3, 9, 3, 2, 3]), random(6, 5, dtype=dtype)
+    got = gradients(lambda t: embedding(ids, t, 3), [table])
+    mine = ((ids >= 3) & (ids < 9)).double()[:, None]
+    want = gradients(lambda t: t[(ids - 3).clamp(0, 5)] * mine, wide([table]))
+    assert difference(got[0][0], want[0][0]) <= KERNEL[dtype] and difference(got[1][0], want[1][0]) <= KERNEL[dtype]
+
+
+TABLE = torch.zeros(8, 2)
+BAD = {
+    "positions 0 to 8; the tables hold 0 to 7": lambda: rope_qk(
+        random(2, 1, 4).float(), random(2, 1, 4).float(), TABLE, TABLE, torch.tensor([0, 8]), check=True
+    ),
+    "positions torch.int16": lambda: rope_qk(
+        random(1, 1, 4), random(1, 1, 4), TABLE, TABLE, torch.zeros(1, dtype=torch.int16)
+    ),
+    r"cos and sin are \[p, 2\]": lambda: rope_qk(
+        random(1, 1, 4), random(1, 1, 4), TABLE[:, :1], TABLE[:, :1], torch.zeros(1).int()
+    ),
+    r"x \(3, 4\), weight|they are \[t, h\] and \[h\]": lambda: rms_norm(random(3, 4), random(5), 1e-5),
+    "2 targets outside the vocabulary, the first 9 at token 1": lambda: cross_entropy_(
+        random(3, 5).detach(), torch.tensor([0, 9, 7]), 0, 5, None, check=True
+    ),
+    "they are written over, so they must be contiguous": lambda: cross_entropy_(
+        random(5, 3).detach().t(), torch.tensor([0, 1, 2]), 0, 5, None
+    ),
+    "int64 .t.": lambda: cross_entropy_(random(3, 5).detach(), torch.tensor([0, 1, 2]).int(), 0, 5, None),
+    "x and weight have one type": lambda: linear_lse(random(2, 4).float(), random(3, 4), torch.tensor([0, 1]), 0, 3),
+    "token ids 0 to 12; the vocabulary has 0 to 9": lambda: embedding(torch.tensor([0, 12]), random(10, 2), check=10),
+    "shared|cannot share 2 key heads": lambda: attention(
+        random(4, 3, 8), random(4, 2, 8), random(4, 2, 8), Documents.of([0], 4)
+    ),
+    "the documents end at query 5": lambda: attention(
+        random(4, 2, 8), random(4, 2, 8), random(4, 2, 8), Documents.of([0], 5)
+    ),
+    "never fall: 2 after 3 at document 1": lambda: attention(
+        random(4, 1, 8),
+        random(4, 1, 8),
+        random(4, 1, 8),
+        Documents((0, 3, 2, 4), (0, 3, 2, 4), *[torch.tensor([0, 3, 2, 4])] * 2),
+        check=True,
+    ),
+    "document 0 has 4 queries and 2 keys": lambda: attention(
+        random(4, 1, 8),
+        random(2, 1, 8),
+        random(2, 1, 8),
+        Documents((0, 4), (0, 2), *[torch.tensor([0, 4])] * 2),
+        check=True,
+    ),
+    "must be contiguous, of one shape": lambda: adamw_(
+        [torch.zeros(2)], [torch.zeros(3)], *[[torch.zeros(2)]] * 2, 1, (0, 0), 1, 0, 1
+    ),
+    "devices differ: gate on cpu, up on meta": lambda: swiglu(torch.zeros(1, 2), torch.zeros(1, 2, device="meta")),
+    "NVIDIA apex is not installed": lambda: adamw_(*[[torch.zeros(2)]] * 4, 1, (0, 0), 1, 0, 1, backend="apex"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named_with_its_values(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message]()
+
+
+def test_apex_gets_its_arguments_in_its_order(monkeypatch):
+    """A stand-in for amp_C.multi_tensor_adam(chunk, overflow, [grads, weights, m, v], lr, b1, b2, eps, step, adamw, bias, decay) that
+    computes what it is told; against our torch path."""
+    import types
+
+    def multi_tensor_adam(chunk, overflow, lists, lr, beta1, beta2, eps, step, mode, bias, decay):
+        assert mode == 1 and bias == 1 and overflow.dtype == torch.int32
+        for g, w, m, v in zip(*lists, strict=True):
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w.mul_(1 - lr * decay).sub_(lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps))
+
+    from megacpt_kernels import backend
+
+    stand_in = types.SimpleNamespace(multi_tensor_adam=multi_tensor_adam)
+    monkeypatch.setitem(sys.modules, "megacpt_kernels.adamw", sys.modules["megacpt_kernels.adamw"])
+    monkeypatch.setattr(sys.modules["megacpt_kernels.adamw"], "find_apex", lambda device: stand_in)
+    make = lambda: [[random(5, 3, dtype=torch.float32, seed=s).detach().abs()] for s in range(4)]
+    ours, theirs = make(), make()
+    clip = torch.tensor(2.0, dtype=torch.float64)
+    adamw_(*ours, 1e-2, (0.9, 0.95), 1e-8, 0.1, 3, clip, backend="torch")
+    adamw_(*theirs, 1e-2, (0.9, 0.95), 1e-8, 0.1, 3, clip, backend="apex")
+    assert difference(theirs[0][0], ours[0][0]) <= 1e-6
+    assert backend.find_apex is not None
+
+
+def library(name: str):
+    """Stand-ins with the arguments of each library's function, which compute by our CPU path."""
+    reference = lambda q, k, v, cu_q, cu_k: attention(
+        q, k, v, Documents(tuple(cu_q.tolist()), tuple(cu_k.tolist()), cu_q, cu_k)
+    )
+
+    def three(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=False,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        assert causal and (max_seqlen_q, max_seqlen_k) == (5, 9)
+        out = reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        return (out, out.new_zeros(q.shape[1], q.shape[0])) if return_attn_probs else out
+
+    def four(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False,
+             window_size=(None, None), deterministic=False, return_lse=False):  # fmt: skip
+        assert causal and softmax_scale is None
+        return reference(q, k, v, cu_seqlens_q, cu_seqlens_k), None
+
+    def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, -1), enable_gqa=False):
+        assert window_size == (-1, 0) and enable_gqa
+        return reference(query, key, value, cu_seq_q, cu_seq_k)
+
+    return {"flash-attn-3": three, "flash-attn": three, "flash-attn-4": four, "varlen": varlen}[name]
+
+
+@pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-4", "flash-attn", "varlen"])
+def test_libraries_are_called_by_their_own_names(name, monkeypatch):
+    module = sys.modules["megacpt_kernels.attention"]
+    monkeypatch.setattr(module, "_import", lambda *place: library(name))
+    documents = LAYOUTS["keys reach back"]
+    inputs = [random(9, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8, seed=2)]
+    out, _ = module._library(name, *inputs, documents, False, False)
+    assert torch.equal(out, attention(*inputs, documents))
+
+
+def test_the_log_sum_exp_comes_along():
+    documents = LAYOUTS["keys reach back"]
+    inputs = [random(9, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8, seed=2)]
+    out, lse = attention(*inputs, documents, return_lse=True)
+    k = inputs[1].repeat_interleave(2, 1)
+    first = torch.einsum("hd,khd->hk", inputs[0][4], k[:9]) / math.sqrt(8)
+    assert difference(lse[:, 4], first.logsumexp(-1)) < 1e-12 and torch.equal(out, attention(*inputs, documents))

@@ -4,11 +4,24 @@ import sys
 
 import pytest
 import torch
-from tolerances import ADAMW, KERNEL, difference
+from tolerances import ADAMW, ATTENTION, KERNEL, difference
 
 pytest.importorskip("triton", reason="needs Triton (Linux)")
-from megacpt_kernels import adamw_, add_rms_norm, cross_entropy_, rms_norm, rope_qk, swiglu
+from megacpt_kernels import (
+    Documents,
+    adamw_,
+    add_rms_norm,
+    attention,
+    cross_entropy_,
+    embedding,
+    linear_lse,
+    rms_norm,
+    rope_qk,
+    rope_qk_,
+    swiglu,
+)
 from megacpt_kernels.backend import INTERPRETED
+from megacpt_kernels.linear_cross_entropy import Done, Ranks
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before the first import")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -86,19 +99,27 @@ def test_swiglu(rows, dtype):
 @pytest.mark.parametrize("heads, kv, d", [(3, 1, 8), (18, 2, 12), (4, 0, 8)])
 def test_rope(heads, kv, d, dtype):
     """Positions restart in the middle; q and k are slices of one product, so their tokens stand apart."""
-    angles = torch.tensor([0, 1, 2, 0, 1, 90])[:, None] * torch.rand(d // 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.arange(91)[:, None] * torch.rand(d // 2)
+    cos, sin, positions = angles.cos(), angles.sin(), torch.tensor([0, 1, 2, 0, 1, 90], dtype=torch.int32)
 
     def reference(packed):
         q, k = packed.view(6, heads + kv, d).split([heads, kv], 1)
-        c, s = (torch.cat([x, x], -1)[:, None].to(packed.dtype) for x in (cos, sin))
+        c, s = (torch.cat([x, x], -1)[positions][:, None].to(packed.dtype) for x in (cos, sin))
         turned = lambda x: torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
         return q * c + turned(q) * s, k * c + turned(k) * s
 
     def ours(packed):
-        return rope_qk(*packed.view(6, heads + kv, d).split([heads, kv], 1), cos, sin, backend="triton")
+        both = packed.view(6, heads + kv, d).split([heads, kv], 1)
+        return rope_qk(*both, cos, sin, positions, backend="triton")
 
-    assert compare(ours, reference, [random(6, (heads + kv) * d, dtype=dtype)]) <= KERNEL[dtype]
+    packed = random(6, (heads + kv) * d, dtype=dtype)
+    assert compare(ours, reference, [packed]) <= KERNEL[dtype]
+    fenced = [Fenced(x) for x in packed.view(6, heads + kv, d).split([heads, kv], 1)]
+    rope_qk_(*(f.tensor for f in fenced), cos, sin, positions, backend="triton")
+    want = reference(packed.double())
+    assert all(
+        f.whole() and difference(f.tensor, w) <= KERNEL[dtype] for f, w in zip(fenced, want, strict=True) if w.numel()
+    )
 
 
 def test_the_comparison_sees_a_row_that_is_not_written(monkeypatch):
@@ -198,3 +219,118 @@ def test_adamw(clip):
     moments = [optimizer.state[p] for p in exact]
     assert all(difference(m, s["exp_avg"]) <= 1e-6 for m, s in zip(first, moments, strict=True) if m.numel())
     assert all(difference(v, s["exp_avg_sq"]) <= 1e-6 for v, s in zip(second, moments, strict=True) if v.numel())
+
+
+EDGES = {
+    "one": ((0, 37), (0, 37)),
+    "a tile of many": ((0, 1, 6, 11, 16, 40), (0, 1, 6, 11, 16, 40)),
+    "longer than a tile": ((0, 3, 70, 71, 150), (0, 3, 70, 71, 150)),
+    "keys reach back": ((0, 33, 50), (0, 73, 101)),
+}
+
+
+def attention_reference(q, k, v, documents):
+    """Softmax with an explicit mask."""
+    _, heads, d = q.shape
+    of = lambda e: torch.bucketize(torch.arange(e[-1]), torch.tensor(e[1:]), right=True)
+    from_end = lambda e: torch.tensor(e)[of(e) + 1] - torch.arange(e[-1])
+    visible = (of(documents.q)[:, None] == of(documents.k)) & (
+        from_end(documents.k)[None] >= from_end(documents.q)[:, None]
+    )
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / d**0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
+
+
+def documents_of(edges) -> Documents:
+    return Documents(*edges, *(torch.tensor(e, dtype=torch.int32) for e in edges))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("edges, heads, kv, d", [(e, 4, 2, 8) for e in EDGES] + [("a tile of many", 3, 1, 20)])
+def test_attention(edges, heads, kv, d, dtype):
+    documents = documents_of(EDGES[edges])
+    tq, tk = documents.q[-1], documents.k[-1]
+    inputs = [
+        random(tq, heads, d, dtype=dtype),
+        random(tk, kv, d, dtype=dtype, seed=1),
+        random(tk, kv, d, dtype=dtype, seed=2),
+    ]
+    ours = lambda q, k, v: attention(q, k, v, documents, backend="triton", check=True)
+    assert compare(ours, lambda *x: attention_reference(*x, documents), inputs) <= ATTENTION[dtype]
+    again = [torch.autograd.grad(ours(*(x := [y.clone().requires_grad_() for y in inputs])).sum(), x) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))  # no atomics: the same bits
+    lse = attention(*inputs, documents, backend="triton", return_lse=True)[1]
+    want = attention(*(x.double() for x in inputs), documents, return_lse=True)[1]
+    assert difference(lse, want) <= 1e-6
+
+
+def test_attention_whole_tiles_are_used_and_needed(monkeypatch):
+    """A document longer than several tiles; the twin moves its boundary by one."""
+    module = sys.modules["megacpt_kernels.flash_attention"]
+    monkeypatch.setattr(module, "SMALL", dict(M=16, N=16, num_warps=4, num_stages=1))
+    documents = documents_of(((0, 5, 90), (0, 5, 90)))
+    inputs = [random(90, 2, 8), random(90, 1, 8, seed=1), random(90, 1, 8, seed=2)]
+    ours = lambda *x: attention(*x, documents, backend="triton")
+    assert compare(ours, lambda *x: attention_reference(*x, documents), inputs) <= ATTENTION[torch.float32]
+    moved = documents_of(((0, 6, 90), (0, 6, 90))).seen
+    monkeypatch.setattr(Documents, "seen", property(lambda self: moved))
+    broken = ours(*inputs)
+    assert difference(broken, attention_reference(*inputs, documents)) > 1e-3
+
+
+def test_what_a_query_sees_is_what_the_mask_shows():
+    """The four bounds against the plain mask, and none of them falls."""
+    for edges in EDGES.values():
+        documents = documents_of(edges)
+        seen, by = documents.seen.long(), documents.seen_by.long()
+        key, query = torch.arange(edges[1][-1]), torch.arange(edges[0][-1])
+        one = (key[None] >= seen[0][:, None]) & (key[None] <= seen[1][:, None])
+        other = (query[:, None] >= by[0][None]) & (query[:, None] <= by[1][None])
+        assert torch.equal(one, other) and all((x.diff() >= 0).all() for x in (*seen, *by))
+        lengths = [(b - a, d - c) for a, b, c, d in zip(edges[0], edges[0][1:], edges[1], edges[1][1:], strict=False)]
+        assert one.sum() == sum(q * (2 * k - q + 1) // 2 for q, k in lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, width, valid, hidden", [(1, 5, 5, 7), (37, 75, 145, 40), (0, 8, 8, 8), (3, 8, 8, 4)])
+def test_linear_lse(rows, width, valid, hidden, dtype):
+    """Two shards of the vocabulary, the second shorter or all padding; each one's numbers are brought together by hand."""
+    x, weight = random(rows, hidden, dtype=dtype), random(2 * width, hidden, dtype=dtype, seed=1)
+    target = torch.randint(0, valid, (rows,), generator=torch.Generator().manual_seed(0))
+    fenced, statistics = [Fenced(x), Fenced(weight[:width]), Fenced(weight[width:])], []
+
+    def collect(statistic):
+        if statistic.ndim == 3:
+            statistics.append(statistic)
+        return Done(torch.cat(statistics) if statistic.ndim == 3 else statistic)
+
+    for rank in (0, 1):
+        part, real = fenced[1 + rank].tensor, max(0, min(width, valid - rank * width))
+        lse, hit = linear_lse(fenced[0].tensor, part, target, rank * width, real, Ranks(1, collect), backend="triton")
+    logits = (x.double() @ weight.double().t())[:, :valid]
+    assert all(f.whole() for f in fenced)
+    assert difference(lse, logits.logsumexp(-1)) <= 2e-6
+    assert difference(hit, logits.gather(1, target[:, None]).squeeze(1)) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ids", [[3, 9, 3, 0, 12, 7, 3], [5] * 40, [0], []], ids=str)
+def test_embedding(ids, dtype):
+    ids, table = torch.tensor(ids, dtype=torch.int64), random(6, 9, dtype=dtype)
+    mine = ((ids >= 3) & (ids < 9)).double()[:, None]
+    reference = lambda t: t[(ids - 3).clamp(0, 5)] * mine
+    assert compare(lambda t: embedding(ids, t, 3, backend="triton"), reference, [table]) <= KERNEL[dtype]
+
+
+def test_both_backends_round_to_the_same_bits():
+    """Where the float32 results are the same bits: moments of zero gradients scaled by a power of two."""
+    from megacpt_kernels.adamw import Place
+
+    make = lambda: [[random(40, 30, seed=s).bfloat16()] for s in range(4)]
+    got, want = make(), make()
+    for tensors, backend in ((got, "triton"), (want, "torch")):
+        tensors[1][0] = tensors[1][0].float() * 0
+        adamw_(*tensors, 0.0, (0.875, 0.9375), 1.0, 0.0, 9, None, [Place(2**33 + 5, 30, 77, 3)], 11, backend=backend)
+    assert torch.equal(got[2][0], want[2][0]) and torch.equal(got[3][0], want[3][0])
+    assert not torch.equal(got[2][0], (random(40, 30, seed=2).bfloat16().float() * 0.875).bfloat16())

@@ -126,7 +126,13 @@ def test_the_model_on_triton_kernels_equals_transformers(mesh):
     """All operations at once, forward and backward, in the interpreter."""
     pytest.importorskip("triton", reason="needs Triton (Linux)")
     raw = VARIANTS["llama3.1"] | {"num_hidden_layers": 1}
-    found = compare(raw, mesh, torch.float32, options=ModelOptions(operations="triton"), lengths=[9, 1, 6])
+    found = compare(
+        raw,
+        mesh,
+        torch.float32,
+        options=ModelOptions(operations="triton", attention_backend="triton"),
+        lengths=[9, 1, 6],
+    )
     assert max(found.values()) < PARITY[torch.float32], found
 
 

@@ -62,6 +62,10 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = original(self, action, received)
         weights = {p._local_tensor.data_ptr() for p in self.model.parameters()}
+        weights |= {
+            self.model.rope.cos.data_ptr(),
+            self.model.rope.sin.data_ptr(),
+        }  # tables of all positions: no activations
         mine[:] = [entry for entry in mine if entry[0] not in weights]
         alive.append(sum(any(not ref.expired() for _, ref, _ in refs) for refs in saved.values()))
         live = {pointer: size for refs in saved.values() for pointer, ref, size in refs if not ref.expired()}
