@@ -39,7 +39,7 @@ def report() -> list[str]:
     import torch
     import torch.distributed as dist
     from megacpt_kernels.attention import available_backends, resolve_backend
-    from megacpt_kernels.backend import use_triton
+    from megacpt_kernels.backend import find_apex, use_triton
 
     import megacpt
 
@@ -61,6 +61,11 @@ def report() -> list[str]:
         lines.append(f"operations on {device}: triton (auto), torch")
     except ValueError as error:
         lines.append(f"operations on {device}: torch (auto). {error}")
+    try:
+        find_apex(device)
+        lines.append("optimizer: apex is available")
+    except ValueError as error:
+        lines.append(f"optimizer: {error}")
     nccl = (
         ".".join(map(str, torch.cuda.nccl.version()))
         if dist.is_nccl_available() and device == "cuda"

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ MARKS = ("<!-- compiled -->", "<!-- end of compiled -->")
 @dataclass(frozen=True)
 class Case:
     """A kernel as it ships: arguments (types stand for tensors), options, most registers a thread, fewest 128-bit accesses, whether
-    Hopper's warpgroup products (HGMMA) are meant."""
+    Hopper's warpgroup products (HGMMA) are meant, and options that differ before Hopper."""
 
     name: str
     kernel: object
@@ -39,6 +39,7 @@ class Case:
     loads: int
     stores: int
     multiplies: bool = False
+    older: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,12 @@ def cases() -> list[Case]:
         ),
         Case(
             "attention forward", flash._forward_kernel, (half, half, half, integer, half, single, *strides, *shape),
-            dict(D=128) | flash.FORWARD, 255, 8, 8, True,
+            dict(D=128) | flash.FORWARD, 255, 8, 8, True, flash.AMPERE,
         ),
         Case(
             "attention backward, queries", flash._queries_kernel,
-            (half, half, half, integer, half, single, single, half, *strides, *shape), dict(D=128) | flash.QUERIES, 255, 8, 8, True,
+            (half, half, half, integer, half, single, single, half, *strides, *shape), dict(D=128) | flash.QUERIES,
+            255, 8, 8, True, flash.AMPERE,
         ),
         Case(
             "attention backward, keys", flash._keys_kernel,
@@ -149,7 +151,9 @@ def resources_of(case: Case, arch: int) -> Resources:
 
     driver.set_active(_Driver(GPUTarget("cuda", arch, 32)))
     try:
-        compiled = case.kernel.warmup(*case.arguments, grid=(1,), enable_fp_fusion=True, **case.options)
+        compiled = case.kernel.warmup(
+            *case.arguments, grid=(1,), enable_fp_fusion=True, **case.options | (case.older if arch < 90 else {})
+        )
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
     finally:
         driver._active = None  # resetting it would look for a GPU

@@ -26,8 +26,15 @@ _LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
 _BIG = tl.constexpr(2**31 - 1) if triton else None
 
 
+AMPERE = dict(N=32)
+"""What changes in the first two before Hopper, which has no warpgroup products."""
+
+
 def tile(which: dict, q: Tensor) -> dict:
-    return which if q.element_size() == 2 and q.shape[2] <= 128 else SMALL
+    if q.element_size() > 2 or q.shape[2] > 128:
+        return SMALL
+    older = q.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(q.device)[0] < 9
+    return which | AMPERE if older and which is not KEYS else which
 
 
 def flash_attention(

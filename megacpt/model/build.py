@@ -4,9 +4,9 @@ import warnings
 
 import torch
 from megacpt_kernels.attention import resolve_backend
-from megacpt_kernels.backend import use_triton
+from megacpt_kernels.backend import find_apex, use_triton
 
-from megacpt.config.recipe import Parallel
+from megacpt.config.recipe import Kernels, Parallel
 from megacpt.errors import ConfigError
 from megacpt.model.config import LlamaConfig
 from megacpt.model.llama import Llama, ModelOptions
@@ -27,6 +27,35 @@ def sharding_of(parallel: Parallel) -> Sharding:
     return Sharding(parallel.pipeline == 1 if reshard is None else reshard, parallel.prefetch)
 
 
+def chosen_kernels(kernels: Kernels, device: torch.device, compute: torch.dtype) -> dict[str, str]:
+    """What runs under a recipe's `[kernels]`, each auto resolved.
+
+    Raises:
+        ConfigError: for every one that is named and cannot run here, at once.
+    """
+    like, master = (
+        torch.empty(0, dtype=compute, device=device),
+        torch.empty(0, dtype=master_dtype(compute), device=device),
+    )
+    name = lambda backend, x: "triton" if use_triton(backend, x) else "torch"
+    resolve = {
+        "attention": lambda: resolve_backend(kernels.attention, device.type, compute),
+        "operations": lambda: name(kernels.operations, like),
+        "optimizer": lambda: (
+            find_apex(device.type) and "apex" if kernels.optimizer == "apex" else name(kernels.optimizer, master)
+        ),
+    }
+    chosen, problems = {}, []
+    for key, what in resolve.items():
+        try:
+            chosen[key] = what()
+        except ValueError as error:
+            problems.append(f"kernels.{key}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return chosen
+
+
 def build_model(
     config: LlamaConfig,
     mesh: Mesh,
@@ -40,21 +69,11 @@ def build_model(
     Args:
         plan: which stages are whose; default one stage.
     """
-    problems = []
-    try:
-        resolve_backend(options.attention_backend, mesh.device.type, compute)
-    except ValueError as error:
-        problems.append(f"kernels.attention: {error}")
-    try:
-        use_triton(options.operations, torch.empty(0, dtype=compute, device=mesh.device))
-    except ValueError as error:
-        problems.append(f"kernels.operations: {error}")
+    chosen_kernels(Kernels(attention=options.attention_backend, operations=options.operations), mesh.device, compute)
     if options.overlap == "symmetric_memory" and mesh.device.type != "cuda":
-        problems.append(
-            'parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".'
+        raise ConfigError(
+            ['parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".']
         )
-    if problems:
-        raise ConfigError(problems)
     plan, sharding = plan or plan_stages(config.num_hidden_layers, Parallel()), sharding or Sharding()
     master = master_dtype(compute)
     with torch.device("meta"):

@@ -29,7 +29,7 @@ from megacpt.config.recipe import Recipe, Stage
 from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.evaluate.validation import ValidationSets, validate
-from megacpt.model.build import build_model, sharding_of
+from megacpt.model.build import build_model, chosen_kernels, sharding_of
 from megacpt.model.config import LlamaConfig, change_rope, config_of
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
@@ -123,6 +123,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         }
     )
     compute = compute_dtype(recipe.precision.compute, device)
+    kernels = chosen_kernels(recipe.kernels, device, compute)
     torch.use_deterministic_algorithms(recipe.kernels.deterministic)
     first = recipe.stages[clock.step(min(clock.num_steps, (found[1].step if mode == "resume" else 0) + 1)).stage]
     model, optimizer = _build(recipe, first, config, compute, device)
@@ -138,6 +139,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         "device": _device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "kernels": kernels,
         "peak_flops": peak,
         "peak_flops_source": peak_source,
     }
@@ -151,6 +153,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     )
     if layout.world_size > 1:
         log.info(picture(layout))
+    log.info("kernels: " + ", ".join(f"{what} {name}" for what, name in facts["kernels"].items()))
     log.info(
         f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})" if peak else f"no MFU: peak {peak_source}"
     )

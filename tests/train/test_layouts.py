@@ -39,6 +39,7 @@ CHOSEN = {
         "pp2 v2 zb-v dp2 reshard_after_forward=true",
         "pp2 dp2 zb-h1 precision.reduce=micro_batch",
         "pp2 hsdp2 precision.reduce=micro_batch",
+        "tp2 cp2 activation_checkpointing=selective kernels.compile=true",
         "tp2 cp2 hsdp2",
         "tp2 cp2 pp2",
         "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
