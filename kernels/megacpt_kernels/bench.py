@@ -517,13 +517,11 @@ def _rows_of_attention(s: Shapes, device, dtype) -> Iterator[Row]:
                 )
 
             shape = f"{tokens} in {len(lengths)} documents"
-            with torch.no_grad():
-                runs = {name_of(name): torch.no_grad()(lambda name=name, call=call: call(name)) for name in backends}
-                yield Row("attention", "forward", shape, runs, flops=4 * s.head_dim * s.heads * pairs, check=checked)
+            runs = {name_of(name): torch.no_grad()(lambda name=name, call=call: call(name)) for name in backends}
+            yield Row("attention", "forward", shape, runs, flops=4 * s.head_dim * s.heads * pairs, check=checked)
             runs = {}
             for name in backends:
-                with torch.enable_grad():
-                    out = call(name)
+                out = call(name)
                 runs[name_of(name)] = lambda out=out, q=q, k=k, v=v, grad=grad: torch.autograd.grad(
                     out, (q, k, v), grad, retain_graph=True
                 )
