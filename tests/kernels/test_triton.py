@@ -1,4 +1,5 @@
-"""Triton kernels in the interpreter against float64: fenced inputs, poisoned outputs, sizes that divide nothing, borders of shards."""
+"""Triton kernels against float64: fenced inputs, poisoned outputs, sizes that divide nothing, borders of shards. In the interpreter on a CPU;
+on a GPU, compiled, with `TRITON_INTERPRET=0 pytest tests/kernels/test_triton.py`."""
 
 import sys
 
@@ -23,7 +24,11 @@ from megacpt_kernels import (
 from megacpt_kernels.backend import INTERPRETED
 from megacpt_kernels.linear_cross_entropy import Done, Ranks
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before the first import")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs TRITON_INTERPRET=1 before the first import, or a CUDA device",
+)
 DTYPES = [torch.float32, torch.bfloat16]
 FENCE = 64
 
@@ -41,7 +46,12 @@ class Fenced:
 
 
 def random(*shape, dtype=torch.float32, seed=0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype)
+
+
+def integers(high: int, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, high, (count,), generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
 
 
 def compare(function, reference, inputs: list[torch.Tensor]) -> float:
@@ -61,6 +71,12 @@ def compare(function, reference, inputs: list[torch.Tensor]) -> float:
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +146,7 @@ def test_the_comparison_sees_a_row_that_is_not_written(monkeypatch):
     assert not compare(lambda g, u: swiglu(g, u, backend="triton"), lambda g, u: g * torch.sigmoid(g) * u, inputs) < 1
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_bfloat16_arithmetic_without_a_cast_raises():
     """Twin of the interpreter's repair."""
     import triton
@@ -148,7 +165,7 @@ def test_bfloat16_arithmetic_without_a_cast_raises():
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_cross_entropy(rows, columns, valid, z_loss, dtype):
     fenced = Fenced(3 * random(rows, columns, dtype=dtype))
-    target = torch.randint(0, valid, (rows,), generator=torch.Generator().manual_seed(1))
+    target = integers(valid, rows, 1)
     target[rows // 2 : rows // 2 + 1] = -100
     exact = fenced.tensor.double().requires_grad_()
     lse = exact[:, :valid].logsumexp(-1)
@@ -297,7 +314,7 @@ def test_what_a_query_sees_is_what_the_mask_shows():
 def test_linear_lse(rows, width, valid, hidden, dtype):
     """Two shards of the vocabulary, the second shorter or all padding; each one's numbers are brought together by hand."""
     x, weight = random(rows, hidden, dtype=dtype), random(2 * width, hidden, dtype=dtype, seed=1)
-    target = torch.randint(0, valid, (rows,), generator=torch.Generator().manual_seed(0))
+    target = integers(valid, rows, 0)
     fenced, statistics = [Fenced(x), Fenced(weight[:width]), Fenced(weight[width:])], []
 
     def collect(statistic):
