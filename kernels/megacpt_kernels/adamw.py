@@ -209,7 +209,9 @@ def _kernel(
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * keep
     w -= rate * m / (tl.sqrt(v) * root + eps)
     if ROUND_WEIGHT or ROUND_AVG or ROUND_SQ:
-        index = start + at // columns * stride + at % columns
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        lane = (begin % columns).to(tl.int32) + tl.arange(0, BLOCK)  # division by element in 32 bits
+        index = start + (begin // columns + lane // columns) * stride + lane % columns
         low = index.to(tl.uint32)
         noise = _mix(_mix(low ^ key.to(tl.uint32)) ^ (index >> 32).to(tl.uint32))
         if ROUND_WEIGHT:

@@ -127,12 +127,10 @@ def measure(options) -> dict:
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     rate = lambda flops: flops / (numbers["step_ms"] / 1e3) / peak if peak else None
-    facts = {"program": options.one, "tokens": tokens, "layers": layers, "documents": len(starts), "device": name or "CPU", "torch": torch.__version__}  # fmt: skip
-    return (
-        facts
-        | {"tokens_per_second": tokens / numbers["step_ms"] * 1e3, "mfu": rate(dense), "mfu_exact": rate(exact)}
-        | numbers
-    )
+    facts = {"program": options.one, "tokens": tokens, "layers": layers, "documents": len(starts)}
+    facts |= {"device": name or "CPU", "torch": torch.__version__}
+    facts |= {"tokens_per_second": tokens / numbers["step_ms"] * 1e3, "mfu": rate(dense), "mfu_exact": rate(exact)}
+    return facts | numbers
 
 
 def fitting_layers(shape: dict, tokens: int, device) -> int:

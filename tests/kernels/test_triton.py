@@ -1,5 +1,5 @@
-"""Triton kernels against float64: fenced inputs, poisoned outputs, sizes that divide nothing, borders of shards. In the interpreter on a CPU;
-on a GPU, compiled, with `TRITON_INTERPRET=0 pytest tests/kernels/test_triton.py`."""
+"""Triton kernels against float64: fenced inputs, poisoned outputs, sizes that divide nothing, borders of shards. In the interpreter
+on a CPU; on a GPU, compiled, with `TRITON_INTERPRET=0 pytest tests/kernels/test_triton.py`."""
 
 import sys
 
