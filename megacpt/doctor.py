@@ -61,6 +61,7 @@ def report() -> list[str]:
         lines.append(f"operations on {device}: triton (auto), torch")
     except ValueError as error:
         lines.append(f"operations on {device}: torch (auto). {error}")
+    lines += operations_checked(device)
     try:
         find_apex(device)
         lines.append("optimizer: apex is available")
@@ -74,6 +75,45 @@ def report() -> list[str]:
     lines.append(f"NCCL {nccl}; gloo {'available' if dist.is_gloo_available() else 'not available'}")
     lines.append(f"disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB free")
     return lines
+
+
+def operations_checked(device: str) -> list[str]:
+    """Runs the operations that this machine would train with on a few tokens, values checked, against float64 on the CPU."""
+    import torch
+    from megacpt_kernels import Documents, attention, embedding, linear_cross_entropy, rms_norm, rope_qk, swiglu
+
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    ids, table, weight = torch.tensor([0, 5, 5, 7, 1, 2, 3, 4]), random(8, 64), random(64)
+    q, k, v, positions = (
+        random(8, 4, 16),
+        random(8, 2, 16),
+        random(8, 2, 16),
+        torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).int(),
+    )
+    angles = torch.rand(5, 8, generator=generator)
+    compute = {
+        "embedding": lambda to: embedding(to(ids), to(table), check=8),
+        "rms_norm": lambda to: rms_norm(to(table), to(weight), 1e-5),
+        "swiglu": lambda to: swiglu(to(table), to(table)),
+        "rope_qk": lambda to: rope_qk(to(q), to(k), to(angles.cos()), to(angles.sin()), to(positions), check=True)[0],
+        "attention": lambda to: attention(to(q), to(k), to(v), Documents.of([0, 3], 8, to(ids).device), check=True),
+        "linear_cross_entropy": lambda to: linear_cross_entropy(to(table), to(table), to(ids), 0, 8, 1.0, check=True),
+    }
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    here = lambda x: x.to(device, dtype if x.dtype == torch.float64 else x.dtype)
+    lines = []
+    for name, run in compute.items():
+        try:
+            got, want = run(here).detach().cpu().double(), run(lambda x: x)
+            error = ((got - want).norm() / want.norm()).item()
+            verdict = "ok" if error < 2e-2 else "WRONG"
+            lines.append(
+                f"  {name}: {verdict}, relative difference from float64 {error:.1e} in {str(dtype).removeprefix('torch.')}"
+            )
+        except Exception as problem:  # a report goes on
+            lines.append(f"  {name}: FAILED, {type(problem).__name__}: {problem}")
+    return ["operations, run:", *lines]
 
 
 def axes(parallel: Parallel, size: int | None = None, repeats: int = 10) -> list[str]:

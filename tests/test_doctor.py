@@ -1,5 +1,6 @@
 """doctor's timing of axes."""
 
+import torch
 from ranks import on_ranks
 
 from megacpt.doctor import slowest
@@ -23,3 +24,16 @@ def test_the_slow_node_is_named():
     ranks = [{"host": f"node{i // 2}", "tp": 0.03 if i // 2 == 2 else 0.01, "dp_shard": 0.02} for i in range(8)]
     lines = slowest(ranks, 1 << 20, {"tp": 2, "cp": 1, "dp_shard": 4})
     assert "slowest 30.00 ms on rank 4 (node2)" in lines[0] and lines[-1].startswith("slowest node: node2, 2.00 times")
+
+
+def test_operations_are_run_and_a_broken_one_is_named(monkeypatch):
+    import megacpt_kernels
+
+    from megacpt.doctor import operations_checked
+
+    assert all(": ok, " in line for line in operations_checked("cpu")[1:])
+    monkeypatch.setattr(
+        megacpt_kernels, "swiglu", lambda gate, up: gate + up if gate.dtype == torch.float32 else gate * up
+    )
+    broken = operations_checked("cpu")
+    assert [line.split(":")[0].strip() for line in broken if "WRONG" in line] == ["swiglu"]
