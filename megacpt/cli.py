@@ -305,7 +305,7 @@ def _train(options) -> None:
 
 
 def _score(options) -> None:
-    from megacpt.config.recipe import Parallel
+    from megacpt.config.stage import Parallel
     from megacpt.evaluate.score import score
     from megacpt.train.standalone import open_model
 
@@ -377,7 +377,7 @@ def _doctor(options) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(report()))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from megacpt.config.recipe import Parallel
+        from megacpt.config.stage import Parallel
 
         degrees = {name: getattr(options, name) for name in ("tensor", "context", "pipeline", "data_replicate")}
         lines = axes(Parallel(**degrees))

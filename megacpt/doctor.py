@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from megacpt.config.layout import resolve_layout
-from megacpt.config.recipe import Parallel
+from megacpt.config.stage import Parallel
 from megacpt.errors import ConfigError
 
 AXES = ("tp", "cp", "pp", "dp_shard", "dp_replicate")

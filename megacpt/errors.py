@@ -35,3 +35,18 @@ class CheckpointError(MegacptError):
     """A checkpoint or a model directory is damaged, incomplete or of another kind."""
 
     exit_code = 76
+
+
+class GateError(MegacptError):
+    """A stage ended without passing its gates, and its recipe says stop. The state is saved; a resume asks them again.
+
+    Args:
+        complaints: one line for each thing that is not as it must be.
+    """
+
+    def __init__(self, stage: str, step: int, complaints: list[str]):
+        super().__init__(
+            f"stage {stage} did not pass its gates at step {step} (saved):\n  "
+            + "\n  ".join(complaints)
+            + "\nMake the stage longer (its tokens), or change its on_fail or the gates, and start again: it resumes here."
+        )

@@ -89,8 +89,8 @@ def linear_lse(
     *,
     backend: str = "auto",
     check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp [T], the target's logit [T] or 0), at least fp32, no gradient. Arguments as above."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-sum-exp [T], the target's logit [T] or 0, the largest logit [T]), at least fp32, no gradient. Arguments as above."""
     _check(x, weight, target, ranks)
     tokens, column = ranks.start_gather(x).wait(), target - vocab_start
     if check:
@@ -99,15 +99,15 @@ def linear_lse(
         maximum, sums, hits = _launch_lse(tokens.contiguous(), weight.contiguous(), column, valid).unbind(1)
         largest = maximum.amax(0)
         own = torch.stack([largest, (sums * (maximum - largest).exp()).nan_to_num().sum(0), hits.sum(0)])
-        return combined(ranks.gather_statistics(own))
+        whole = ranks.gather_statistics(own)
+        return *combined(whole), whole[:, 0].amax(0)
     step, parts = _chunk(weight, None), []
     for part, ids in zip(tokens.split(step), target.split(step), strict=True):
         keep: list[Tensor] = []
         gather = lambda own, keep=keep: (keep.append(ranks.gather_statistics(own)), keep[0])[1]
         cross_entropy_(F.linear(part, weight), ids, vocab_start, valid, None, gather, backend="torch")
-        parts.append(torch.stack(combined(keep[0])))
-    lse, hits = torch.cat(parts, 1)
-    return lse, hits
+        parts.append(torch.stack([*combined(keep[0]), keep[0][:, 0].amax(0)]))
+    return tuple(torch.cat(parts, 1))
 
 
 def _check(x: Tensor, weight: Tensor, target: Tensor, ranks: Ranks) -> None:

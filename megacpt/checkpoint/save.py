@@ -24,23 +24,39 @@ def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
 def save(checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
     """Publishes a checkpoint; all ranks call it. Returns the seconds it took."""
     begin = time.monotonic()
-    final = checkpoints / directory_name(state.step)
-    partial = checkpoints / f".tmp-{final.name}"
+    partial = begin_save(checkpoints, state.step)
+    write_tensors(partial, tensors)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        publish(checkpoints, partial, state, facts)
+    dist.barrier()
+    return time.monotonic() - begin
+
+
+def begin_save(checkpoints: Path, step: int, group: dist.ProcessGroup | None = None) -> Path:
+    """An empty folder to write into, on all ranks."""
+    partial = checkpoints / f".tmp-{directory_name(step)}"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(group)
+    return partial
+
+
+def write_tensors(partial: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, sync_files=False, overwrite=True))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_manifest(partial, state, facts)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        sync_directory(checkpoints)
-    dist.barrier()
-    return time.monotonic() - begin
+        writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+
+
+def publish(checkpoints: Path, partial: Path, state: State, facts: dict[str, Any]) -> None:
+    """Manifest, then one rename. On rank 0, when all have written."""
+    final = checkpoints / directory_name(state.step)
+    write_manifest(partial, state, facts)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    sync_directory(checkpoints)
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:

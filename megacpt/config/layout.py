@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megacpt.config.recipe import Parallel
+from megacpt.config.stage import Parallel
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ out. Rules that need the model's shape or the data stand in plan/check.py."""
 
 from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.load import nearest
-from megacpt.config.recipe import LearningRate, Recipe, Stage
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import LearningRate, Stage
 
 
 def problems_of(recipe: Recipe, world_size: int) -> list[str]:

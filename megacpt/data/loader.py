@@ -14,9 +14,11 @@ from functools import partial
 import numpy as np
 
 from megacpt.config.clock import Clock
-from megacpt.config.recipe import Recipe, Stage
+from megacpt.config.decisions import Decision, weight_changes
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import Stage
 from megacpt.data.manifest import expand_paths
-from megacpt.data.mixture import Mixture, row_of
+from megacpt.data.mixture import Order, row_of
 from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
 from megacpt.errors import DataError
 
@@ -129,19 +131,20 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
     )
 
 
-def mixtures(recipe: Recipe, clock: Clock) -> list[Mixture]:
+def mixtures(recipe: Recipe, clock: Clock, decisions: Sequence[Decision] = ()) -> list[Order]:
     """The order of every stage. A domain's rows go on where an earlier stage of the same seq_len left them."""
-    orders: list[Mixture] = []
+    orders: list[Order] = []
     consumed: dict[int, dict[str, int]] = {}
     for i, stage in enumerate(recipe.stages):
         before = consumed.setdefault(stage.seq_len, {})
-        orders.append(Mixture(stage.mixture, zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode()), before))
+        seed = zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode())
+        orders.append(Order(weight_changes(stage, list(decisions)), seed, before))
         for name, count in orders[-1].consumed(clock.stage_tokens(i) // stage.seq_len).items():
             before[name] = before.get(name, 0) + count
     return orders
 
 
-def domain_tokens(recipe: Recipe, clock: Clock, orders: Sequence[Mixture], step: int) -> dict[str, int]:
+def domain_tokens(recipe: Recipe, clock: Clock, orders: Sequence[Order], step: int) -> dict[str, int]:
     """Tokens of each domain that the run has consumed after a step."""
     tokens = dict.fromkeys(recipe.data, 0)
     for i, stage in enumerate(recipe.stages):
@@ -160,7 +163,7 @@ class StageData:
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, order: Mixture, domains: dict[str, DomainData], pad_id: int, vocab_size: int
+        self, recipe: Recipe, stage: Stage, order: Order, domains: dict[str, DomainData], pad_id: int, vocab_size: int
     ):
         self.seq_len, self.seed, self.pad_id, self.vocab_size = stage.seq_len, recipe.run.seed, pad_id, vocab_size
         self.mixture = order

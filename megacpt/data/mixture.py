@@ -7,6 +7,9 @@ Levanter's MixtureDataset).
 """
 
 import hashlib
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,6 +77,42 @@ class Mixture:
         return {
             name: before + int(k) for name, before, k in zip(self.domains, self._before(block), inside, strict=True)
         }
+
+
+class Order:
+    """The order of one stage whose weights change: one Mixture from each of some sequences on.
+
+    Args:
+        changes: (first sequence of the stage, weights), growing, the first at 0.
+        seed: of the stage. first: sequences of each domain that stages before have consumed.
+    """
+
+    def __init__(self, changes: Sequence[tuple[int, dict[str, float]]], seed: int, first: dict[str, int] | None = None):
+        assert changes[0][0] == 0, changes
+        self.starts = [at for at, _ in changes]
+        self.mixtures: list[Mixture] = []
+        taken = dict(first or {})
+        for i, (at, weights) in enumerate(changes):
+            if i:
+                for name, count in self.mixtures[-1].consumed(at - self.starts[i - 1]).items():
+                    taken[name] = taken.get(name, 0) + count
+            self.mixtures.append(Mixture(weights, zlib.crc32(f"{seed}/{at}".encode()) if at else seed, taken))
+        self.domains = list(dict.fromkeys(name for mixture in self.mixtures for name in mixture.domains))
+
+    def at(self, sequence: int) -> tuple[str, int]:
+        """(domain, sequence of that domain since the run began) of a sequence of the stage."""
+        i = bisect_right(self.starts, sequence) - 1
+        return self.mixtures[i].at(sequence - self.starts[i])
+
+    def consumed(self, sequences: int) -> dict[str, int]:
+        """Sequences of each domain among the first `sequences` of the stage."""
+        total: dict[str, int] = dict.fromkeys(self.domains, 0)
+        for i, mixture in enumerate(self.mixtures):
+            until = self.starts[i + 1] if i + 1 < len(self.starts) else sequences
+            count = min(until, sequences) - self.starts[i]
+            for name, taken in mixture.consumed(count).items() if count > 0 else ():
+                total[name] += taken
+        return total
 
 
 def row_of(number: int, num_rows: int, seed: int, domain: str, seq_len: int) -> tuple[int, int]:

@@ -9,17 +9,14 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from megacpt.config.layout import token_unit
 from megacpt.data.indexed import IndexedDataset
-from megacpt.data.loader import IGNORE, Batch, deal
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError
+from megacpt.evaluate.sequences import score_sequences
 from megacpt.log import info
-from megacpt.model.llama import Inputs, Llama
-from megacpt.model.run import each_loss
+from megacpt.model.llama import Llama
 
 Window = tuple[int, int, int]
 """(document, offset, length)."""
@@ -34,42 +31,29 @@ def windows_of(lengths: np.ndarray, seq_len: int) -> list[Window]:
     ]
 
 
-def groups_of(windows: list[Window], micro_batch_tokens: int) -> list[list[Window]]:
-    """Windows in order, as many to a micro-batch as fit."""
-    groups: list[list[Window]] = []
-    filled = micro_batch_tokens
-    for window in windows:
-        if filled + window[2] > micro_batch_tokens:
-            groups.append([])
-            filled = 0
-        groups[-1].append(window)
-        filled += window[2]
-    return groups
-
-
 def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tokens: int, model_dir: str) -> int:
     """Writes {"document", "tokens", "nll"} lines, nll the mean over the document's labels or null, and FILE.json with
     hashes of model and tokenizer. All ranks call it, rank 0 writes. Returns the number of documents.
     """
     manifest = read_manifest(prefix)
-    data, mesh = IndexedDataset(prefix), model.mesh
+    data = IndexedDataset(prefix)
     windows = windows_of(data.lengths, seq_len)
-    counts = np.zeros(data.num_documents, np.int64)
-    for document, _, length in windows:
-        counts[document] += length - 1
-    groups = groups_of(windows, micro_batch_tokens)
-    mine = [groups[i] if i is not None else [] for (i,) in deal(len(groups), mesh.layout.data, 1, mesh.data_rank)]
-    total = torch.zeros(data.num_documents, dtype=torch.float64, device=mesh.device)
 
-    def add(i: int, inputs: Inputs, losses: torch.Tensor) -> None:
-        owners = np.repeat([window[0] for window in mine[i]], [window[2] for window in mine[i]]).astype(np.int64)
-        places = inputs.plan.tokens[inputs.plan.tokens < len(owners)]  # those of this context rank, without filling
-        kept = torch.from_numpy(inputs.plan.tokens < len(owners)).to(mesh.device)
-        total.index_add_(0, torch.from_numpy(owners[places]).to(mesh.device), losses[kept].double())
+    def read(number: int) -> tuple[np.ndarray, int]:
+        document, offset, length = windows[number]
+        piece = data.read(document, offset, length)
+        if int(piece.max()) >= model.config.vocab_size:
+            raise DataError(
+                f"{data.prefix}: document {document} holds token id {int(piece.max())}, but the model has "
+                f"{model.config.vocab_size} entries. Prepare it with the model's tokenizer."
+            )
+        return piece, 1
 
-    unit = token_unit(mesh.layout.tensor, mesh.layout.context)
-    each_loss(model, len(mine), lambda i: _batch(data, mine[i], model.config.vocab_size, unit), add)
-    sums = mesh.sum_over_tokens(total).cpu().numpy()
+    by_window = score_sequences(model, [length for _, _, length in windows], read, micro_batch_tokens)
+    sums, counts = np.zeros(data.num_documents), np.zeros(data.num_documents)
+    for (document, _, _), (loss, _, predicted) in zip(windows, by_window, strict=True):
+        sums[document] += loss
+        counts[document] += predicted
     if dist.get_rank() != 0:
         return data.num_documents
     partial = output.with_name(output.name + ".tmp")
@@ -104,30 +88,3 @@ def model_hash(directory: Path) -> str:
             while chunk := file.read(1 << 23):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _batch(data: IndexedDataset, group: list[Window], vocab_size: int, unit: int) -> Batch:
-    """Windows one behind the other, filled to a multiple of `unit` with a document without labels."""
-    total = sum(length for _, _, length in group)
-    padded = max(1, -(-total // unit)) * unit
-    tokens, labels, positions = (
-        np.zeros(padded, np.int64),
-        np.full(padded, IGNORE, np.int64),
-        np.zeros(padded, np.int64),
-    )
-    starts, at = [], 0
-    for document, offset, length in group:
-        piece = data.read(document, offset, length)
-        if int(piece.max()) >= vocab_size:
-            raise DataError(
-                f"{data.prefix}: document {document} holds token id {int(piece.max())}, but the model has "
-                f"{vocab_size} entries. Prepare it with the model's tokenizer."
-            )
-        tokens[at : at + length], labels[at : at + length - 1] = piece, piece[1:]
-        positions[at : at + length] = np.arange(length)
-        starts.append(at)
-        at += length
-    if at < padded:
-        positions[at:] = np.arange(padded - at)
-        starts.append(at)
-    return Batch(tokens[None], labels[None], positions[None], np.array(starts), np.array([0, len(starts)]), [""])

@@ -1,5 +1,9 @@
 """Validation: mean loss over the labels of a domain's held-out documents, the same rows on every layout."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from megacpt.config.recipe import Recipe
@@ -10,13 +14,21 @@ from megacpt.model.run import each_loss
 
 
 class ValidationSets:
-    """The held-out rows of every domain that a recipe validates, for one seq_len."""
+    """The held-out rows of every domain that a recipe validates, or of `names`, for one seq_len."""
 
-    def __init__(self, recipe: Recipe, seq_len: int, domains: dict[str, DomainData] | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        seq_len: int,
+        domains: dict[str, DomainData] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         self.seq_len = seq_len
         limits: dict[str, int | None] = {}
         for validation in recipe.validation:
             limits |= dict.fromkeys(validation.domains, validation.max_tokens)
+        if names is not None:
+            limits = {name: limits.get(name) for name in names}
         domains = domains or open_domains(recipe, list(limits))
         self.rows: dict[str, tuple[PackingIndex, int]] = {}
         for name, limit in limits.items():
@@ -27,21 +39,38 @@ class ValidationSets:
             self.rows[name] = (index, count)
 
 
-def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, float]:
-    """Mean negative log-likelihood by domain. All ranks call it and get the same numbers."""
+@dataclass(frozen=True)
+class Loss:
+    """Mean negative log-likelihood of a domain and its standard error."""
+
+    mean: float
+    error: float
+
+
+def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, Loss]:
+    """The loss of each domain. All ranks call it and get the same numbers."""
     mesh, losses = model.mesh, {}
     for name, (index, count) in sets.rows.items():
         dealt = deal(count, mesh.layout.data, micro_batch_rows, mesh.data_rank)
-        total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        total = torch.zeros(3, dtype=torch.float64, device=mesh.device)
 
         def batch_of(i: int, name=name, index=index, dealt=dealt) -> Batch:
             picked = [(index, name, row) if row is not None else None for row in dealt[i]]
             return make_batch(picked, sets.seq_len, pad_id, model.config.vocab_size)
 
-        def add(i: int, inputs: Inputs, nll: torch.Tensor, total=total) -> None:
-            total += torch.stack([nll.double().sum(), (inputs.labels >= 0).sum()])
+        def add(i: int, inputs: Inputs, nll: torch.Tensor, right: torch.Tensor, total=total) -> None:
+            wide = nll.double()
+            total += torch.stack([wide.sum(), wide.square().sum(), (inputs.labels >= 0).sum()])
 
         each_loss(model, len(dealt), batch_of, add)
-        mesh.sum_over_tokens(total)
-        losses[name] = (total[0] / total[1]).item()
+        loss, squares, labels = mesh.sum_over_tokens(total).tolist()
+        mean = loss / labels
+        losses[name] = Loss(mean, math.sqrt(max(0.0, squares / labels - mean * mean) / labels))
     return losses
+
+
+def rows_at_once(micro_batch_tokens: int, seq_len: int, unit: int) -> int:
+    """Rows of a micro-batch: what fits, and at least so many that their tokens divide over the ranks."""
+    rows = max(1, micro_batch_tokens // seq_len)
+    step = unit // math.gcd(seq_len, unit)
+    return max(step, rows // step * step)

@@ -6,7 +6,8 @@ import torch
 from megacpt_kernels.attention import resolve_backend
 from megacpt_kernels.backend import find_apex, use_triton
 
-from megacpt.config.recipe import Kernels, Parallel
+from megacpt.config.recipe import Kernels
+from megacpt.config.stage import Parallel
 from megacpt.errors import ConfigError
 from megacpt.model.config import LlamaConfig
 from megacpt.model.llama import Llama, ModelOptions

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import nearest
-from megacpt.config.recipe import Model, Parallel, Rope
+from megacpt.config.recipe import Model
+from megacpt.config.stage import Parallel, Rope
 from megacpt.errors import ConfigError
 
 _ROPE_FIELDS = {

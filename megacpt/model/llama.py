@@ -243,8 +243,8 @@ class Llama(nn.Module):
         group, size = self.mesh.tensor_group, self.config.vocab_size
         return linear_cross_entropy(x, self._head(), inputs.labels, size, group, scale, self.options.operations)
 
-    def token_losses(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """The loss of each token [T], 0 without label. No gradient."""
+    def token_losses(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(loss of each token [T], 0 without label; whether its label is the most probable). No gradient."""
         group, size = self.mesh.tensor_group, self.config.vocab_size
         return token_losses(x, self._head(), inputs.labels, size, group, self.options.operations)
 

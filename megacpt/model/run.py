@@ -36,13 +36,13 @@ def accumulate(model: Llama, micro_batches: Sequence[Batch], num_labels: int, re
 
 @torch.no_grad()
 def each_loss(
-    model: Llama, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor], None]
+    model: Llama, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor, Tensor], None]
 ) -> None:
-    """Forward only: `use(i, inputs, losses)` for each of `count` micro-batches, on the ranks of the last stage.
+    """Forward only: `use(i, inputs, losses, right)` for each of `count` micro-batches, on the ranks of the last stage.
 
     Args:
         batch_of: makes a micro-batch by its number.
-        use: losses are [T], 0 without label.
+        use: losses are [T], 0 without label; right, bool [T], where the label is the most probable.
     """
     schedule = model.plan.schedule(count).forward_only()
     execute(schedule, _Losses(model, schedule, batch_of, use), model.mesh)
@@ -151,7 +151,7 @@ class _Losses(_Work):
         inputs = self.inputs_of(action.micro_batch)
         out = self.model(action.stage, received, inputs)
         if action.stage == self.last_stage:
-            self.use(action.micro_batch, inputs, self.model.token_losses(out, inputs))
+            self.use(action.micro_batch, inputs, *self.model.token_losses(out, inputs))
             out = None
         self.used(action.micro_batch)
         return out

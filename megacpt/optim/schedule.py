@@ -8,7 +8,8 @@ minimum exactly, whatever the batch ramp was. WSD: Hu et al. 2024 (arXiv 2404.06
 import math
 
 from megacpt.config.clock import Clock, Step
-from megacpt.config.recipe import LearningRate, Recipe
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import LearningRate
 
 
 def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
@@ -32,8 +33,8 @@ def _remaining(shape: str, passed: float) -> float:
 
 
 def rate_of_step(recipe: Recipe, clock: Clock, step: Step) -> float:
-    """The rate of a step, from the run's schedule or its stage's."""
+    """The rate of a step, from the run's schedule or its stage's. In an extension it stays where the stage left it."""
+    in_stage, in_run = clock.planned_at(step)
     if recipe.optimizer.lr:
-        return learning_rate(recipe.optimizer.lr, step.tokens_after, clock.num_tokens)
-    passed = step.tokens_after - clock.stage_first_token[step.stage]
-    return learning_rate(recipe.stages[step.stage].lr, passed, clock.stage_tokens(step.stage))
+        return learning_rate(recipe.optimizer.lr, in_run, sum(clock.planned_tokens))
+    return learning_rate(recipe.stages[step.stage].lr, in_stage, clock.planned_tokens[step.stage])

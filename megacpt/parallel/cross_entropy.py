@@ -40,12 +40,14 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(
     x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, backend: str = "auto"
-) -> Tensor:
-    """Negative log-likelihood of each token [T], 0 without label. At least fp32. No gradient, no logits on a GPU."""
+) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood of each token [T], at least fp32, 0 without label; whether its label is the most probable, bool [T]).
+    No gradient, no logits on a GPU."""
     local = weight._local_tensor
     columns = _columns(local, vocab_size, group)
-    lse, logit = linear_lse(x, local, target, *columns, _ranks(group), backend=backend)
-    return torch.where(target != IGNORE, lse - logit, torch.zeros_like(lse))
+    lse, logit, largest = linear_lse(x, local, target, *columns, _ranks(group), backend=backend)
+    has_label = target != IGNORE
+    return torch.where(has_label, lse - logit, torch.zeros_like(lse)), has_label & (logit >= largest)
 
 
 def _ranks(group: dist.ProcessGroup) -> Ranks:

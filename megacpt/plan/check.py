@@ -8,8 +8,9 @@ from itertools import groupby
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
 from megacpt.config.quantity import show_tokens
-from megacpt.config.recipe import Model, Parallel, Recipe
+from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of
+from megacpt.config.stage import Parallel
 from megacpt.data.manifest import expand_paths, read_manifest
 from megacpt.errors import ConfigError, MegacptError
 from megacpt.log import short_number

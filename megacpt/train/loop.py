@@ -6,12 +6,9 @@ holds no schedule of its own. It begins at the step after the checkpoint's.
 
 import gc
 import json
-import os
 import platform
-import signal
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,14 +18,16 @@ from megacpt import log
 from megacpt.checkpoint.export import HUGGING_FACE
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import State, directory_name, newest_sound
-from megacpt.checkpoint.save import prune, save, tensors_of
+from megacpt.checkpoint.save import tensors_of
 from megacpt.config.clock import Clock, Step
+from megacpt.config.decisions import extensions_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.recipe import Recipe, Stage
-from megacpt.data.loader import StageData, domain_tokens, load_step, mixtures, open_domains, pad_token, prefetch
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import Stage
+from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, open_domains, pad_token, prefetch
 from megacpt.errors import ConfigError, DataError, MegacptError
-from megacpt.evaluate.validation import ValidationSets, validate
+from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
 from megacpt.model.config import LlamaConfig, change_rope, config_of
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
@@ -45,51 +44,12 @@ from megacpt.parallel.mesh import (
     set_timeout,
     start_process_group,
 )
+from megacpt.train.job import Run, StopRequest, saved, told_of_saves, validated
 from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
+from megacpt.train.stages import adjust_mixture, average_stage, mixture_is_due, pass_gates, snapshot, take_baseline
 from megacpt.train.step import Update, compute_dtype, train_step
-
-
-@dataclass
-class Run:
-    """Everything a step needs."""
-
-    recipe: Recipe
-    clock: Clock
-    model: Llama
-    optimizer: AdamW
-    directory: RunDirectory
-    fingerprints: dict[str, str]
-    facts: dict
-    pad_id: int
-    stop: "StopRequest"
-    board: TensorBoard | None = None
-    validated_at: int = -1
-    timeout: float = 0.0
-
-
-class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame) -> None:
-        if self.signal:
-            os._exit(75)
-        self.signal = signal.Signals(number).name
-        log.info(f"{self.signal}: saving after this step; once more to leave at once.")
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked. Collective."""
-        if dist.get_world_size() == 1:
-            return self.signal is not None
-        flag = torch.tensor(float(self.signal is not None), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 def train(recipe: Recipe) -> str:
@@ -108,10 +68,11 @@ def train(recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str:
-    clock = Clock(recipe)
     config = config_of(recipe.model)
     found = newest_sound(directory.checkpoints)
     mode = _start_mode(recipe, found is not None)
+    decisions = list(found[1].decisions) if mode == "resume" else []
+    clock = Clock(recipe, extensions_of(decisions))
     domains = open_domains(recipe, list(recipe.data))
     fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
     changes = _check_resume(recipe, clock, directory, found[1], fingerprints) if mode == "resume" else []
@@ -159,21 +120,28 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     )
     run = Run(
         recipe,
-        clock,
         model,
         optimizer,
         directory,
         fingerprints,
         facts,
+        domains,
         pad_token(domains, config.eos_token_id),
         StopRequest(),
-        timeout=recipe.health.start_timeout_seconds,
+        decisions,
+        recipe.health.start_timeout_seconds,
     )
+    run.saved_at = done if mode == "resume" else -1
     if recipe.log.tensorboard and directory.write:
         run.board = TensorBoard(directory.path / "tb", layout.world_size, done + 1 if done else None)
+    gc.collect()
+    gc.disable()  # a collection in one rank's step is a stall of all; it runs at intervals, on all at once
     try:
-        return _steps(run, domains, done)
+        return _stages(run, done)
     finally:
+        gc.enable()
+        if run.saver:
+            run.saver.wait()
         if run.board:
             run.board.close()
 
@@ -205,7 +173,10 @@ def _relayout(run: Run, index: int, number: int) -> None:
     old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
     path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
     if not path.is_dir():
-        _save(run, number)
+        saved(run, number)
+    if run.saver:
+        run.saver.wait()
+        told_of_saves(run)
     run.model = run.optimizer = before = None  # the old shards leave memory before the new ones come
     gc.collect()
     restart_process_group(device, index, run.recipe.health.start_timeout_seconds)
@@ -213,6 +184,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     run.model, run.optimizer = _build(run.recipe, stage, config, compute, device)
     load(path, tensors_of(run.optimizer.parameters, run.optimizer))
     run.optimizer.num_updates = updates
+    run.open_saver()
     run.facts["layout"] = str(run.model.mesh.layout)
     run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])
     log.info(f"from stage {stage.name} on: {picture(run.model.mesh.layout)}")
@@ -296,97 +268,141 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def _steps(run: Run, domains: dict, done: int) -> str:
-    recipe, clock = run.recipe, run.clock
-    orders = mixtures(recipe, clock)
+def _stages(run: Run, done: int) -> str:
+    """Every stage from the step after `done` on. A stage that does not pass its gates may become longer and is run on."""
+    recipe = run.recipe
+    layout = recipe.layout_of(recipe.stages[run.clock.step(min(run.clock.num_steps, done + 1)).stage])
     profiler = Profiler(recipe.profile, run.directory.path / "profile", dist.get_rank())
-    metrics = StepMetrics(run.model.config, run.model.mesh.layout.world_size, run.facts["peak_flops"])
-    console = Console(clock, recipe.log.every_steps)
-    stop_at = min(clock.num_steps, recipe.run.stop_at_step if recipe.run.stop_at_step is not None else clock.num_steps)
-    saved = done if run.facts["start"] == "resume" else None
-    layout = recipe.layout_of(recipe.stages[clock.step(min(clock.num_steps, done + 1)).stage])
-    gc.collect()
-    gc.disable()  # a collection in one rank's step is a stall of all; it runs at intervals, on all at once
+    number, index, entered = done, 0, -1
     try:
-        for index, stage in enumerate(recipe.stages):
-            numbers = [n for n in _stage_numbers(clock, index) if done < n <= stop_at]
-            if numbers and recipe.layout_of(stage) != layout:
-                model = mesh = None  # so that the old shards can go
-                _relayout(run, index, numbers[0] - 1)
-                layout, saved = recipe.layout_of(stage), numbers[0] - 1
-            model, mesh = run.model, run.model.mesh
-            if numbers or (done == 0 and index == 0):
-                _enter_stage(run, index)
-                sets = ValidationSets(recipe, stage.seq_len, domains) if recipe.validation else None
-            if done == 0 and index == 0 and sets:
-                _validate(run, sets, 0, stage)
-            if not numbers:
+        while index < len(recipe.stages):
+            stage, last = recipe.stages[index], run.clock.stage_numbers(index)[-1]
+            stop_at = min(
+                run.clock.num_steps, run.clock.num_steps if recipe.run.stop_at_step is None else recipe.run.stop_at_step
+            )
+            if last < number or (number == last and index + 1 < len(recipe.stages) and _is_settled(run, index, number)):
+                index += 1
                 continue
-            data = StageData(recipe, stage, orders[index], domains, run.pad_id, model.config.vocab_size)
-            rows_per_micro_batch = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
-
-            def make(number: int, data=data, rows=rows_per_micro_batch, mesh=mesh):
-                step = clock.step(number)
-                return load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
-
-            waiting = prefetch(make, range(numbers[0], numbers[-1] + 1))
-            for number in numbers:
-                step = clock.step(number)
-                profiler.before(number)
-                begin = time.monotonic()
-                batch = next(waiting)
-                data_seconds = time.monotonic() - begin
-                lr = rate_of_step(recipe, clock, step)
-                reduce = recipe.reduction(layout)
-                loss, norm = train_step(
-                    model, run.optimizer, batch.micro_batches, batch.num_labels, reduce, _update_of(recipe, step, lr)
-                )
-                loss, norm = loss.item(), norm.item()  # the step's one wait for the device
-                if number == numbers[0]:
-                    run.timeout = recipe.health.step_timeout_seconds
-                    set_timeout(run.timeout)
-                row = metrics.row(
-                    step,
-                    stage.name,
-                    loss,
-                    norm,
-                    lr,
-                    batch.num_pairs,
-                    domain_tokens(recipe, clock, orders, number),
-                    time.monotonic() - begin,
-                    data_seconds,
-                    memory_gib(mesh.device),
-                )
-                profiler.after(number)
-                run.directory.metrics(row)
-                if run.board:
-                    run.board.step(row)
-                if line := console.line(row):
-                    log.info(line)
-                if number % 100 == 0:
-                    gc.collect()
-                if sets and _due(recipe, step):
-                    _validate(run, sets, number, stage)
-                stopping = run.stop.agreed(mesh.device)
-                if number % recipe.checkpoint.every_steps == 0 or number == stop_at or stopping:
-                    _save(run, number)
-                    saved = number
-                if stopping:
-                    run.directory.event("stopped", number, step.tokens_after, signal=run.stop.signal)
+            if number >= stop_at and not (number == last or number == done == 0):
+                break
+            if recipe.layout_of(stage) != layout and entered != index:
+                _relayout(run, index, number)
+                layout = recipe.layout_of(stage)
+                run.saved_at = number
+            if entered != index:
+                _enter_stage(run, index)
+                sets = ValidationSets(recipe, stage.seq_len, run.domains) if recipe.validation else None
+                entered = index
+            if number == 0:
+                take_baseline(run, index)
+                if sets:
+                    validated(run, sets, 0, stage)
+            if number < min(last, stop_at):
+                number = _steps(run, index, number, min(last, stop_at), sets, profiler)
+                if run.stop.signal is not None or run.stopping:
+                    tokens = run.clock.tokens_at(number)
+                    run.directory.event("stopped", number, tokens, signal=run.stop.signal)
                     return "preempted"
-            if sets and run.validated_at != numbers[-1] and numbers[-1] == clock.num_steps:
-                _validate(run, sets, numbers[-1], stage)
+            if number == last:
+                average_stage(run, index, number)
+                if not pass_gates(run, index, number):
+                    continue
+            if number >= stop_at and stop_at < run.clock.num_steps:
+                break
+            index += 1
     finally:
-        gc.enable()
         profiler.close()
-    if saved is None:  # stop_at_step = 0: the imported model, as a checkpoint
-        _save(run, done)
-    return "finished" if stop_at == clock.num_steps else "preempted"
+    if sets and run.validated_at != number and number == run.clock.num_steps:
+        validated(run, sets, number, stage)
+    if run.saved_at != number:  # stop_at_step = 0: the imported model, as a checkpoint
+        saved(run, number)
+    return "finished" if number == run.clock.num_steps else "preempted"
 
 
-def _stage_numbers(clock: Clock, index: int) -> range:
-    first = 1 + sum(clock.stage_steps(i) for i in range(index))
-    return range(first, first + clock.stage_steps(index))
+def _is_settled(run: Run, index: int, number: int) -> bool:
+    """Whether a stage that ended with the checkpoint has nothing left to ask."""
+    stage = run.recipe.stages[index]
+    asked = any(d["kind"] == "gates" and d["step"] == number and d["action"] != "stop" for d in run.decisions)
+    return asked or not stage.gates
+
+
+def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | None, profiler: Profiler) -> int:
+    """The steps of one stage from `done` + 1 to `until`, or to where a stop was asked. Returns the last one's number."""
+    recipe, stage = run.recipe, run.recipe.stages[index]
+    layout, mesh = recipe.layout_of(stage), run.model.mesh
+    metrics = StepMetrics(run.model.config, mesh.layout.world_size, run.facts["peak_flops"])
+    console, first = Console(run.clock, recipe.log.every_steps), done + 1
+    waiting = _rows(run, index, first, until)
+    for number in range(first, until + 1):
+        step = run.clock.step(number)
+        profiler.before(number)
+        begin = time.monotonic()
+        batch = next(waiting)
+        data_seconds = time.monotonic() - begin
+        lr = rate_of_step(recipe, run.clock, step)
+        update = _update_of(recipe, step, lr)
+        loss, norm = train_step(
+            run.model, run.optimizer, batch.micro_batches, batch.num_labels, recipe.reduction(layout), update
+        )
+        loss, norm = loss.item(), norm.item()  # the step's one wait for the device
+        if number == first:
+            run.timeout = recipe.health.step_timeout_seconds
+            set_timeout(run.timeout)
+        row = metrics.row(
+            step,
+            stage.name,
+            loss,
+            norm,
+            lr,
+            batch.num_pairs,
+            domain_tokens(recipe, run.clock, run.orders, number),
+            time.monotonic() - begin,
+            data_seconds,
+            memory_gib(mesh.device),
+        )
+        profiler.after(number)
+        run.directory.metrics(row)
+        if run.board:
+            run.board.step(row)
+        if line := console.line(row):
+            log.info(line)
+        if number % 100 == 0:
+            gc.collect()
+        if sets and _due(recipe, step):
+            validated(run, sets, number, stage)
+        if mixture_is_due(run, step):
+            adjust_mixture(run, step)
+            waiting.close()
+            waiting = _rows(run, index, number + 1, until)
+        snapshot(run, step)
+        run.stopping, failed = run.asked()
+        if failed:
+            run.saver.raise_error()
+        told_of_saves(run)
+        last = number == until or run.stopping
+        if number % recipe.checkpoint.every_steps == 0 or run.stopping or (last and number in _final(run)):
+            saved(run, number, wait=last)
+        if run.stopping:
+            return number
+    return until
+
+
+def _final(run: Run) -> tuple[int, ...]:
+    """Steps that are saved in any case: the last one, of the run or of this start."""
+    return run.clock.num_steps, run.recipe.run.stop_at_step or run.clock.num_steps
+
+
+def _rows(run: Run, index: int, first: int, until: int) -> Iterator[StepData]:
+    """The rows of steps `first` to `until` for this rank, a few steps ahead."""
+    recipe, stage, clock, mesh = run.recipe, run.recipe.stages[index], run.clock, run.model.mesh
+    data = StageData(recipe, stage, run.orders[index], run.domains, run.pad_id, run.model.config.vocab_size)
+    rows = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
+
+    def make(number: int) -> StepData:
+        step = clock.step(number)
+        return load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
+
+    return prefetch(make, range(first, until + 1))
 
 
 def _update_of(recipe: Recipe, step: Step, lr: float) -> Update:
@@ -411,7 +427,7 @@ def _enter_stage(run: Run, index: int) -> None:
     first = run.clock.stage_first_token[index]
     run.directory.event(
         "stage",
-        _stage_numbers(run.clock, index)[0] - 1,
+        run.clock.stage_numbers(index)[0] - 1,
         first,
         stage=run.recipe.stages[index].name,
         rope={"theta": config.rope.theta, "type": config.rope.type, **config.rope.fields},
@@ -422,37 +438,3 @@ def _due(recipe: Recipe, step: Step) -> bool:
     """Whether a validation interval ends in this step."""
     intervals = [v.every_tokens for v in recipe.validation if v.every_tokens]
     return any(step.tokens_before // n != step.tokens_after // n for n in intervals)
-
-
-def _validate(run: Run, sets: ValidationSets, number: int, stage) -> None:
-    rows = run.recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
-    with _slow_phase(run):
-        losses = validate(run.model, sets, rows, run.pad_id)
-    run.validated_at = number
-    run.directory.event("validation", number, run.clock.tokens_at(number), losses=losses)
-    if run.board:
-        run.board.validation(losses, number)
-    log.info("validation  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-
-
-@contextmanager
-def _slow_phase(run: Run):
-    """Ranks may wait long for each other: while rank 0 writes, or one reads slowly."""
-    set_timeout(run.recipe.health.save_timeout_seconds)
-    try:
-        yield
-    finally:
-        set_timeout(run.timeout)
-
-
-def _save(run: Run, number: int) -> None:
-    stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
-    state = State(number, run.clock.tokens_at(number), run.optimizer.num_updates, stage.name, [], run.fingerprints)
-    with _slow_phase(run):
-        seconds = save(run.directory.checkpoints, tensors_of(run.optimizer.parameters, run.optimizer), state, run.facts)
-        if dist.get_rank() == 0:
-            keep = run.recipe.checkpoint
-            removed = prune(run.directory.checkpoints, keep.keep_last, keep.keep_every_steps)
-            run.directory.event("saved", number, state.tokens, seconds=round(seconds, 3), removed=removed)
-        dist.barrier()  # the others wait for rank 0 here, not in the next step
-    log.info(f"saved {Path(run.directory.checkpoints).name}/step-{number:08d} in {seconds:.1f} s")

@@ -113,6 +113,15 @@ class TensorBoard:
             self.writer.add_scalar(f"val/{name}/loss", loss, step)
         self.writer.flush()
 
+    def mixture(self, shares: dict[str, float], step: int) -> None:
+        for name, share in shares.items():
+            self.writer.add_scalar(f"data/share/{name}", share, step)
+
+    def picture(self, name: str, pixels, step: int) -> None:
+        """uint8 [height, width, 3]."""
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 

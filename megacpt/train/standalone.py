@@ -1,8 +1,8 @@
 """A model from a Hugging Face directory or a run, for the verbs that only run it: score and evaluate."""
 
+import math
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
@@ -10,7 +10,8 @@ from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import verify
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout
-from megacpt.config.recipe import Parallel, Recipe
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
 from megacpt.evaluate.validation import ValidationSets, validate
@@ -68,4 +69,4 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
     sets = ValidationSets(recipe, stage.seq_len, domains)
     rows = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
     losses = validate(model, sets, rows, pad_token(domains, model.config.eos_token_id))
-    return {name: {"loss": loss, "perplexity": float(torch.tensor(loss).exp())} for name, loss in losses.items()}
+    return {name: {"loss": loss.mean, "perplexity": math.exp(loss.mean)} for name, loss in losses.items()}

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.config.clock import Clock
-from megacpt.config.recipe import LearningRate, Recipe
+from megacpt.config.recipe import Recipe
+from megacpt.config.stage import LearningRate
 from megacpt.optim.schedule import learning_rate, rate_of_step
 
 

@@ -112,7 +112,7 @@ def test_a_domain_goes_on_in_the_next_stage_of_the_same_length(recipe_file):
     recipe = load_recipe(recipe_file(stages=stages))
     clock = Clock(recipe)
     orders = mixtures(recipe, clock)
-    assert [order.first.get("a") for order in orders] == [0, 10, 0]
+    assert [order.mixtures[0].first.get("a") for order in orders] == [0, 10, 0]
     tokens = domain_tokens(recipe, clock, orders, clock.num_steps)
     assert tokens["a"] + tokens["b"] == clock.num_tokens and abs(tokens["b"] - 320) <= 64
     assert domain_tokens(recipe, clock, orders, 5) == {"a": 640, "b": 0}

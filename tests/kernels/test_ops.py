@@ -240,10 +240,11 @@ def test_linear_cross_entropy_and_linear_lse(chunk, dtype):
     assert abs(loss.item() / want.item() - 1) <= max(bound, 1e-6)
     for got, reference in zip(inputs, exact, strict=True):
         assert difference(got.grad, reference.grad) <= (2 * KERNEL[dtype] if dtype == torch.bfloat16 else KERNEL[dtype])
-    lse, hit = linear_lse(inputs[0].detach(), inputs[1].detach(), target, 0, 20)
+    lse, hit, largest = linear_lse(inputs[0].detach(), inputs[1].detach(), target, 0, 20)
     labelled = target >= 0
     picked = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
     assert difference(lse, logits.logsumexp(-1)) <= KERNEL[dtype]
+    assert difference(largest, logits.amax(-1)) <= KERNEL[dtype]
     assert difference(hit[labelled], picked[labelled]) <= KERNEL[dtype] and not hit[~labelled].any()
 
 

@@ -324,11 +324,14 @@ def test_linear_lse(rows, width, valid, hidden, dtype):
 
     for rank in (0, 1):
         part, real = fenced[1 + rank].tensor, max(0, min(width, valid - rank * width))
-        lse, hit = linear_lse(fenced[0].tensor, part, target, rank * width, real, Ranks(1, collect), backend="triton")
+        lse, hit, largest = linear_lse(
+            fenced[0].tensor, part, target, rank * width, real, Ranks(1, collect), backend="triton"
+        )
     logits = (x.double() @ weight.double().t())[:, :valid]
     assert all(f.whole() for f in fenced)
     assert difference(lse, logits.logsumexp(-1)) <= 2e-6
     assert difference(hit, logits.gather(1, target[:, None]).squeeze(1)) <= 2e-6
+    assert difference(largest, logits.amax(-1) if valid else largest) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 
 import megacpt.model.hf as hf
-from megacpt.config.recipe import Rope
+from megacpt.config.stage import Rope
 from megacpt.errors import CheckpointError, ConfigError
 from megacpt.model.build import build_model
 from megacpt.model.config import ARCHITECTURES, change_rope, export_config, parse_config, read_config

@@ -85,7 +85,7 @@ def packed(lengths, vocab: int) -> tuple[Batch, list[torch.Tensor]]:
 def losses_of(model, batch: Batch) -> torch.Tensor:
     """The loss of each token."""
     found = []
-    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses: found.append(losses))
+    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
     return found[0]
 
 

@@ -26,7 +26,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.config.recipe import Parallel
+    from megacpt.config.stage import Parallel
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacpt.config.recipe import Parallel
+from megacpt.config.stage import Parallel
 from megacpt.model.stage import plan_stages, split_layers
 from megacpt.parallel.pipeline.schedule import SCHEDULES, Action, Schedule, make_schedule, virtual_stages_of
 from megacpt.parallel.pipeline.simulate import lower, needed, rendezvous, simulate

@@ -75,7 +75,7 @@ def test_gradient_bytes_of_both_reductions(recipe_file):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_the_ranks_are_those_of_the_model(tied):
-    from megacpt.config.recipe import Parallel
+    from megacpt.config.stage import Parallel
     from megacpt.model.config import parse_config
 
     config = parse_config(tiny_config(num_hidden_layers=6, tie_word_embeddings=tied), "test")

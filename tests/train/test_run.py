@@ -428,10 +428,10 @@ def late(path: str, flags: list[str], slow: str) -> str:
     """On a rank: rank 1 sleeps three seconds in a step or before a save; what comes of it."""
     import time
 
-    from megacpt.train import loop
+    from megacpt.train import job, loop
 
-    name = {"step": "train_step", "save": "save"}[slow]
-    original, calls = getattr(loop, name), []
+    module, name = {"step": (loop, "train_step"), "save": (job, "save")}[slow]
+    original, calls = getattr(module, name), []
 
     def sleepy(*args, **kwargs):
         calls.append(1)
@@ -439,7 +439,7 @@ def late(path: str, flags: list[str], slow: str) -> str:
             time.sleep(3)
         return original(*args, **kwargs)
 
-    setattr(loop, name, sleepy)
+    setattr(module, name, sleepy)
     try:
         loop.train(load_recipe(path, flags))
     except RuntimeError as error:

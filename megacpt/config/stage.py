@@ -1,0 +1,287 @@
+"""A stage of a recipe and what it refers to: layout, rotary embedding, learning rate, mixture, gates, what follows a gate."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from megacpt.config.base import Count, Name, OrWord, Section, Tokens
+from megacpt.config.quantity import parse_tokens
+
+
+class Rope(Section):
+    theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies. Default: the checkpoint's."""
+    type: Literal["default", "linear", "llama3", "yarn"] | None = None
+    """Scaling rule. Default: the checkpoint's."""
+    factor: float | None = Field(None, ge=1)
+    """Scaling factor."""
+    original_max_position_embeddings: Count | None = None
+    """Context length before scaling."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above original / low are divided by the factor."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original / high stay."""
+    attention_factor: float | None = Field(None, gt=0)
+    """yarn: factor on cos and sin. Default: 0.1 ln(factor) + 1."""
+    beta_fast: float | None = Field(None, gt=0)
+    """yarn: rotations above which a dimension is not interpolated. Default 32."""
+    beta_slow: float | None = Field(None, gt=0)
+    """yarn: rotations below which a dimension is fully interpolated. Default 1."""
+
+
+RopeChoice = Annotated[Rope | None, OrWord("keep")]
+
+
+class Parallel(Section):
+    tensor: Count = 1
+    """Ranks that share each matrix, with sequence parallelism."""
+    context: Count = 1
+    """Ranks that share each sequence."""
+    pipeline: Count = 1
+    """Ranks that share the layers."""
+    virtual_stages: Count = 1
+    """Pipeline stages a rank."""
+    schedule: Annotated[Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] | None, OrWord("auto")] = None
+    """Order of the pipeline's work. auto: 1f1b with one stage a rank, else interleaved. zb-h1 and zb-v split backward."""
+    contiguous_micro_batches: Count | None = None
+    """interleaved: micro-batches that a stage runs one after another (N). Default: the pipeline degree."""
+    max_in_flight: Count | None = None
+    """Bound on the stage activations that a rank keeps, in stages times micro-batches."""
+    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers of each stage. Default: balanced, with the embedding and the head counted as below."""
+    embedding_weight: float = Field(1.0, ge=0)
+    """What the embedding counts in the split, in layers."""
+    head_weight: float = Field(1.0, ge=0)
+    """What head and loss count in the split, in layers."""
+    data_replicate: Count = 1
+    """Replicas of the sharded model (HSDP)."""
+    data_shard: Annotated[Count | None, OrWord("auto")] = None
+    """Ranks over which FSDP shards; "auto" is the world size over the other degrees."""
+    micro_batch_tokens: Tokens | None = None
+    """Tokens that one data-parallel rank runs at once. Default: one row of `seq_len`."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """selective keeps the outputs of matrix products and attention; full keeps the input of each block."""
+    reshard_after_forward: Annotated[bool | None, OrWord("auto")] = None
+    """Whether FSDP frees a block's weights between forward and backward. auto: not under pipeline, as in Llama 3."""
+    prefetch: int = Field(1, ge=0)
+    """Blocks whose weights FSDP gathers ahead."""
+    overlap: Literal["none", "chunked", "symmetric_memory"] = "none"
+    """How forward hides the collectives of tensor parallelism. symmetric_memory needs GPUs that share memory (NVLink)."""
+
+    @property
+    def schedule_name(self) -> str:
+        return self.schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved")
+
+
+class LearningRate(Section):
+    shape: Literal["constant", "cosine", "linear", "wsd"]
+    """Course after the warm-up. wsd: constant, then a tail of `decay_tokens`."""
+    peak: float = Field(gt=0)
+    """Learning rate after the warm-up."""
+    min: float = Field(0.0, ge=0)
+    """Learning rate at the last token (not for constant)."""
+    warmup_tokens: Tokens = 0
+    """Linear warm-up from 0."""
+    decay_tokens: Tokens | None = None
+    """wsd: length of the tail."""
+    tail: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """wsd: shape of the tail."""
+
+
+class OnlineMixture(Section):
+    """Weights inside a group follow validation perplexity (Llama-3-SynE: f = 1 + alpha * change * topic weight)."""
+
+    every_tokens: Tokens
+    """Interval between adjustments."""
+    start_tokens: Tokens = 0
+    """None before this many tokens of a stage: after the warm-up, which raises every loss."""
+    alpha: float = Field(2.0, gt=0)
+    """How strongly a relative change of perplexity changes a weight."""
+    pull: float = Field(0.1, ge=0, le=1)
+    """Pull to the stage's own weights: 0 is the published rule, which has no fixed point."""
+    floor: float = Field(0.2, ge=0, le=1)
+    """A weight never falls below this part of the stage's own."""
+    cap: float = Field(4.0, ge=1)
+    """Nor rises above this multiple of it."""
+    dead_band: float = Field(2.0, ge=0)
+    """Changes of the loss below this many standard errors count as none."""
+    topic_weights: dict[str, float] = {}
+    """Factor of a domain's change; default 1."""
+
+
+class MixtureRules(Section):
+    groups: dict[Name, list[str]] = {}
+    """Domains whose common share stays fixed while weights move inside. A domain in none keeps its share."""
+    online: OnlineMixture | None = None
+    """Adjust weights inside the groups while training."""
+
+
+class NeedleGate(Section):
+    """Needle in a haystack, teacher-forced: right if every token of the answer is the most probable."""
+
+    kind: Literal["needle"]
+    """needle"""
+    haystack: str
+    """Domain whose held-out documents (else its first) are the hay."""
+    lengths: list[Count] | None = None
+    """Lengths in tokens. Default: the stage's seq_len, its half, quarter and eighth."""
+    depths: Count = 10
+    """Places of the needle at each length."""
+    inserted: Count = 1
+    """Needles in the hay."""
+    asked: Count = 1
+    """Of them, how many are asked for."""
+    minimum: float = Field(1.0, ge=0, le=1)
+    """Least mean recall over lengths and depths."""
+
+
+class RecoveryGate(Section):
+    """Short-context ability is what it was at the run's start."""
+
+    kind: Literal["recovery"]
+    """recovery"""
+    domains: list[str] = []
+    """Their validation losses, in rows of the first stage's seq_len."""
+    tasks: list[str] = []
+    """Multiple-choice files: lines of {"question", "choices", "answer"}."""
+    tolerance: float = Field(0.02, ge=0)
+    """A loss may lie above the start's by this part of it, an accuracy below it by this much."""
+
+
+class ForgettingGate(Section):
+    """What must not be forgotten."""
+
+    kind: Literal["forgetting"]
+    """forgetting"""
+    domains: list[str] = []
+    """Their validation losses, in rows of the first stage's seq_len."""
+    tasks: list[str] = []
+    """Multiple-choice files."""
+    max_rise: float = Field(0.05, ge=0)
+    """A loss may rise above the start's by at most this."""
+    max_fall: float = Field(0.02, ge=0)
+    """An accuracy may fall by at most this."""
+
+
+Gate = Annotated[NeedleGate | RecoveryGate | ForgettingGate, Field(discriminator="kind")]
+
+
+class OnFail(Section):
+    """What a stage does when one of its gates is not passed."""
+
+    action: Literal["extend", "stop", "warn"] = "stop"
+    """extend trains on and asks again; stop saves and leaves; warn goes on."""
+    tokens: Tokens | None = None
+    """extend: length of one extension."""
+    limit: Tokens | None = None
+    """extend: all of them together; then the run stops."""
+
+
+class Average(Section):
+    """Weights averaged over the end of a stage (Polyak mean; Llama 3, section 3.4.3)."""
+
+    last: int = Field(5, ge=2)
+    """Snapshots that are averaged."""
+    every_tokens: Tokens
+    """Interval of snapshots."""
+    decay: Literal["mean", "linear", "cosine", "1-sqrt"] = "mean"
+    """Weights of the snapshots: equal, or those that emulate a decay of the learning rate over them (WSM, arXiv 2507.17634)."""
+
+
+class StageParallel(Section):
+    """Keys of `[parallel]` that a stage has of its own. A stage with another layout begins with a checkpoint, from which all
+    ranks go on under the new one."""
+
+    tensor: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    context: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    pipeline: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    virtual_stages: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] | None = None
+    """As in `[parallel]`, for this stage."""
+    contiguous_micro_batches: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    max_in_flight: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """As in `[parallel]`, for this stage."""
+    data_replicate: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    data_shard: Count | None = None
+    """As in `[parallel]`, for this stage."""
+    micro_batch_tokens: Tokens | None = None
+    """As in `[parallel]`, for this stage."""
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    """As in `[parallel]`, for this stage."""
+    reshard_after_forward: bool | None = None
+    """As in `[parallel]`, for this stage."""
+    overlap: Literal["none", "chunked", "symmetric_memory"] | None = None
+    """As in `[parallel]`, for this stage."""
+
+
+def _ramp(value: Any) -> Any:
+    """8192 or "4Mi" -> ((0, tokens),); [["0", "2Mi"], ["2B", "4Mi"]] -> pairs of (position, tokens)."""
+    if not isinstance(value, list | tuple):
+        return ((0, parse_tokens(value)),)
+    if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise ValueError(
+            'write a token quantity, or pairs [position, tokens], for example [["0", "2Mi"], ["2B", "4Mi"]]'
+        )
+    pairs = tuple((parse_tokens(at), parse_tokens(tokens)) for at, tokens in value)
+    positions = [at for at, _ in pairs]
+    if positions[0] != 0 or positions != sorted(set(positions)):
+        raise ValueError(f"positions must begin at 0 and grow; they are {positions}")
+    return pairs
+
+
+_TOKENS_SCHEMA = {"type": ["integer", "string"]}
+BatchTokens = Annotated[
+    tuple[tuple[int, int], ...],
+    BeforeValidator(_ramp),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TOKENS_SCHEMA,
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 2, "maxItems": 2},
+                },
+            ]
+        }
+    ),
+]
+
+
+class Stage(Section):
+    name: Name
+    """Name in metrics, events and flags (`--stages.NAME.key=value`)."""
+    tokens: Tokens
+    """Length, rounded up to whole steps."""
+    seq_len: Count
+    """Tokens of a row."""
+    batch_tokens: BatchTokens
+    """Tokens of a step, or a ramp of pairs [tokens since the stage's start, tokens of a step]."""
+    mixture: dict[str, float]
+    """Share of tokens by domain; normalised to 1."""
+    lr: LearningRate | None = None
+    """Learning rate of this stage."""
+    rope: RopeChoice = None
+    """Change of the rotary embedding from this stage's start, or "keep"."""
+    parallel: StageParallel = StageParallel()
+    """Merged over `[parallel]`."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """As in `[optimizer]`, for this stage."""
+    weight_decay: float | None = Field(None, ge=0)
+    """As in `[optimizer]`, for this stage."""
+    clip_norm: float | None = Field(None, gt=0)
+    """As in `[optimizer]`, for this stage."""
+    gates: list[str] = []
+    """Names in `[gates]` that are asked at the stage's end."""
+    on_fail: OnFail = OnFail()
+    """What follows when one is not passed."""
+    average: Average | None = None
+    """Average the weights of snapshots taken during the stage."""
