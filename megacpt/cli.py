@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--step", type=int, help="default: the newest sound checkpoint")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
+    p.add_argument("--average", action="store_true", help="the average that a stage made, in place of a checkpoint")
 
     p = verb("checkpoint", _checkpoint, "List the checkpoints of a run, or verify every byte of them.")
     p.add_argument("action", choices=["list", "verify"])

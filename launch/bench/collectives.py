@@ -6,8 +6,8 @@ Ends with 1 if any rank makes one collective or sends one byte more (or less) th
 The formula, for each rank, with M micro-batches of T tokens, Tc = T / cp, t = Tc / tp, L layers of the rank's stages, e bytes
 an element (n ranks on an axis: a gather of shards of b bytes, and a reduce-scatter to them, send (n - 1) b each):
   tp    a layer and micro-batch: 2 gathers and 2 reduce-scatters of t h e forward (one pair for attention, one for the MLP), the
-        transposed ones backward, and 2 gathers again in place of keeping their Tc h e; embedding: 1 and 1; head: 1 and 1, and per
-        chunk of logits one gather of three fp32 numbers a token; a step: one sum of what tp replicates.
+        transposed ones backward, and 2 gathers again in place of keeping their Tc h e; embedding: 1 and 1; head: 1 and 1 for each
+        chunk of logits, and one gather of three fp32 numbers a token; a step: one sum of what tp replicates.
   cp    a layer and micro-batch: K and V in one gather of Tc 2 kv d e forward, again backward, one fp32 reduce-scatter.
   fsdp  a step: one gather and one fp32 reduce-scatter of each block and of the rest ("step", weights not freed in between).
   pp    a micro-batch and edge between ranks: t h e forward, as much backward.
@@ -169,7 +169,8 @@ def watch(mesh) -> dict[tuple[str, str], tuple[int, int]]:
 
 def expected(config, parallel, layout, plan, mesh) -> dict[tuple[str, str], tuple[int, int]]:
     """The formula at the top of this file, for this rank."""
-    from megacpt.parallel.cross_entropy import _chunk
+    from megacpt_kernels.linear_cross_entropy import _chunk
+
     from megacpt.plan.check import rank_parameters
 
     tp, cp, pp, m, e = layout.tensor, layout.context, layout.pipeline, MICRO_BATCHES, 4
@@ -189,13 +190,15 @@ def expected(config, parallel, layout, plan, mesh) -> dict[tuple[str, str], tupl
     sharers = layout.data_shard * cp
     if tp > 1:
         part = (tp - 1) * t * HIDDEN * e
-        add("tp", "gather", m * (6 * layers + first + last), part)
-        add("tp", "reduce-scatter", m * (4 * layers + first + last), part)
+        add("tp", "gather", m * (6 * layers + first), part)
+        add("tp", "reduce-scatter", m * (4 * layers + first), part)
         if last:
-            chunk = _chunk(type("W", (), {"shape": (VOCAB // tp,), "is_cuda": False}))
-            for begin in range(0, context_tokens, chunk):
-                rows = min(chunk, context_tokens - begin)
-                add("tp", "gather", m, (tp - 1) * 3 * rows * 4)
+            step = max(1, _chunk(type("W", (), {"shape": (VOCAB // tp,), "is_cuda": False}), None) // tp)
+            for begin in range(0, t, step):
+                rows = min(step, t - begin)
+                add("tp", "gather", m, (tp - 1) * rows * HIDDEN * e)
+                add("tp", "reduce-scatter", m, (tp - 1) * rows * HIDDEN * e)
+                add("tp", "gather", m, (tp - 1) * 3 * tp * rows * 4)
         add("tp", "all-reduce", 1, 2 * (tp - 1) * (2 * layers + last) * HIDDEN * 4 // sharers // tp)
     if cp > 1:
         part = (cp - 1) * context_tokens * 2 * (KV // tp) * (HIDDEN // HEADS)

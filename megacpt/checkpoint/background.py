@@ -26,7 +26,8 @@ class BackgroundSaver:
     """
 
     def __init__(self, keep):
-        self.keep, self.group = keep, dist.new_group(backend="gloo")
+        self.keep = keep
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
         self.host: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.error: str | None = None
@@ -50,6 +51,11 @@ class BackgroundSaver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def close(self) -> None:
+        """Waits, and lets go of the process group and the host memory."""
+        self.wait()
+        self.group, self.host = None, {}
 
     def _staged(self, tree: dict[str, Any], path: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}

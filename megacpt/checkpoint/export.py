@@ -14,9 +14,13 @@ HUGGING_FACE = "huggingface"
 """Folder of a run that holds config.json, tokenizer files and dtypes.json of what it started from."""
 
 
-def find_checkpoint(run_directory: Path, step: int | None) -> tuple[Path, int]:
+AVERAGES = "average"
+"""Folder of a run with the averages that its stages made."""
+
+
+def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkpoints") -> tuple[Path, int]:
     """(folder, step) of a sound checkpoint: the newest, or the one that was asked for."""
-    checkpoints = run_directory / "checkpoints"
+    checkpoints = run_directory / folder
     if step is not None:
         if step not in list_steps(checkpoints):
             have = ", ".join(map(str, list_steps(checkpoints))) or "none"
@@ -41,13 +45,21 @@ def run_config(run_directory: Path, stage: str | None = None) -> tuple[LlamaConf
     return config, max(s.seq_len for s in recipe.stages[: last + 1])
 
 
-def export(run_directory: Path, output: Path, step: int | None = None, dtype: str | None = None) -> int:
+def export(
+    run_directory: Path, output: Path, step: int | None = None, dtype: str | None = None, average: bool = False
+) -> int:
     """Writes the weights of a checkpoint as a complete Hugging Face directory. Returns the step.
 
     Args:
         dtype: of all tensors; default is what each had when it was imported.
+        average: of the averages that stages made, the newest or that of `step`, in place of the checkpoints.
     """
-    directory, step = find_checkpoint(run_directory, step)
+    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else "checkpoints")
+    write_export(run_directory, directory, output, dtype)
+    return step
+
+
+def write_export(run_directory: Path, directory: Path, output: Path, dtype: str | None) -> None:
     config, longest = run_config(run_directory, verify(directory).stage)
     stored = StoredModel(directory)
     try:
@@ -62,4 +74,3 @@ def export(run_directory: Path, output: Path, step: int | None = None, dtype: st
         return stored.read(name)[: shapes[name][0]]
 
     write_pretrained(output, config, run_directory / HUGGING_FACE, read, dtypes, longest)
-    return step

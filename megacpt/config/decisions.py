@@ -1,6 +1,6 @@
 """What a run decided while it ran: an append-only list in every checkpoint, from which clock and order follow. Imports no torch.
 
-Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, tokens},
+Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, step, by_tokens},
 {"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, better}. Measured numbers are rounded before
 they decide, so that layouts agree.
 """
@@ -20,7 +20,7 @@ def extensions_of(decisions: list[Decision]) -> dict[str, int]:
     total: dict[str, int] = {}
     for decision in decisions:
         if decision["kind"] == "extend":
-            total[decision["stage"]] = total.get(decision["stage"], 0) + decision["tokens"]
+            total[decision["stage"]] = total.get(decision["stage"], 0) + decision["by_tokens"]
     return total
 
 

@@ -4,7 +4,7 @@ out. Rules that need the model's shape or the data stand in plan/check.py."""
 from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.load import nearest
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate, Stage
+from megacpt.config.stage import Gate, LearningRate, NeedleGate, OnFail, Stage
 
 
 def problems_of(recipe: Recipe, world_size: int) -> list[str]:
@@ -16,7 +16,33 @@ def problems_of(recipe: Recipe, world_size: int) -> list[str]:
         *(p for stage in recipe.stages for p in _stage(recipe, stage)),
         *_validation(recipe),
         *_domains(recipe),
+        *_mixture(recipe),
+        *(p for name, gate in recipe.gates.items() for p in _gate(recipe, name, gate)),
+        *(p for stage in recipe.stages for p in _ending(recipe, stage)),
     ]
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What is legal and hardly meant."""
+    warnings = []
+    used = {name for stage in recipe.stages for name in stage.gates}
+    warnings += [f"gates.{name}: no stage asks it." for name in recipe.gates if name not in used]
+    for stage in recipe.stages:
+        if stage.average and stage.average.last * stage.average.every_tokens > stage.tokens:
+            warnings.append(
+                f"stages.{stage.name}.average: {stage.average.last} snapshots every {stage.average.every_tokens} tokens do not fit in "
+                f"{stage.tokens}; fewer are averaged."
+            )
+    online = recipe.mixture.online
+    if online:
+        for group, names in recipe.mixture.groups.items():
+            blind = [name for name in names if name in recipe.data and not recipe.data[name].holdout_documents]
+            if blind and len(names) > 1:
+                warnings.append(
+                    f"mixture.groups.{group}: {', '.join(blind)} hold out no documents, so nothing is measured of them: they move only "
+                    "with the others."
+                )
+    return warnings
 
 
 def _start(recipe: Recipe) -> list[str]:
@@ -144,6 +170,73 @@ def _validation(recipe: Recipe) -> list[str]:
                 problems.append(
                     f"validation.{i}.domains: {domain} holds out no documents. Set data.{domain}.holdout_documents."
                 )
+    return problems
+
+
+def _mixture(recipe: Recipe) -> list[str]:
+    problems, seen = [], {}
+    for group, names in recipe.mixture.groups.items():
+        for name in names:
+            if name not in recipe.data:
+                problems.append(f"mixture.groups.{group}: no domain {name!r}. {nearest(name, list(recipe.data))}")
+            elif name in seen:
+                problems.append(
+                    f"mixture.groups.{group}: {name} is in group {seen[name]} too. A domain is in one group."
+                )
+            seen.setdefault(name, group)
+    online = recipe.mixture.online
+    if online:
+        held = lambda names: [n for n in names if n in recipe.data and recipe.data[n].holdout_documents]
+        if not any(len(names) > 1 and held(names) for names in recipe.mixture.groups.values()):
+            problems.append(
+                "mixture.online: no group has two domains, one of them with holdout_documents. Nothing would be measured or moved."
+            )
+        if online.every_tokens == 0:
+            problems.append("mixture.online.every_tokens = 0: at least 1.")
+        for name in online.topic_weights:
+            if name not in recipe.data:
+                problems.append(f"mixture.online.topic_weights: no domain {name!r}. {nearest(name, list(recipe.data))}")
+    return problems
+
+
+def _gate(recipe: Recipe, name: str, gate: Gate) -> list[str]:
+    problems, where = [], f"gates.{name}"
+    domains = [gate.haystack] if isinstance(gate, NeedleGate) else gate.domains
+    for domain in domains:
+        if domain not in recipe.data:
+            problems.append(f"{where}: no domain {domain!r}. {nearest(domain, list(recipe.data))}")
+        elif not isinstance(gate, NeedleGate) and not recipe.data[domain].holdout_documents:
+            problems.append(f"{where}: {domain} holds out no documents. Set data.{domain}.holdout_documents.")
+    if isinstance(gate, NeedleGate):
+        if not gate.asked <= gate.inserted <= 10:
+            problems.append(f"{where}: asked {gate.asked} of inserted {gate.inserted}: asked <= inserted <= 10.")
+        users = [stage for stage in recipe.stages if name in stage.gates]
+        for stage in users:
+            if gate.lengths and min(gate.lengths) > stage.seq_len:
+                problems.append(
+                    f"{where}.lengths: all are above stages.{stage.name}.seq_len = {stage.seq_len}, so nothing would be asked there."
+                )
+    elif not gate.domains and not gate.tasks:
+        problems.append(f"{where}: neither domains nor tasks are given, so it asks nothing.")
+    return problems
+
+
+def _ending(recipe: Recipe, stage: Stage) -> list[str]:
+    """Gates of a stage and what follows from them."""
+    name, rule, problems = f"stages.{stage.name}", stage.on_fail, []
+    for gate in stage.gates:
+        if gate not in recipe.gates:
+            problems.append(f"{name}.gates: no gate {gate!r} in [gates]. {nearest(gate, list(recipe.gates))}")
+    if rule.action == "extend" and not (rule.tokens and rule.limit and rule.tokens <= rule.limit):
+        problems.append(
+            f"{name}.on_fail: action extend needs tokens and a limit of at least as many; they are {rule.tokens} and {rule.limit}."
+        )
+    if rule.action != "extend" and (rule.tokens or rule.limit):
+        problems.append(f'{name}.on_fail: tokens and limit belong to action = "extend"; it is "{rule.action}".')
+    if rule != OnFail() and not stage.gates:
+        problems.append(f"{name}.on_fail: the stage has no gates.")
+    if stage.average and stage.average.every_tokens == 0:
+        problems.append(f"{name}.average.every_tokens = 0: at least 1.")
     return problems
 
 

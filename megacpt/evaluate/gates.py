@@ -10,8 +10,9 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.stage import ForgettingGate, Gate, NeedleGate, Stage
 from megacpt.data.loader import selection_of
 from megacpt.data.packing import DomainData, open_index
+from megacpt.data.questions import read_task
 from megacpt.data.tokenizer import Tokenizer
-from megacpt.evaluate.choices import accuracy, read_task
+from megacpt.evaluate.choices import accuracy
 from megacpt.evaluate.needle import Grid, hay_of, run_needles
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
 from megacpt.model.llama import Llama
@@ -100,10 +101,14 @@ class Examiner:
         return run_needles(model, self.tokenizer, hay_of(index, max(lengths)), lengths, *settings)
 
 
-def compare(gate: Gate, baseline: Decision, now: Decision) -> list[str]:
+def compare(gate: Gate, baseline: Decision | None, now: Decision) -> list[str]:
     """What of a recovery or forgetting gate is not as it must be, in words with the numbers."""
     complaints = []
     forgetting = isinstance(gate, ForgettingGate)
+    known = baseline or {"losses": {}, "accuracies": {}}
+    missing = [n for kind in ("losses", "accuracies") for n in now[kind] if n not in known[kind]]
+    if missing:
+        return [f"{', '.join(missing)} was not measured at the run's start: there is nothing to compare with"]
     for name, loss in now["losses"].items():
         start = baseline["losses"][name]
         bound = start + gate.max_rise if forgetting else start * (1 + gate.tolerance)

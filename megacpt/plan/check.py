@@ -9,10 +9,11 @@ from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
-from megacpt.config.rules import problems_of
+from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.stage import Parallel
 from megacpt.data.manifest import expand_paths, read_manifest
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.data.questions import read_task
+from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
 from megacpt.model.config import LlamaConfig, change_rope, config_of, shape_problems
 from megacpt.model.stage import StagePlan, plan_stages, stage_weights
@@ -41,6 +42,9 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
     tokens = _data(recipe, report, config) if files else {}
     if not files:
         report.warnings.append("--no-files: model files and data were not read.")
+    elif not report.problems:
+        report.problems += _tasks(recipe)
+    report.warnings += warnings_of(recipe)
     if config:
         _model_rules(recipe, config, report)
     pipeline = _pipeline(recipe, world_size, config, report)
@@ -48,6 +52,18 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
         _resolved(recipe, world_size, config, tokens, report)
         report.lines[-1:-1] = pipeline
     return report
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    """What is wrong with the question files of the gates."""
+    problems = []
+    for name, gate in recipe.gates.items():
+        for task in getattr(gate, "tasks", []):
+            try:
+                read_task(task)
+            except DataError as error:
+                problems.append(f"gates.{name}.tasks: {error}")
+    return problems
 
 
 def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:

@@ -141,7 +141,7 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
     finally:
         gc.enable()
         if run.saver:
-            run.saver.wait()
+            run.saver.close()
         if run.board:
             run.board.close()
 
@@ -177,6 +177,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     if run.saver:
         run.saver.wait()
         told_of_saves(run)
+        run.saver.close()
     run.model = run.optimizer = before = None  # the old shards leave memory before the new ones come
     gc.collect()
     restart_process_group(device, index, run.recipe.health.start_timeout_seconds)

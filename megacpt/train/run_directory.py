@@ -79,8 +79,18 @@ class RunDirectory:
         os.replace(partial, path)
 
 
-FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile")
-FREE_OF_CURRENT_STAGE = ("parallel", "tokens", "lr", "betas", "weight_decay", "clip_norm")
+FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")
+FREE_OF_CURRENT_STAGE = (
+    "parallel",
+    "tokens",
+    "lr",
+    "betas",
+    "weight_decay",
+    "clip_norm",
+    "gates",
+    "on_fail",
+    "average",
+)
 
 
 def changes_on_resume(before: Recipe, now: Recipe, current: str) -> list[str]:

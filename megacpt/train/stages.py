@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.average import average_weights, averaged
+from megacpt.checkpoint.export import AVERAGES
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, save, tensors_of
@@ -84,7 +85,7 @@ def pass_gates(run: Run, index: int, number: int) -> bool:
     failed = [outcome for outcome in outcomes if not outcome.passed]
     rule, extended = (
         stage.on_fail,
-        sum(d["tokens"] for d in run.decisions if d["kind"] == "extend" and d["stage"] == stage.name),
+        sum(d["by_tokens"] for d in run.decisions if d["kind"] == "extend" and d["stage"] == stage.name),
     )
     action = rule.action if failed else "pass"
     if action == "extend" and extended + rule.tokens > rule.limit:
@@ -107,7 +108,7 @@ def pass_gates(run: Run, index: int, number: int) -> bool:
         number,
     )
     if action == "extend":
-        run.decide({"kind": "extend", "stage": stage.name, "step": number, "tokens": rule.tokens}, number)
+        run.decide({"kind": "extend", "stage": stage.name, "step": number, "by_tokens": rule.tokens}, number)
         log.info(
             f"stage {stage.name} goes on for {rule.tokens} tokens ({extended + rule.tokens} of at most {rule.limit})"
         )
@@ -168,7 +169,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
     with slow_phase(run):
         weights = average_weights(stage.average.decay, len(steps))
         averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights, load)
-        output = run.directory.path / "average"
+        output = run.directory.path / AVERAGES
         save(output, tensors, state_of(run, number), run.facts | {"average_of": steps, "weights": weights})
     losses["average"] = _losses(run, index)
     for name, parameter in parameters.items():
