@@ -1,5 +1,6 @@
 """Ranks by fork: a function on every rank of a gloo group, in a second. The parent has torch imported and one thread."""
 
+import gc
 import os
 import pickle
 import tempfile
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
+    gc.freeze()  # the parent's garbage is not this process's: a process group's end would wait for threads that fork left behind
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)

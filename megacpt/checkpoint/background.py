@@ -91,7 +91,11 @@ class BackgroundSaver:
                     removed = self.keep()
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"
+            elif problem is not None:
+                raise CheckpointError(problem)
             problem = _first(problem, self.group)
+        except CheckpointError as error:
+            problem = str(error)
         except Exception as error:  # a rank is gone
             problem = problem or f"{type(error).__name__}: {error}"
         if problem is None:
