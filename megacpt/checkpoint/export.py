@@ -7,7 +7,7 @@ from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, verify
 from megacpt.config.load import load_recipe
 from megacpt.errors import CheckpointError, ConfigError
-from megacpt.model.config import LlamaConfig, change_rope, read_config
+from megacpt.model.config import LlamaConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
 
 HUGGING_FACE = "huggingface"
@@ -40,8 +40,7 @@ def run_config(run_directory: Path, stage: str | None = None) -> tuple[LlamaConf
     config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
     names = [s.name for s in recipe.stages]
     last = names.index(stage) if stage in names else len(names) - 1
-    for s in recipe.stages[: last + 1]:
-        config = change_rope(config, s.rope)
+    config = config_of_stage(config, recipe.stages, last)
     return config, max(s.seq_len for s in recipe.stages[: last + 1])
 
 

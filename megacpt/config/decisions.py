@@ -1,8 +1,8 @@
 """What a run decided while it ran: an append-only list in every checkpoint, from which clock and order follow. Imports no torch.
 
-Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, step, by_tokens},
-{"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, better}. Measured numbers are rounded before
-they decide, so that layouts agree.
+Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, step,
+by_tokens}, {"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, steps, losses, better}. Measured
+numbers are rounded before they decide, so that layouts agree.
 """
 
 from typing import Any

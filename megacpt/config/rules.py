@@ -61,6 +61,10 @@ def _start(recipe: Recipe) -> list[str]:
         problems.append('run.start = "pretrained": needs model.pretrained.')
     if recipe.run.start == "scratch" and model.pretrained:
         problems.append(f'run.start = "scratch": model.pretrained = "{model.pretrained}" would be ignored. Remove one.')
+    if model.rope and model.rope.rule:
+        problems.append(
+            f'model.rope.rule = "{model.rope.rule}": a rule is for the length of a stage. Write it as stages.NAME.rope.'
+        )
     if recipe.profile.steps and recipe.profile.steps[0] > recipe.profile.steps[1]:
         problems.append(f"profile.steps = {list(recipe.profile.steps)}: the first is after the last.")
     return problems
@@ -110,12 +114,27 @@ def _learning_rate(name: str, lr: LearningRate, tokens: int) -> list[str]:
     problems = []
     if lr.min > lr.peak:
         problems.append(f"{name}.min = {lr.min}: is above peak = {lr.peak}.")
-    if (lr.shape == "wsd") != (lr.decay_tokens is not None):
-        problems.append(f'{name}.decay_tokens: belongs to shape = "wsd" and is required there; shape is "{lr.shape}".')
-    if lr.warmup_tokens + (lr.decay_tokens or 0) > tokens:
+    if (lr.shape == "wsd" and lr.decay_tokens is None) or (
+        lr.decay_tokens is not None and lr.shape not in ("wsd", "infinite")
+    ):
         problems.append(
-            f"{name}: warmup_tokens {lr.warmup_tokens} + decay_tokens {lr.decay_tokens or 0} = "
-            f"{lr.warmup_tokens + (lr.decay_tokens or 0)} exceed the {tokens} tokens they must fit in."
+            f'{name}.decay_tokens: belongs to shape = "wsd" (required there) and "infinite"; shape is "{lr.shape}".'
+        )
+    if (lr.shape == "infinite") != (lr.constant is not None and lr.cooldown_tokens is not None):
+        problems.append(
+            f'{name}: constant and cooldown_tokens belong to shape = "infinite", both; shape is "{lr.shape}".'
+        )
+    elif lr.constant is not None and not lr.min <= lr.constant <= lr.peak:
+        problems.append(f"{name}.constant = {lr.constant}: must lie between min = {lr.min} and peak = {lr.peak}.")
+    if lr.tail == "exponential" and lr.min <= 0:
+        problems.append(f'{name}.tail = "exponential": never reaches 0. Give min, for example {lr.peak / 100:g}.')
+    if lr.start and not lr.warmup_tokens:
+        problems.append(f"{name}.start = {lr.start}: the warm-up begins there, and there is no warmup_tokens.")
+    needed = lr.warmup_tokens + (lr.cooldown_tokens or 0) + (lr.decay_tokens or 0)
+    if needed > tokens:
+        problems.append(
+            f"{name}: warmup_tokens {lr.warmup_tokens} + cooldown_tokens {lr.cooldown_tokens or 0} + decay_tokens "
+            f"{lr.decay_tokens or 0} = {needed} exceed the {tokens} tokens they must fit in."
         )
     return problems
 

@@ -27,6 +27,8 @@ class Rope(Section):
     """yarn: rotations above which a dimension is not interpolated. Default 32."""
     beta_slow: float | None = Field(None, gt=0)
     """yarn: rotations below which a dimension is fully interpolated. Default 1."""
+    rule: Literal["ntk", "ntk2"] | None = None
+    """theta by rule, from the checkpoint's own theta and length and this stage's seq_len: theta s^(d / (d - 2)), ntk2 twice that."""
 
 
 RopeChoice = Annotated[Rope | None, OrWord("keep")]
@@ -74,18 +76,25 @@ class Parallel(Section):
 
 
 class LearningRate(Section):
-    shape: Literal["constant", "cosine", "linear", "wsd"]
-    """Course after the warm-up. wsd: constant, then a tail of `decay_tokens`."""
+    shape: Literal["constant", "cosine", "linear", "wsd", "infinite"]
+    """Course after the warm-up. wsd: constant, then a tail of `decay_tokens`. infinite: a cosine over `cooldown_tokens` to `constant`,
+    which holds, then the tail."""
     peak: float = Field(gt=0)
     """Learning rate after the warm-up."""
     min: float = Field(0.0, ge=0)
     """Learning rate at the last token (not for constant)."""
     warmup_tokens: Tokens = 0
-    """Linear warm-up from 0."""
+    """Linear warm-up from `start`."""
+    start: float = Field(0.0, ge=0)
+    """Learning rate before the warm-up: 0, or where an earlier run ended (re-warming)."""
     decay_tokens: Tokens | None = None
-    """wsd: length of the tail."""
-    tail: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    """wsd: shape of the tail."""
+    """wsd, infinite: length of the tail."""
+    tail: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"
+    """wsd, infinite: shape of the tail. exponential needs a `min` above 0."""
+    constant: float | None = Field(None, gt=0)
+    """infinite: the rate that holds."""
+    cooldown_tokens: Tokens | None = None
+    """infinite: length of the way from `peak` to `constant`."""
 
 
 class OnlineMixture(Section):
@@ -223,7 +232,10 @@ class StageParallel(Section):
 
 
 def _ramp(value: Any) -> Any:
-    """8192 or "4Mi" -> ((0, tokens),); [["0", "2Mi"], ["2B", "4Mi"]] -> pairs of (position, tokens)."""
+    """8192 or "4Mi" -> ((0, tokens),); [["0", "2Mi"], ["2B", "4Mi"]] -> pairs of (position, tokens); {start, increment, over, final}
+    -> the pairs of a linear ramp (Megatron's start, increment, length): level k from k / levels of `over` on."""
+    if isinstance(value, dict):
+        return _linear_ramp(value)
     if not isinstance(value, list | tuple):
         return ((0, parse_tokens(value)),)
     if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
@@ -235,6 +247,19 @@ def _ramp(value: Any) -> Any:
     if positions[0] != 0 or positions != sorted(set(positions)):
         raise ValueError(f"positions must begin at 0 and grow; they are {positions}")
     return pairs
+
+
+def _linear_ramp(value: dict) -> tuple[tuple[int, int], ...]:
+    keys = ("start", "increment", "over", "final")
+    if set(value) != set(keys):
+        raise ValueError(f"a linear ramp has the keys {', '.join(keys)}; they are {', '.join(map(str, value))}")
+    start, increment, over, final = (parse_tokens(value[key]) for key in keys)
+    if increment < 1 or final <= start or (final - start) % increment:
+        raise ValueError(f"final {final} must lie a whole number of increments {increment} above start {start}")
+    levels = (final - start) // increment
+    if over < levels:
+        raise ValueError(f"over = {over} tokens is too short for {levels} increments")
+    return tuple((over * k // levels, start + k * increment) for k in range(levels + 1))
 
 
 _TOKENS_SCHEMA = {"type": ["integer", "string"]}
@@ -250,6 +275,12 @@ BatchTokens = Annotated[
                     "minItems": 1,
                     "items": {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 2, "maxItems": 2},
                 },
+                {
+                    "type": "object",
+                    "properties": dict.fromkeys(("start", "increment", "over", "final"), _TOKENS_SCHEMA),
+                    "required": ["start", "increment", "over", "final"],
+                    "additionalProperties": False,
+                },
             ]
         }
     ),
@@ -264,7 +295,8 @@ class Stage(Section):
     seq_len: Count
     """Tokens of a row."""
     batch_tokens: BatchTokens
-    """Tokens of a step, or a ramp of pairs [tokens since the stage's start, tokens of a step]."""
+    """Tokens of a step; a ramp of pairs [tokens since the stage's start, tokens of a step]; or a linear one,
+    {start, increment, over, final}."""
     mixture: dict[str, float]
     """Share of tokens by domain; normalised to 1."""
     lr: LearningRate | None = None
@@ -279,6 +311,8 @@ class Stage(Section):
     """As in `[optimizer]`, for this stage."""
     clip_norm: float | None = Field(None, gt=0)
     """As in `[optimizer]`, for this stage."""
+    freeze: list[str] = []
+    """Parameters that this stage does not update: names, or patterns such as "model.layers.*"."""
     gates: list[str] = []
     """Names in `[gates]` that are asked at the stage's end."""
     on_fail: OnFail = OnFail()

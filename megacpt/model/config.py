@@ -4,15 +4,17 @@ Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`,
 (`rope_parameters`), and written back as they came. What would change the computation and is not known is refused.
 """
 
+import fnmatch
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import nearest
 from megacpt.config.recipe import Model
-from megacpt.config.stage import Parallel, Rope
+from megacpt.config.stage import Parallel, Rope, Stage
 from megacpt.errors import ConfigError
 
 _ROPE_FIELDS = {
@@ -242,15 +244,34 @@ def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeC
     return RopeConfig(float(theta), kind, fields)
 
 
-def change_rope(config: LlamaConfig, change: Rope | None) -> LlamaConfig:
+def change_rope(
+    config: LlamaConfig, change: Rope | None, seq_len: int = 0, own: LlamaConfig | None = None
+) -> LlamaConfig:
     """The config with a recipe's change of the rotary embedding.
 
+    Args:
+        seq_len, own: for a theta by rule: the length it is for, and the checkpoint's config, from which the rule starts, so that many
+            small steps end where one jump does.
     Raises:
-        ConfigError: if fields of the new type are missing.
+        ConfigError: if fields of the new type are missing, or a rule meets a scaled embedding.
     """
     if change is None:
         return config
     given = change.model_dump(exclude_none=True)
+    if rule := given.pop("rule", None):
+        own = own or config
+        if given:
+            raise ConfigError(
+                [f"rope.rule = {rule!r}: decides theta alone; {', '.join(given)} cannot stand beside it."], "the recipe"
+            )
+        if own.rope.type != "default":
+            raise ConfigError(
+                [
+                    f'rope.rule = {rule!r}: the checkpoint\'s embedding is scaled already ({own.rope.type}). Write rope = "keep".'
+                ],
+                "the recipe",
+            )
+        return replace(config, rope=replace(config.rope, theta=ruled_theta(rule, own, seq_len)))
     theta, kind = given.pop("theta", config.rope.theta), given.pop("type", config.rope.type)
     fields = {**(config.rope.fields if kind == config.rope.type else {}), **given}
     problems: list[str] = []
@@ -262,6 +283,50 @@ def change_rope(config: LlamaConfig, change: Rope | None) -> LlamaConfig:
     if problems:
         raise ConfigError([p.replace("rope_parameters", "rope") for p in problems], "the recipe")
     return replace(config, rope=rope)
+
+
+def ruled_theta(rule: str, own: LlamaConfig, seq_len: int) -> float:
+    """theta s^(d / (d - 2)), the NTK-aware rule, and twice that for ntk2, which ProLong's ablation preferred (arXiv 2410.02660); the
+    checkpoint's own theta for lengths that it was made for."""
+    stretch, d = seq_len / own.max_position_embeddings, own.head_dim
+    if stretch <= 1:
+        return own.rope.theta
+    return own.rope.theta * stretch ** (d / (d - 2)) * (2 if rule == "ntk2" else 1)
+
+
+def least_theta(seq_len: int) -> float:
+    """The theta below which an unscaled embedding cannot tell distances of this length (Xu et al. 2024, arXiv 2405.14591, fit of table 2;
+    the authors call the bound not very strict)."""
+    return 0.0424 * seq_len**1.628
+
+
+def frozen_names(patterns: Sequence[str], config: LlamaConfig) -> list[str]:
+    """Parameters that a stage's `freeze` names.
+
+    Raises:
+        ConfigError: for a pattern that fits none, or if nothing would be trained.
+    """
+    names = list(config.shapes())
+    unknown = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    frozen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    problems = [f"freeze: no parameter fits {pattern!r}. {nearest(pattern, names[:3])}" for pattern in unknown]
+    if len(frozen) == len(names):
+        problems.append("freeze: all parameters are frozen, nothing would be trained.")
+    if problems:
+        raise ConfigError(problems, "the recipe")
+    return frozen
+
+
+def config_of_stage(config: LlamaConfig, stages: Sequence[Stage], index: int) -> LlamaConfig:
+    """The model's config in a stage: changes of the rotary embedding hold on through later stages.
+
+    Args:
+        config: with `[model]`'s own change.
+    """
+    base = config
+    for stage in stages[: index + 1]:
+        config = change_rope(config, stage.rope, stage.seq_len, base)
+    return config
 
 
 def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A step's rate is that at its end: the first step of a warm-up is not wasted on 0, and the last step stands at the
 minimum exactly, whatever the batch ramp was. WSD: Hu et al. 2024 (arXiv 2404.06395); 1-sqrt tail: Hägele et al. 2024
-(2405.18392).
+(2405.18392); infinite schedule with re-warming: Ibrahim et al. 2024 (2403.08763), Singh et al. 2025 (2503.02844).
 """
 
 import math
@@ -15,14 +15,21 @@ from megacpt.config.stage import LearningRate
 def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
     """The rate after `tokens` of a schedule that is `total` tokens long."""
     if tokens < lr.warmup_tokens:
-        return lr.peak * tokens / lr.warmup_tokens
+        return lr.start + (lr.peak - lr.start) * tokens / lr.warmup_tokens
     if lr.shape == "constant":
         return lr.peak
-    begin = total - lr.decay_tokens if lr.shape == "wsd" else lr.warmup_tokens
+    level = lr.peak
+    if lr.shape == "infinite":
+        passed = min(1.0, (tokens - lr.warmup_tokens) / lr.cooldown_tokens) if lr.cooldown_tokens else 1.0
+        level = lr.constant + (lr.peak - lr.constant) * _remaining("cosine", passed)
+    has_tail = lr.shape in ("wsd", "infinite")
+    begin = total - (lr.decay_tokens or 0) if has_tail else lr.warmup_tokens
     if tokens <= begin or total <= begin:
-        return lr.peak
-    passed = min(1.0, (tokens - begin) / (total - begin))
-    return lr.min + (lr.peak - lr.min) * _remaining(lr.tail if lr.shape == "wsd" else lr.shape, passed)
+        return level
+    passed, shape = min(1.0, (tokens - begin) / (total - begin)), lr.tail if has_tail else lr.shape
+    if shape == "exponential":
+        return level * (lr.min / level) ** passed
+    return lr.min + (level - lr.min) * _remaining(shape, passed)
 
 
 def _remaining(shape: str, passed: float) -> float:

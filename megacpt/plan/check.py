@@ -15,7 +15,15 @@ from megacpt.data.manifest import expand_paths, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
-from megacpt.model.config import LlamaConfig, change_rope, config_of, shape_problems
+from megacpt.model.config import (
+    LlamaConfig,
+    config_of,
+    config_of_stage,
+    frozen_names,
+    least_theta,
+    ruled_theta,
+    shape_problems,
+)
 from megacpt.model.stage import StagePlan, plan_stages, stage_weights
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.pipeline.simulate import simulate
@@ -85,15 +93,18 @@ def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
     for key, parallel in recipe.layouts.items():
         found = shape_problems(config, parallel, recipe.model.vocab_multiple)
         report.problems += [problem.replace("parallel", key, 1) for problem in found]
-    own = config.rope
-    for stage in recipe.stages:
+    first = config
+    for index, stage in enumerate(recipe.stages):
         try:
-            config = change_rope(config, stage.rope)
+            config = config_of_stage(first, recipe.stages, index)
+            frozen_names(stage.freeze, config)
         except ConfigError as error:
-            report.problems += [f"stages.{stage.name}.{p}" for p in error.problems]
-            continue
+            report.problems += [p if p in report.problems else f"stages.{stage.name}.{p}" for p in error.problems]
+            break
         longest = config.rope.longest
-        if longest and config.rope == own and not recipe.model.rope:  # what the checkpoint itself was trained for
+        if (
+            longest and config.rope == first.rope and not recipe.model.rope
+        ):  # what the checkpoint itself was trained for
             longest = max(longest, config.max_position_embeddings)
         if longest and stage.seq_len > longest:
             report.problems.append(
@@ -101,10 +112,16 @@ def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
                 f"{config.rope.fields['factor']:g} x {config.rope.fields['original_max_position_embeddings']}) ends at {longest}. "
                 f"Nearest: {longest}; or set stages.{stage.name}.rope."
             )
-        elif not longest and stage.seq_len > config.max_position_embeddings and stage.rope is None:
+        elif (
+            not longest
+            and stage.seq_len > config.max_position_embeddings
+            and config.rope.theta < least_theta(stage.seq_len)
+        ):
+            ntk, twice = (ruled_theta(rule, first, stage.seq_len) for rule in ("ntk", "ntk2"))
             report.warnings.append(
-                f"stages.{stage.name}.seq_len = {stage.seq_len} is beyond the model's max_position_embeddings = "
-                f"{config.max_position_embeddings}, and its rotary embedding is kept."
+                f"stages.{stage.name}: theta {config.rope.theta:g} is below {least_theta(stage.seq_len):.3g}, the bound for "
+                f"{stage.seq_len} tokens (the model was made for {config.max_position_embeddings}). By rule: {ntk:.3g} "
+                f'(rope.rule = "ntk") or {twice:.3g} ("ntk2").'
             )
 
 

@@ -29,7 +29,7 @@ from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, o
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import LlamaConfig, change_rope, config_of
+from megacpt.model.config import LlamaConfig, config_of, config_of_stage, frozen_names
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import plan_stages
@@ -332,6 +332,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
     recipe, stage = run.recipe, run.recipe.stages[index]
     layout, mesh = recipe.layout_of(stage), run.model.mesh
     metrics = StepMetrics(run.model.config, mesh.layout.world_size, run.facts["peak_flops"])
+    frozen = frozenset(frozen_names(stage.freeze, run.model.config))
     console, first = Console(run.clock, recipe.log.every_steps), done + 1
     waiting = _rows(run, index, first, until)
     for number in range(first, until + 1):
@@ -341,7 +342,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         batch = next(waiting)
         data_seconds = time.monotonic() - begin
         lr = rate_of_step(recipe, run.clock, step)
-        update = _update_of(recipe, step, lr)
+        update = _update_of(recipe, step, lr, frozen)
         loss, norm = train_step(
             run.model, run.optimizer, batch.micro_batches, batch.num_labels, recipe.reduction(layout), update
         )
@@ -406,7 +407,7 @@ def _rows(run: Run, index: int, first: int, until: int) -> Iterator[StepData]:
     return prefetch(make, range(first, until + 1))
 
 
-def _update_of(recipe: Recipe, step: Step, lr: float) -> Update:
+def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str]) -> Update:
     stage, optimizer = recipe.stages[step.stage], recipe.optimizer
     either = lambda ours, general: general if ours is None else ours
     return Update(
@@ -415,14 +416,13 @@ def _update_of(recipe: Recipe, step: Step, lr: float) -> Update:
         optimizer.eps,
         either(stage.weight_decay, optimizer.weight_decay),
         either(stage.clip_norm, optimizer.clip_norm),
+        frozen,
     )
 
 
 def _enter_stage(run: Run, index: int) -> None:
     """Rotary embedding and checkpointing of a stage; changes of the rotary embedding hold on through later stages."""
-    config = config_of(run.recipe.model)
-    for stage in run.recipe.stages[: index + 1]:
-        config = change_rope(config, stage.rope)
+    config = config_of_stage(config_of(run.recipe.model), run.recipe.stages, index)
     run.model.set_rope(config.rope)
     run.model.set_activation_checkpointing(run.recipe.parallel_of(run.recipe.stages[index]).activation_checkpointing)
     first = run.clock.stage_first_token[index]

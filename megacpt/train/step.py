@@ -22,6 +22,8 @@ class Update:
     eps: float
     weight_decay: float
     clip_norm: float | None
+    frozen: frozenset[str] = frozenset()
+    """Parameters that it leaves alone; their gradients do not count in the norm."""
 
 
 def train_step(
@@ -29,6 +31,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Returns (loss, gradient norm before clipping), scalars on the device."""
     loss = accumulate(model, micro_batches, num_labels, reduce)
+    for name in update.frozen & optimizer.parameters.keys():
+        optimizer.parameters[name].grad = None
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, inverse_clip(norm, update.clip_norm))
     optimizer.zero_grad()

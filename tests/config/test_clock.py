@@ -103,3 +103,50 @@ def test_wsd_under_a_ramp_ends_at_its_minimum_at_the_last_token():
     )
     clock = Clock(r)
     assert rate_of_step(r, clock, clock.step(clock.num_steps)) == pytest.approx(1e-5)
+
+
+def test_an_infinite_schedule_holds_its_constant_and_ends_at_its_minimum():
+    lr = LearningRate(
+        shape="infinite", peak=3e-4, start=3e-5, warmup_tokens=100, cooldown_tokens=200, constant=1e-4, decay_tokens=300, min=1e-6,
+        tail="exponential",
+    )  # fmt: skip
+    rate = lambda tokens: learning_rate(lr, tokens, 1000)
+    assert rate(0) == 3e-5 and rate(50) == pytest.approx(1.65e-4) and rate(100) == pytest.approx(3e-4)
+    assert rate(200) == pytest.approx(2e-4) and rate(300) == rate(700) == pytest.approx(1e-4)
+    assert rate(850) == pytest.approx(1e-5) and rate(1000) == pytest.approx(1e-6)
+
+
+def test_a_linear_ramp_is_megatrons():
+    """start 16, increment 8, 300,000 samples to 1,024 (facts of Megatron-LM's calculator): 126 increments, the last at the end."""
+    r = recipe({"tokens": 400_000, "seq_len": 1, "batch_tokens": {"start": 16, "increment": 8, "over": 300_000, "final": 1024},
+                "lr": {"shape": "constant", "peak": 1.0}})  # fmt: skip
+    ramp = r.stages[0].batch_tokens
+    assert len(ramp) == 127 and ramp[0] == (0, 16) and ramp[-1] == (300_000, 1024)
+    clock = Clock(r)
+    sizes = [clock.step(n) for n in range(1, clock.num_steps + 1)]
+    assert next(s.number for s in sizes if s.batch_tokens == 1024) - 1 == 1319  # steps of the ramp
+    for bad in ({"start": 16, "increment": 9, "over": 10, "final": 1024}, {"start": 16, "final": 32}):
+        with pytest.raises(ValueError):
+            recipe({"tokens": 1, "seq_len": 1, "batch_tokens": bad})
+
+
+@given(st.integers(1, 2000), st.integers(0, 3000), st.integers(0, 3000))
+def test_an_extended_stage_waits_with_its_rate(tokens, first, second):
+    """Extensions add whole steps; the rate stays at the stage's end; later stages have the rates they would have had."""
+    lr = {"shape": "linear", "peak": 1.0}
+    stages = [
+        {"tokens": tokens, "seq_len": 1, "batch_tokens": [[0, 3], [50, 7]]},
+        {"tokens": 500, "seq_len": 1, "batch_tokens": 10},
+    ]
+    r = recipe(*stages, lr=lr)
+    plain, longer = Clock(r), Clock(r, {"s0": first + second})
+    n = plain.stage_steps(0)
+    assert longer.planned_tokens == plain.planned_tokens and longer.stage_tokens(1) == plain.stage_tokens(1)
+    assert longer.stage_tokens(0) >= plain.stage_tokens(0)
+    assert all(longer.step(k) == plain.step(k) for k in range(1, n + 1))
+    held = rate_of_step(r, plain, plain.step(n))
+    for k in range(n + 1, longer.stage_steps(0) + 1):
+        assert rate_of_step(r, longer, longer.step(k)) == held and longer.step(k).stage == 0
+    shift = longer.stage_steps(0) - n
+    for k in range(n + 1, plain.num_steps + 1):
+        assert rate_of_step(r, longer, longer.step(k + shift)) == rate_of_step(r, plain, plain.step(k))

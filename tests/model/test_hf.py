@@ -231,3 +231,25 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     grown, masters = int(out.stdout), 4 * config.num_parameters()
     assert len(files) > 5 and sum(files) > 3 * max(files)
     assert grown < masters + max(files) + (24 << 20), (grown, masters, max(files))
+
+
+def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
+    """ProLong's 8e6 at 64K from 5e5 at 8K (NTK rule twice, arXiv 2410.02660): in one jump and in three stages."""
+    from megacpt.config.stage import Stage
+    from megacpt.errors import ConfigError
+    from megacpt.model.config import config_of_stage, least_theta
+
+    own = parse_config(
+        {"model_type": "llama", "vocab_size": 128, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8192, "rope_theta": 5e5,
+         "architectures": ["LlamaForCausalLM"]}, "t",
+    )  # fmt: skip
+    make = lambda n, rope: Stage(name=f"s{n}", tokens=1, seq_len=n, batch_tokens=n, mixture={"a": 1.0}, rope=rope)
+    jump = config_of_stage(own, [make(65536, Rope(rule="ntk2"))], 0)
+    steps = [make(n, Rope(rule="ntk2")) for n in (8192, 16384, 32768, 65536)]
+    assert jump.rope.theta == pytest.approx(8.27e6, rel=0.01) and config_of_stage(own, steps, 3) == jump
+    assert config_of_stage(own, steps, 0) == own
+    assert least_theta(131072) == pytest.approx(9.1e6, rel=0.05)
+    with pytest.raises(ConfigError, match="scaled already"):
+        scaled = parse_config(ARCHITECTURES["llama3.1-8b"], "t")
+        config_of_stage(scaled, [make(262144, Rope(rule="ntk"))], 0)

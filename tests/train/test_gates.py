@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megacpt.checkpoint.export import export
 from megacpt.config.load import load_recipe
-from megacpt.errors import GateError
+from megacpt.errors import ConfigError, GateError
 from megacpt.train import loop
 
 GATES = {
@@ -134,6 +134,23 @@ def test_a_forgotten_domain_is_named_with_its_numbers(staged):
     lr = {"shape": "constant", "peak": 3.0}
     with pytest.raises(GateError, match=r"forget: loss of b is [\d.]+, at most [\d.]+ \(start [\d.]+\)"):
         train(staged([stage("s", gates=["forget"], lr=lr)], gates))
+
+
+def test_a_frozen_parameter_stays_as_it_was(staged, tmp_path):
+    """Only embedding and head in the first stage, all in the second; a pattern that fits nothing is named."""
+    stages = [stage("new", freeze=["model.layers.*", "model.norm.weight"]), stage("all")]
+    path = staged(stages, {})
+    runs = {step: tmp_path / f"s{step}" for step in (0, 4, 8)}
+    for step, run in runs.items():
+        train(path, f"--run.directory={run}", f"--run.stop_at_step={step}")
+        export(run, run / "e")
+    at = {step: load_file(run / "e/model.safetensors") for step, run in runs.items()}
+    layers = [name for name in at[0] if ".layers." in name or name == "model.norm.weight"]
+    assert all(torch.equal(at[0][name], at[4][name]) for name in layers) and len(layers) > 5
+    assert not torch.equal(at[0]["model.embed_tokens.weight"], at[4]["model.embed_tokens.weight"])
+    assert all(not torch.equal(at[4][name], at[8][name]) for name in layers)
+    with pytest.raises(ConfigError, match="no parameter fits 'layers'"):
+        train(staged([stage("s", freeze=["layers"])], {}), f"--run.directory={tmp_path / 'bad'}")
 
 
 ONLINE = {
