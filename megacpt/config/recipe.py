@@ -76,6 +76,21 @@ class Checkpoint(Section):
     """Write checkpoints behind the training: it waits only while tensors are copied to host memory."""
 
 
+class DomainOrder(Section):
+    """A curriculum: documents by bucket of their perplexity, shuffled inside a bucket."""
+
+    by: Literal["nll"] = "nll"
+    """What orders the documents: their mean loss."""
+    scores: list[str] = Field(min_length=1)
+    """Files that `megacpt score` wrote, one for each prepared set of `paths`, in order; globs are sorted by number."""
+    buckets: int = Field(20, ge=1, le=10000)
+    """Parts of about equally many tokens."""
+    ascending: bool = True
+    """From easy (low loss) to hard."""
+    drop: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the documents left out at each end, boilerplate and garbage."""
+
+
 class Domain(Section):
     paths: list[str] = Field(min_length=1)
     """Prefixes of prepared data (PREFIX.bin, .idx, .json); globs of prefixes are sorted by number."""
@@ -85,6 +100,8 @@ class Domain(Section):
     """Only documents of at least this length."""
     max_tokens: Count | None = None
     """Only documents of at most this length."""
+    order: DomainOrder | None = None
+    """Train the documents in the order of their perplexity."""
 
 
 class Packing(Section):

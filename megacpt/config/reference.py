@@ -27,6 +27,7 @@ _TABLES = {  # heading by model
     "LearningRate": "lr (in [optimizer] or every stage)",
     "Checkpoint": "[checkpoint]",
     "Domain": "[data] NAME",
+    "DomainOrder": "order (in [data] NAME)",
     "Packing": "[packing]",
     "MixtureRules": "[mixture]",
     "OnlineMixture": "online (in [mixture])",

@@ -33,6 +33,15 @@ def warnings_of(recipe: Recipe) -> list[str]:
                 f"stages.{stage.name}.average: {stage.average.last} snapshots every {stage.average.every_tokens} tokens do not fit in "
                 f"{stage.tokens}; fewer are averaged."
             )
+    ordered = [name for name, domain in recipe.data.items() if domain.order]
+    for stage in recipe.stages:
+        rate = stage.lr or recipe.optimizer.lr
+        used = [name for name in ordered if stage.mixture.get(name, 0) > 0]
+        if used and rate and rate.shape != "constant":
+            warnings.append(
+                f"stages.{stage.name}: {', '.join(used)} is a curriculum under a decaying learning rate ({rate.shape}), which is known to "
+                'undo its gain (arXiv 2511.18903). Use shape = "constant" and average the last weights (average).'
+            )
     online = recipe.mixture.online
     if online:
         for group, names in recipe.mixture.groups.items():

@@ -8,7 +8,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,8 @@ from megacpt.config.clock import Clock
 from megacpt.config.decisions import Decision, weight_changes
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
-from megacpt.data.manifest import expand_paths
+from megacpt.data.curriculum import digest_of
+from megacpt.data.manifest import expand_files, expand_paths
 from megacpt.data.mixture import Order, row_of
 from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
 from megacpt.errors import DataError
@@ -120,8 +121,8 @@ def pad_token(domains: dict[str, DomainData], fallback: int | None) -> int:
 
 def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False) -> Selection:
     """What of a domain is packed: its length bounds, and either the held-out documents or all others."""
-    domain = recipe.data[name]
-    return Selection(
+    domain, order = recipe.data[name], recipe.data[name].order
+    plain = Selection(
         seq_len,
         recipe.packing.method,
         domain.min_tokens or 0,
@@ -129,6 +130,11 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
         domain.holdout_documents,
         holdout,
     )
+    if order is None or holdout:
+        return plain
+    scores = tuple(expand_files(order.scores))
+    ordered = dict(buckets=order.buckets, ascending=order.ascending, drop=order.drop)
+    return replace(plain, scores=scores, scores_digest=digest_of(scores), **ordered)
 
 
 def mixtures(recipe: Recipe, clock: Clock, decisions: Sequence[Decision] = ()) -> list[Order]:
@@ -182,7 +188,9 @@ class StageData:
         picks = []
         for sequence in range(first_sequence, first_sequence + count):
             name, number = self.mixture.at(sequence)
-            picks.append(Pick(name, *row_of(number, self.indices[name].num_rows, self.seed, name, self.seq_len)))
+            index = self.indices[name]
+            place = row_of(number, index.num_rows, self.seed, name, self.seq_len, index.bucket_rows)
+            picks.append(Pick(name, *place))
         return picks
 
     def count(self, picks: Sequence[Pick]) -> tuple[int, int]:

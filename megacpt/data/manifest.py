@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def expand_paths(paths: list[str]) -> list[str]:
             raise DataError(f"{path}: no prepared data (PREFIX.idx) matches.")
         prefixes += sorted(found, key=_numeric)
     return prefixes
+
+
+def expand_files(paths: Sequence[str]) -> list[str]:
+    """Files that paths name; globs in numeric order.
+
+    Raises:
+        DataError: if one names none.
+    """
+    files: list[str] = []
+    for path in paths:
+        found = (
+            sorted(glob.glob(path), key=_numeric) if glob.has_magic(path) else [path] if os.path.isfile(path) else []
+        )
+        if not found:
+            raise DataError(f"{path}: no such file.")
+        files += found
+    return files
 
 
 def crc32_of(path: str | Path) -> int:

@@ -115,7 +115,18 @@ class Order:
         return total
 
 
-def row_of(number: int, num_rows: int, seed: int, domain: str, seq_len: int) -> tuple[int, int]:
-    """(epoch, row) of a domain's sequence `number`: every epoch is another permutation of the rows."""
+def row_of(
+    number: int, num_rows: int, seed: int, domain: str, seq_len: int, buckets: Sequence[int] = ()
+) -> tuple[int, int]:
+    """(epoch, row) of a domain's sequence `number`: every epoch is another permutation of the rows.
+
+    Args:
+        buckets: rows before each bucket of a curriculum, and all: buckets come in order, each with a permutation of its own.
+    """
     epoch, place = divmod(number, num_rows)
-    return epoch, int(permute(np.array([place]), num_rows, key=(seed, domain, seq_len, epoch))[0])
+    if len(buckets) <= 2:
+        return epoch, int(permute(np.array([place]), num_rows, key=(seed, domain, seq_len, epoch))[0])
+    bucket = bisect_right(buckets, place) - 1
+    begin, size = buckets[bucket], buckets[bucket + 1] - buckets[bucket]
+    inside = permute(np.array([place - begin]), size, key=(seed, domain, seq_len, epoch, bucket))
+    return epoch, begin + int(inside[0])

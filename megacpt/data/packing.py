@@ -25,13 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megacpt.data.curriculum import buckets_of, read_scores
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
 from megacpt.data.permutation import permute
 from megacpt.errors import DataError
 from megacpt.log import info, short_number
 
-VERSION = 1
+VERSION = 2
 BLOCK_DOCUMENTS = 1 << 20
 
 
@@ -46,6 +47,12 @@ class Selection:
     holdout_documents: int = 0
     holdout: bool = False
     """True packs the held-out documents, False all others."""
+    scores: tuple[str, ...] = ()
+    """Files of scores: documents are packed bucket by bucket of their perplexity."""
+    scores_digest: str = ""
+    buckets: int = 1
+    ascending: bool = True
+    drop: float = 0.0
 
 
 def pack_best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -172,6 +179,8 @@ class PackingIndex:
         self.domain, self.seq_len = domain, seq_len
         meta = json.loads((directory / "index.json").read_text())
         self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]
+        self.bucket_rows: list[int] = meta["bucket_rows"]
+        """Rows before each bucket of a curriculum, and all of them; [0, rows] without one."""
         self._row_start = _map(directory / "row_start.bin", np.int64, self.num_rows + 1)
         self._document = _map(directory / "piece_document.bin", np.dtype(meta["document_dtype"]), self.num_pieces)
         self._offset = _map(directory / "piece_offset.bin", np.int32, self.num_pieces)
@@ -204,7 +213,7 @@ def open_index(domain: DomainData, selection: Selection, cache: str, workers: in
     same index at once do not disturb each other.
     """
     digest = hashlib.sha256(
-        json.dumps([VERSION, BLOCK_DOCUMENTS, domain.fingerprint(), asdict(selection)]).encode()
+        json.dumps([VERSION, BLOCK_DOCUMENTS, domain.fingerprint(), asdict(selection) | {"scores": []}]).encode()
     ).hexdigest()[:24]
     final = Path(cache) / f"{selection.method}-{selection.seq_len}-{digest}"
     if not (final / "index.json").is_file():
@@ -247,7 +256,9 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
         open(partial / "piece_offset.bin", "wb") as offset_file,
     ):
         row_file.write(np.zeros(1, np.int64).tobytes())
-        for counts, documents, offsets in _blocks(domain, selection, withheld, workers):
+        edges = [0]
+        for bucket, counts, documents, offsets in _parts(domain, selection, withheld, workers):
+            edges += [rows] * (bucket + 1 - len(edges))
             row_file.write((np.cumsum(counts) + pieces).astype(np.int64).tobytes())
             document_file.write(documents.astype(dtype).tobytes())
             offset_file.write(offsets.astype(np.int32).tobytes())
@@ -257,6 +268,7 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
             {
                 "rows": rows,
                 "pieces": pieces,
+                "bucket_rows": [*edges, *[rows] * (selection.buckets + 1 - len(edges))],
                 "document_dtype": str(dtype),
                 "prefixes": domain.prefixes[:100],
                 **asdict(selection),
@@ -274,6 +286,23 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
             f"packed {short_number(domain.num_documents)} documents into {rows:,} rows of {selection.seq_len}: "
             f"{seconds:.1f} s, {rate} documents/s a core"
         )
+
+
+def _parts(
+    domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(bucket, pieces of each row, documents, offsets) in the order of the index."""
+    if not selection.scores:
+        yield from ((0, *block) for block in _blocks(domain, selection, withheld, workers))
+        return
+    scores, lengths = read_scores(selection.scores), domain.lengths(0, domain.num_documents)
+    if len(scores) != len(lengths):
+        raise DataError(f"{len(scores)} scores for {len(lengths)} documents of {', '.join(domain.prefixes[:3])}.")
+    bucket_of = buckets_of(scores, lengths, selection.buckets, selection.ascending, selection.drop)
+    for bucket in range(selection.buckets):
+        others = np.flatnonzero(bucket_of != bucket)
+        apart = np.union1d(withheld, others)
+        yield from ((bucket, *block) for block in _blocks(domain, selection, apart, workers))
 
 
 def _blocks(

@@ -11,7 +11,8 @@ from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.stage import Parallel
-from megacpt.data.manifest import expand_paths, read_manifest
+from megacpt.data.curriculum import score_problems
+from megacpt.data.manifest import expand_files, expand_paths, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
@@ -239,6 +240,12 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
         except MegacptError as error:
             report.problems.append(f"data.{name}: {error}")
             continue
+        if domain.order:
+            try:
+                found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))
+            except DataError as error:
+                found = [str(error)]
+            report.problems += [f"data.{name}.order.scores: {problem}" for problem in found]
         documents = sum(m["documents"] for m in manifests)
         tokens[name] = sum(m["tokens"] for m in manifests)
         if domain.holdout_documents >= documents:
@@ -293,6 +300,13 @@ def _resolved(
         total = sum(stage.mixture.values())
         for name, weight in stage.mixture.items():
             need[name] += clock.stage_tokens(i) * weight / total
+    for name, order in ((name, domain.order) for name, domain in recipe.data.items() if domain.order):
+        way = "rising" if order.ascending else "falling"
+        lines.append(f"domain {name}: in the order of {way} {order.by}, {order.buckets} buckets")
+    for stage in (stage for stage in recipe.stages if stage.gates):
+        lines.append(
+            f"stage {stage.name} ends with the gates {', '.join(stage.gates)}; not passed: {stage.on_fail.action}"
+        )
     for name, taken in need.items():
         if name in tokens and taken:
             epochs = taken / max(1, tokens[name])
