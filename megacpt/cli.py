@@ -117,6 +117,58 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
     p.add_argument("--average", action="store_true", help="the average that a stage made, in place of a checkpoint")
 
+    p = verb("vocab", _vocab, "Train a tokenizer, append it to an old one, grow a model's vocabulary to it.")
+    actions = p.add_subparsers(dest="action", required=True, metavar="train|merge|expand")
+    q = actions.add_parser("train", help="a tokenizer on text", allow_abbrev=False)
+    q.add_argument("inputs", nargs="+", metavar="INPUT", help="jsonl, parquet or text, .gz and .zst too")
+    q.add_argument("--output", required=True, metavar="DIR")
+    q.add_argument(
+        "--type",
+        choices=["bpe", "sentencepiece"],
+        default="bpe",
+        help="byte-level BPE as Llama 3 (default), or as Llama 2",
+    )
+    q.add_argument("--vocab-size", type=int, default=32000)
+    q.add_argument("--eos-token", default="<|end_of_text|>", help="bpe: the end-of-text token")
+    q.add_argument("--sample-bytes", type=int, help="read at most this much text")
+    q = actions.add_parser(
+        "merge", help="append a new tokenizer's entries to an old one, whose ids stay", allow_abbrev=False
+    )
+    q.add_argument("base", metavar="OLD_DIR")
+    q.add_argument("new", metavar="NEW_DIR")
+    q.add_argument("--output", required=True, metavar="DIR")
+    q.add_argument("--most", type=int, help="append at most this many entries")
+    q.add_argument(
+        "--sample", nargs="*", default=[], metavar="TEXT", help="files on which characters a token are reported"
+    )
+    q = actions.add_parser("expand", help="a model for the larger tokenizer", allow_abbrev=False)
+    q.add_argument("model", metavar="MODEL_DIR")
+    q.add_argument("tokenizer", metavar="TOKENIZER_DIR")
+    q.add_argument("--output", required=True, metavar="DIR")
+    q.add_argument(
+        "--init",
+        choices=["mean", "weighted"],
+        default="mean",
+        help="new rows: mean of the old parts' rows, or weighted by length",
+    )
+    q.add_argument(
+        "--sample", nargs="*", default=[], metavar="TEXT", help="files on which characters a token are reported"
+    )
+
+    p = verb("average", _average, "Write the mean of some checkpoints as a Hugging Face directory.")
+    p.add_argument("run", metavar="RUN_DIR")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--steps", metavar="A,B,C", help="these checkpoints")
+    which.add_argument("--last", type=int, metavar="K", help="the K newest")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument(
+        "--decay",
+        choices=["mean", "linear", "cosine", "1-sqrt"],
+        default="mean",
+        help="equal weights, or those that stand for a decay of the learning rate over the checkpoints (default: mean)",
+    )
+    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
+
     p = verb("checkpoint", _checkpoint, "List the checkpoints of a run, or verify every byte of them.")
     p.add_argument("action", choices=["list", "verify"])
     p.add_argument("run", metavar="RUN_DIR")
@@ -349,8 +401,52 @@ def _evaluate(options) -> None:
 def _export(options) -> None:
     from megacpt.checkpoint.export import export
 
-    step = export(Path(options.run), Path(options.output), options.step, options.dtype)
+    step = export(Path(options.run), Path(options.output), options.step, options.dtype, options.average)
     print(f"{options.output}: the model of {options.run} at step {step}")
+
+
+def _vocab(options) -> None:
+    from megacpt.data import vocabulary
+    from megacpt.data.tokenizer import Tokenizer
+
+    output = Path(options.output)
+    if options.action == "train":
+        if options.vocab_size < 300:
+            raise ConfigError(
+                [f"--vocab-size {options.vocab_size}: at least 300 (256 bytes and some)."], "the arguments"
+            )
+        size = vocabulary.train(
+            options.inputs, output, options.type, options.vocab_size, options.eos_token, options.sample_bytes
+        )
+        print(f"{output}: {size:,} entries")
+        return
+    if options.action == "merge":
+        before, after = vocabulary.merge(Path(options.base), Path(options.new), output, options.most)
+        old = options.base
+    else:
+        from megacpt.model.vocab import expand
+
+        before, after = expand(Path(options.model), Path(options.tokenizer), output, options.init)
+        old = options.model
+    print(f"{output}: {before:,} -> {after:,} entries")
+    for sample in options.sample:
+        texts = list(vocabulary.texts_of([sample], most_bytes=1 << 22))
+        rates = [vocabulary.characters_per_token(Tokenizer(path), texts) for path in (old, output)]
+        print(f"{sample}: {rates[0]:.3f} -> {rates[1]:.3f} characters a token ({rates[1] / rates[0] - 1:+.1%})")
+
+
+def _average(options) -> None:
+    from megacpt.checkpoint.export import export_average
+
+    try:
+        steps = [int(step) for step in options.steps.split(",")] if options.steps else None
+    except ValueError:
+        raise ConfigError(
+            [f"--steps {options.steps}: write step numbers, for example 100,200,300."], "the arguments"
+        ) from None
+    arguments = (steps, options.last, options.decay, options.dtype)
+    averaged = export_average(Path(options.run), Path(options.output), *arguments)
+    print(f"{options.output}: the average ({options.decay}) of steps {', '.join(map(str, averaged))} of {options.run}")
 
 
 def _checkpoint(options) -> int:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, verify
 from megacpt.config.load import load_recipe
@@ -54,13 +55,35 @@ def export(
         average: of the averages that stages made, the newest or that of `step`, in place of the checkpoints.
     """
     directory, step = find_checkpoint(run_directory, step, AVERAGES if average else "checkpoints")
-    write_export(run_directory, directory, output, dtype)
+    _write(run_directory, [directory], [1.0], output, dtype)
     return step
 
 
-def write_export(run_directory: Path, directory: Path, output: Path, dtype: str | None) -> None:
+def export_average(
+    run_directory: Path, output: Path, steps: list[int] | None, last: int | None, decay: str, dtype: str | None = None
+) -> list[int]:
+    """Writes the weighted mean of some checkpoints as a Hugging Face directory. Returns their steps.
+
+    Args:
+        steps: those, or None for the `last` newest.
+        decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
+    """
+    have = list_steps(run_directory / "checkpoints")
+    wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
+    if len(wanted) < 2 or (last and len(have) < last):
+        raise ConfigError(
+            [f"{run_directory}: an average needs at least two checkpoints, all of those asked for; there are {have}."],
+            "the arguments",
+        )
+    directories = [find_checkpoint(run_directory, step)[0] for step in wanted]
+    _write(run_directory, directories, average_weights(decay, len(wanted)), output, dtype)
+    return wanted
+
+
+def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
+    directory = directories[-1]
     config, longest = run_config(run_directory, verify(directory).stage)
-    stored = StoredModel(directory)
+    stored = [StoredModel(each) for each in directories]
     try:
         dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -70,6 +93,12 @@ def write_export(run_directory: Path, directory: Path, output: Path, dtype: str 
     shapes = config.shapes()
 
     def read(name: str):
-        return stored.read(name)[: shapes[name][0]]
+        if len(stored) == 1:
+            return stored[0].read(name)[: shapes[name][0]]
+        total = None
+        for model, weight in zip(stored, weights, strict=True):
+            part = model.read(name)[: shapes[name][0]]
+            total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
+        return total.to(part.dtype)
 
     write_pretrained(output, config, run_directory / HUGGING_FACE, read, dtypes, longest)

@@ -77,6 +77,14 @@ class Tokenizer:
             return self._pieces.encode(list(texts))
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def spell(self, other: "Tokenizer", token: int) -> list[int]:
+        """Own ids of another tokenizer's token, by its text; by its bytes where they are no text by themselves. Without BOS."""
+        text = other.decode([token])
+        if "\ufffd" in text and self._tokenizer is not None and other._tokenizer is not None:
+            found = self._tokenizer.model.tokenize(other._tokenizer.id_to_token(token))
+            return [piece.id for piece in found]
+        return [i for i in self.encode_batch([text])[0] if i != self.bos_id]
+
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
         return (

@@ -206,6 +206,41 @@ def test_averages_are_the_mean_of_their_snapshots(staged, tmp_path):
     assert not torch.equal(mean["model.norm.weight"], parts[2]["model.norm.weight"])
 
 
+@pytest.mark.parametrize("decay", ["mean", "linear", "cosine", "1-sqrt"])
+def test_weights_of_an_average_stand_for_a_decay(decay):
+    """Under plain SGD the average of a constant rate's checkpoints is the end of a run whose rate decays (WSM)."""
+    from megacpt.checkpoint.average import DECAYS, average_weights
+
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    checkpoints = [torch.zeros(5, dtype=torch.float64)]
+    for gradient in gradients:
+        checkpoints.append(checkpoints[-1] - 0.1 * gradient)
+    weights = average_weights(decay, len(checkpoints))
+    assert abs(sum(weights) - 1) < 1e-12 and min(weights) >= 0
+    mean = sum(w * c for w, c in zip(weights, checkpoints, strict=True))
+    left = [DECAYS["linear" if decay == "mean" else decay](i / len(checkpoints)) for i in range(1, len(checkpoints))]
+    decayed = -0.1 * sum(w * g for w, g in zip(left, gradients, strict=True))
+    assert torch.allclose(mean, decayed, rtol=0, atol=1e-12)
+
+
+def test_the_average_verb_writes_the_mean(staged, tmp_path, capsys):
+    from megacpt.cli import run
+
+    train(staged([stage("s")], {}, checkpoint={"every_steps": 1, "keep_last": 9}))
+    for step in (2, 3, 4):
+        export(tmp_path / "run", tmp_path / f"e{step}", step=step)
+    run(["average", str(tmp_path / "run"), "--last", "3", "--output", str(tmp_path / "mean")])
+    assert "the average (mean) of steps 2, 3, 4" in capsys.readouterr().out
+    parts = [load_file(tmp_path / f"e{step}/model.safetensors") for step in (2, 3, 4)]
+    for name, tensor in load_file(tmp_path / "mean/model.safetensors").items():
+        assert torch.allclose(
+            tensor.double(), torch.stack([p[name].double() for p in parts]).mean(0), rtol=0, atol=1e-7
+        )
+    with pytest.raises(ConfigError, match="at least two checkpoints, all of those asked for; there are"):
+        run(["average", str(tmp_path / "run"), "--last", "9", "--output", str(tmp_path / "no")])
+
+
 def test_background_saves_hold_the_state_of_their_step(staged, tmp_path):
     """A save after every step, written while training goes on: each equals that of a run that waited."""
     path = staged([stage("s", tokens=2048)], checkpoint={"every_steps": 1, "keep_last": 8, "asynchronous": True})

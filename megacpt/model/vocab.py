@@ -1,0 +1,67 @@
+"""A model for a larger vocabulary: new rows of embedding and head from the old rows of the tokens that spelled them (Ziya2, arXiv
+2311.03301, section 3; both matrices where they are untied)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megacpt.data.tokenizer import Tokenizer
+from megacpt.errors import ConfigError
+from megacpt.model.config import read_config
+from megacpt.model.hf import Weights, check_names, write_pretrained
+
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def grown(rows: Tensor, spellings: Sequence[Sequence[int]], old: Tokenizer, init: str) -> Tensor:
+    """The rows with one more for each spelling: the mean of the old rows of its parts ("mean"), or their mean weighted by the length of
+    each part's text ("weighted"); the mean of all rows where there is no spelling."""
+    wide, out = rows.float(), []
+    for ids in spellings:
+        if not ids:
+            out.append(wide.mean(0))
+            continue
+        lengths = [max(1, len(old.decode([i]))) for i in ids] if init == "weighted" else [1] * len(ids)
+        share = torch.tensor(lengths, dtype=torch.float32) / sum(lengths)
+        out.append((wide[ids] * share[:, None]).sum(0))
+    return torch.cat([rows, torch.stack(out).to(rows.dtype)]) if out else rows
+
+
+def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, int]:
+    """Writes a Hugging Face directory of the model with the new tokenizer. Returns its vocabulary before and after.
+
+    Raises:
+        ConfigError: if the new tokenizer does not hold the old one under the same ids.
+    """
+    config, weights = read_config(model), Weights(model)
+    check_names(weights, config)
+    old, new = Tokenizer(model), Tokenizer(tokenizer)
+    size = max(new.vocab_size, config.vocab_size)
+    problems = []
+    if new.vocab_size <= old.vocab_size:
+        problems.append(f"{tokenizer}: has {new.vocab_size} entries, the model's own {old.vocab_size}: nothing to add.")
+    probe = range(0, min(old.vocab_size, new.vocab_size), max(1, old.vocab_size // 4096))
+    moved = [i for i in probe if old.decode([i]) != new.decode([i])]
+    if moved:
+        here, there = new.decode([moved[0]]), old.decode([moved[0]])
+        problems.append(f"{tokenizer}: id {moved[0]} is {here!r}, in the model's own {there!r}. Old ids must stay.")
+    if problems:
+        raise ConfigError(problems, "the tokenizer")
+    # rows between the old tokenizer's end and the model's (reserved ones) become real tokens: they are set too
+    first = old.vocab_size
+    spellings = [old.spell(new, i) if i < new.vocab_size else [] for i in range(first, size)]
+    larger = replace(config, vocab_size=size)
+
+    def read(name: str) -> Tensor:
+        whole = weights.read(name, (slice(None),))
+        return grown(whole[:first], spellings, old, init) if name in ROWS else whole
+
+    dtypes = {name: weights.dtype(name) for name in config.shapes()}
+    write_pretrained(output, larger, tokenizer, read, dtypes, config.max_position_embeddings)
+    generation = output / "generation_config.json"
+    if (model / generation.name).is_file():
+        generation.write_bytes((model / generation.name).read_bytes())
+    return config.vocab_size, size
