@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("recipe")
     p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
 
-    p = verb("inspect", _inspect, "Show the exact global batch of a step.", recipe=True)
+    p = verb(
+        "inspect", _inspect, "Show the exact global batch of a step, with what the run has decided so far.", recipe=True
+    )
     p.add_argument("recipe")
     p.add_argument("--step", type=int, required=True, help="step number, from 1")
     p.add_argument("--decode", action="store_true", help="print the text of every document in the batch")
@@ -103,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{axis} parallelism, under torchrun")
     _dtype(p)
 
-    p = verb("evaluate", _evaluate, "Validation loss by domain of a model or run.", recipe=True)
+    p = verb(
+        "evaluate", _evaluate, "Validation loss by domain, needle, multiple choice of a model or run.", recipe=True
+    )
     p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
     p.add_argument("recipe")
     p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
@@ -301,13 +305,16 @@ def _index(options) -> None:
 
 
 def _inspect(options) -> None:
+    from megacpt.checkpoint.manifest import decisions_of_run
     from megacpt.config.clock import Clock
+    from megacpt.config.decisions import extensions_of
     from megacpt.data.loader import StageData, mixtures, open_domains, pad_token
     from megacpt.model.config import config_of
 
     recipe = _load(options)
     _checked(options, recipe, 1)
-    clock = Clock(recipe)
+    decisions = decisions_of_run(Path(recipe.directory))
+    clock = Clock(recipe, extensions_of(decisions))
     if not 1 <= options.step <= clock.num_steps:
         raise ConfigError([f"--step {options.step}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(options.step)
@@ -315,7 +322,7 @@ def _inspect(options) -> None:
     config = config_of(model)
     domains = open_domains(recipe, list(stage.mixture))
     pad = pad_token(domains, config.eos_token_id)
-    data = StageData(recipe, stage, mixtures(recipe, clock)[step.stage], domains, pad, config.vocab_size)
+    data = StageData(recipe, stage, mixtures(recipe, clock, decisions)[step.stage], domains, pad, config.vocab_size)
     picks = data.picks(step.first_sequence, step.rows)
     batch = data.batch(picks)
     counts = {name: batch.domain.count(name) for name in stage.mixture}
@@ -385,15 +392,18 @@ def _score(options) -> None:
 
 def _evaluate(options) -> None:
     recipe = _load(options)
-    if not recipe.validation:
-        raise ConfigError([f"{options.recipe}: has no [[validation]]."], "the arguments")
+    if not recipe.validation and not recipe.gates:
+        raise ConfigError([f"{options.recipe}: has no [[validation]] and no [gates]."], "the arguments")
     from megacpt.log import is_rank0
     from megacpt.train.standalone import evaluate
 
     results = evaluate(options.model, recipe, options.dtype, options.step)
     if is_rank0():
         for name, result in results.items():
-            print(f"{name}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
+            if name != "gates":
+                print(f"{name}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
+        for gate, numbers in results.get("gates", {}).items():
+            print(f"gate {gate}: {json.dumps(numbers)}")
         if options.output:
             Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -23,6 +23,12 @@ RECIPES = {
     "llama31_70b_256gpu": (256, "data 1 x 8, pipeline 4, context 1, tensor 8"),
     "llama31_405b_8192gpu": (8192, "data 1 x 64, pipeline 16, context 1, tensor 8"),
     "llama31_405b_16384gpu": (16384, "data 1 x 128, pipeline 16, context 1, tensor 8"),
+    "llama3_8b_8k_to_128k": (64, "data 1 x 64, pipeline 1, context 1, tensor 1"),
+    "synE_8b_64gpu": (64, "data 1 x 64, pipeline 1, context 1, tensor 1"),
+    "ziya_vocabulary_32gpu": (32, "data 1 x 32, pipeline 1, context 1, tensor 1"),
+    "domain_adaptation": (64, "data 1 x 64, pipeline 1, context 1, tensor 1"),
+    "new_language": (64, "data 1 x 64, pipeline 1, context 1, tensor 1"),
+    "llama3_phases_405b_16384gpu": (16384, "data 1 x 128, pipeline 16, context 1, tensor 8"),
     "llama31_405b_16384gpu_128k": (16384, "data 1 x 8, pipeline 16, context 16, tensor 8"),
 }
 

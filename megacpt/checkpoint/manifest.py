@@ -94,6 +94,19 @@ def verify(directory: Path) -> State:
         raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
 
 
+def decisions_of_run(run_directory: Path) -> list[dict[str, Any]]:
+    """What a run has decided up to its newest checkpoint; none without one. Reads the manifest only."""
+    for step in reversed(list_steps(run_directory / "checkpoints")):
+        try:
+            manifest = json.loads(
+                (run_directory / "checkpoints" / directory_name(step) / MANIFEST).read_text(encoding="utf-8")
+            )
+            return list(manifest["state"]["decisions"])
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return []
+
+
 def newest_sound(checkpoints: Path) -> tuple[Path, State, list[str]] | None:
     """(folder, state, what was wrong with newer ones) of the newest checkpoint that verifies; None without any."""
     complaints = []

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -9,12 +10,13 @@ from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import verify
 from megacpt.checkpoint.save import tensors_of
-from megacpt.config.layout import resolve_layout
+from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
-from megacpt.evaluate.validation import ValidationSets, validate
+from megacpt.evaluate.gates import Examiner
+from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
 from megacpt.model.build import build_model, sharding_of
 from megacpt.model.config import read_config, shape_problems
 from megacpt.model.hf import load_pretrained
@@ -61,12 +63,22 @@ def run_vocab_multiple(run_directory: Path) -> int:
     return load_recipe(str(run_directory / "recipe.toml")).model.vocab_multiple
 
 
-def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, dict[str, float]]:
-    """{domain: {"loss", "perplexity"}} of a model on the recipe's held-out documents, in rows of its last stage."""
+def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, Any]:
+    """{domain: {"loss", "perplexity"}} of a model on the recipe's held-out documents, in rows of its last stage; and under "gates" what
+    each gate of the recipe measures: needle recall, accuracies, losses. Nothing is compared with a start."""
     model = open_model(source, dtype, recipe.parallel, step)
-    stage = recipe.stages[-1]
-    domains = open_domains(recipe, sorted({name for v in recipe.validation for name in v.domains}))
-    sets = ValidationSets(recipe, stage.seq_len, domains)
-    rows = recipe.parallel_of(stage).micro_batch_tokens // stage.seq_len
-    losses = validate(model, sets, rows, pad_token(domains, model.config.eos_token_id))
-    return {name: {"loss": loss.mean, "perplexity": math.exp(loss.mean)} for name, loss in losses.items()}
+    stage, layout = recipe.stages[-1], model.mesh.layout
+    domains = open_domains(recipe, list(recipe.data))
+    pad = pad_token(domains, model.config.eos_token_id)
+    results: dict[str, Any] = {}
+    if recipe.validation:
+        sets = ValidationSets(recipe, stage.seq_len, domains)
+        micro = recipe.parallel_of(stage).micro_batch_tokens
+        rows = rows_at_once(micro, stage.seq_len, token_unit(layout.tensor, layout.context))
+        losses = validate(model, sets, rows, pad)
+        results = {name: {"loss": loss.mean, "perplexity": math.exp(loss.mean)} for name, loss in losses.items()}
+    if recipe.gates:
+        asked = stage.model_copy(update={"gates": list(recipe.gates)})
+        outcomes = Examiner(recipe, domains, pad).ask(model, asked, None)
+        results["gates"] = {outcome.gate: outcome.numbers for outcome in outcomes}
+    return results

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from layout_runs import flags_of, world_size
@@ -10,6 +11,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 
 from megacpt.checkpoint.export import export
+from megacpt.cli import run as run_verb
 from megacpt.config.load import load_recipe
 from megacpt.errors import ConfigError, GateError
 from megacpt.train import loop
@@ -136,6 +138,55 @@ def test_a_forgotten_domain_is_named_with_its_numbers(staged):
         train(staged([stage("s", gates=["forget"], lr=lr)], gates))
 
 
+def test_six_stages_of_context_extension(staged, recipe_file, tmp_path):
+    """launch/recipes/llama3_8b_8k_to_128k.toml in small: 64 to 1,024 tokens in six stages, theta by rule, gates at each end, another layout
+    from the fourth on. transformers gives the export's losses at positions far beyond the base's context."""
+    import transformers
+
+    lengths = (96, 128, 256, 512, 768, 1024)
+    stages = [
+        {
+            "name": f"s{n}", "tokens": 4 * n, "seq_len": n, "batch_tokens": 2 * n, "mixture": {"a": 1.0}, "lr": LR,
+            "rope": {"rule": "ntk2"}, "gates": ["needle", "short"],
+            "parallel": {"micro_batch_tokens": n, **({"context": 2} if n >= 512 else {})},
+        }
+        for n in lengths
+    ]  # fmt: skip
+    needle = {"kind": "needle", "haystack": "a", "depths": 2, "minimum": 0.0}
+    gates = {"needle": needle, "short": {"kind": "recovery", "domains": ["b"], "tolerance": 0.9}}
+    path = staged(stages, gates)
+    on_ranks(2, trained, path, ["--log.tensorboard=false", "--validation=[]"])
+    run = tmp_path / "run"
+    thetas = [event["rope"]["theta"] for event in events(run, "stage")]
+    assert thetas == sorted(thetas) and len(thetas) == 6
+    assert [e["stage"] for e in events(run, "gates")] == [f"s{n}" for n in lengths] and len(events(run, "layout")) == 1
+    export(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["max_position_embeddings"] == 1024
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    found = on_ranks(1, losses_at_length, str(tmp_path / "out"), 1024)[0]
+    tokens = torch.arange(1024) * 7919 % 400
+    with torch.no_grad():
+        logits = theirs(tokens[None]).logits[0].double()
+    want = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
+    assert torch.allclose(torch.tensor(found).double()[:-1], want, rtol=0, atol=2e-4)
+
+
+def losses_at_length(directory: str, length: int) -> list[float]:
+    from megacpt.config.stage import Parallel
+    from megacpt.data.loader import Batch
+    from megacpt.model.run import each_loss
+    from megacpt.train.standalone import open_model
+
+    model, tokens = open_model(directory, "float32", Parallel()), np.arange(length) * 7919 % 400
+    labels, found = np.append(tokens[1:], -100), []
+    batch = Batch(tokens[None], labels[None], np.arange(length)[None], np.array([0]), np.array([0, 1]), [""])
+    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
+    return found[0].tolist()
+
+
 def test_a_frozen_parameter_stays_as_it_was(staged, tmp_path):
     """Only embedding and head in the first stage, all in the second; a pattern that fits nothing is named."""
     stages = [stage("new", freeze=["model.layers.*", "model.norm.weight"]), stage("all")]
@@ -175,9 +226,24 @@ def test_weights_follow_the_losses_and_a_resume_follows_the_weights(staged, tmp_
     train(whole, f"--run.directory={tmp_path / 'cut'}", "--run.stop_at_step=5")
     train(whole, f"--run.directory={tmp_path / 'cut'}")
     again = (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+    batches = tmp_path / "b.npz"
+    run_verb(["inspect", whole, "--step=12", f"--output={batches}"])  # with the weights of that step
+    last = json.loads(rows[-1])["domain_tokens"]["a"] - json.loads(rows[-2])["domain_tokens"]["a"]
+    assert sum(np.load(batches)["domain"] == "a") * 128 == last
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "domain_tokens")
     plain = lambda lines: [[json.loads(line)[key] for key in keys] for line in lines]
     assert plain(again) == plain(rows)
+
+
+def test_evaluate_measures_what_the_gates_measure(staged, tmp_path, capsys):
+    path = staged([stage("s", gates=["needle", "short"])])
+    train(path)
+    run_verb(["evaluate", str(tmp_path / "run"), path, f"--output={tmp_path / 'e.json'}"])
+    found = json.loads((tmp_path / "e.json").read_text())
+    (asked,) = events(tmp_path / "run", "gates")
+    assert found["gates"]["short"] == next(r["numbers"] for r in asked["results"] if r["gate"] == "short")
+    assert found["gates"]["needle"] == next(r["numbers"] for r in asked["results"] if r["gate"] == "needle")
+    assert "gate needle: " in capsys.readouterr().out and set(found) == {"a", "b", "gates"}
 
 
 def test_averages_are_the_mean_of_their_snapshots(staged, tmp_path):
@@ -225,12 +291,10 @@ def test_weights_of_an_average_stand_for_a_decay(decay):
 
 
 def test_the_average_verb_writes_the_mean(staged, tmp_path, capsys):
-    from megacpt.cli import run
-
     train(staged([stage("s")], {}, checkpoint={"every_steps": 1, "keep_last": 9}))
     for step in (2, 3, 4):
         export(tmp_path / "run", tmp_path / f"e{step}", step=step)
-    run(["average", str(tmp_path / "run"), "--last", "3", "--output", str(tmp_path / "mean")])
+    run_verb(["average", str(tmp_path / "run"), "--last", "3", "--output", str(tmp_path / "mean")])
     assert "the average (mean) of steps 2, 3, 4" in capsys.readouterr().out
     parts = [load_file(tmp_path / f"e{step}/model.safetensors") for step in (2, 3, 4)]
     for name, tensor in load_file(tmp_path / "mean/model.safetensors").items():
@@ -238,7 +302,7 @@ def test_the_average_verb_writes_the_mean(staged, tmp_path, capsys):
             tensor.double(), torch.stack([p[name].double() for p in parts]).mean(0), rtol=0, atol=1e-7
         )
     with pytest.raises(ConfigError, match="at least two checkpoints, all of those asked for; there are"):
-        run(["average", str(tmp_path / "run"), "--last", "9", "--output", str(tmp_path / "no")])
+        run_verb(["average", str(tmp_path / "run"), "--last", "9", "--output", str(tmp_path / "no")])
 
 
 def test_background_saves_hold_the_state_of_their_step(staged, tmp_path):
