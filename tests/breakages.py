@@ -78,3 +78,43 @@ def norm_counts_replicas() -> None:
     from megacpt.optim import clip
 
     clip._is_replicated = lambda parameter: False
+
+
+def mean_of_means() -> None:
+    """Each micro-batch's loss is divided by its own labels: gradients of short micro-batches weigh too much."""
+    from megacpt.model import run
+
+    original = run._Gradients.__init__
+
+    def each_alone(self, model, schedule, micro_batches, scale, every):
+        labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches[:1]))
+        original(self, model, schedule, micro_batches, 1 / (labels * len(micro_batches)), every)
+
+    run._Gradients.__init__ = each_alone
+
+
+def averaged_gradients() -> None:
+    """FSDP averages gradients over its ranks, although the loss is divided by the global count already."""
+    from megacpt.parallel import fsdp
+
+    original = fsdp.shard
+
+    def dividing(root, blocks, mesh, *more) -> None:
+        original(root, blocks, mesh, *more)
+        for module in [*blocks, root]:
+            module.set_gradient_divide_factor(float(mesh.fsdp.size()))
+
+    fsdp.shard = dividing
+    from megacpt.model import build
+
+    build.shard = dividing
+
+
+def own_keys_only() -> None:
+    """cp: gradients of keys and values that other ranks' queries have are lost."""
+    from megacpt.parallel import context
+
+    def own(total, group):
+        return total.view(group.size(), -1, *total.shape[1:])[group.rank()]
+
+    context.scatter_sum_tokens = own

@@ -54,9 +54,13 @@ def publish(checkpoints: Path, partial: Path, state: State, facts: dict[str, Any
     """Manifest, then one rename. On rank 0, when all have written."""
     final = checkpoints / directory_name(state.step)
     write_manifest(partial, state, facts)
-    shutil.rmtree(final, ignore_errors=True)
+    old = checkpoints / f".tmp-old-{final.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():  # the same step again, with more decided: never half removed under its name
+        os.rename(final, old)
     os.rename(partial, final)
     sync_directory(checkpoints)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:

@@ -65,6 +65,7 @@ class Run:
     saver: BackgroundSaver | None = None
     validated_at: int = -1
     saved_at: int = -1
+    saved_decisions: int = 0
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ def saved(run: Run, number: int, wait: bool = True) -> None:
             if dist.get_rank() == 0:
                 _written(run, state, seconds, run._prune())
         dist.barrier()  # the others wait for rank 0 here, not in the next step
-    run.saved_at = number
+    run.saved_at, run.saved_decisions = number, len(run.decisions)
     if wait:
         told_of_saves(run)
 

@@ -131,7 +131,8 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str
         decisions,
         recipe.health.start_timeout_seconds,
     )
-    run.saved_at = done if mode == "resume" else -1
+    if mode == "resume":
+        run.saved_at, run.saved_decisions = done, len(decisions)
     if recipe.log.tensorboard and directory.write:
         run.board = TensorBoard(directory.path / "tb", layout.world_size, done + 1 if done else None)
     gc.collect()
@@ -275,6 +276,7 @@ def _stages(run: Run, done: int) -> str:
     layout = recipe.layout_of(recipe.stages[run.clock.step(min(run.clock.num_steps, done + 1)).stage])
     profiler = Profiler(recipe.profile, run.directory.path / "profile", dist.get_rank())
     number, index, entered = done, 0, -1
+    stage, sets = recipe.stages[0], None
     try:
         while index < len(recipe.stages):
             stage, last = recipe.stages[index], run.clock.stage_numbers(index)[-1]
@@ -300,7 +302,7 @@ def _stages(run: Run, done: int) -> str:
                     validated(run, sets, 0, stage)
             if number < min(last, stop_at):
                 number = _steps(run, index, number, min(last, stop_at), sets, profiler)
-                if run.stop.signal is not None or run.stopping:
+                if run.stopping:  # what all ranks agreed, not what this one has heard
                     tokens = run.clock.tokens_at(number)
                     run.directory.event("stopped", number, tokens, signal=run.stop.signal)
                     return "preempted"
@@ -315,7 +317,7 @@ def _stages(run: Run, done: int) -> str:
         profiler.close()
     if sets and run.validated_at != number and number == run.clock.num_steps:
         validated(run, sets, number, stage)
-    if run.saved_at != number:  # stop_at_step = 0: the imported model, as a checkpoint
+    if run.saved_at != number or run.saved_decisions != len(run.decisions):  # also stop_at_step = 0: the imported model
         saved(run, number)
     return "finished" if number == run.clock.num_steps else "preempted"
 
@@ -382,15 +384,17 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             run.saver.raise_error()
         told_of_saves(run)
         last = number == until or run.stopping
-        if number % recipe.checkpoint.every_steps == 0 or run.stopping or (last and number in _final(run)):
+        if number % recipe.checkpoint.every_steps == 0 or run.stopping or (last and number in _final(run, stage)):
             saved(run, number, wait=last)
         if run.stopping:
             return number
     return until
 
 
-def _final(run: Run) -> tuple[int, ...]:
-    """Steps that are saved in any case: the last one, of the run or of this start."""
+def _final(run: Run, stage: Stage) -> tuple[int, ...]:
+    """Steps that are saved in any case: the last one, of the run or of this start. Where gates or an average follow, they come first."""
+    if stage.gates or stage.average:
+        return ()
     return run.clock.num_steps, run.recipe.run.stop_at_step or run.clock.num_steps
 
 

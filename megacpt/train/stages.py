@@ -1,6 +1,5 @@
 """What a stage decides: weights of its mixture while it runs, gates at its end, an average of its weights."""
 
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -162,6 +161,9 @@ def average_stage(run: Run, index: int, number: int) -> None:
         return
     folder = snapshots_of(run, index)
     steps = [step for step in list_steps(folder) if step <= number][-stage.average.last :]
+    if not steps:
+        log.warn(f"{folder}: holds no snapshot of stage {stage.name}; nothing is averaged")
+        return
     parameters = run.optimizer.parameters
     tensors = tensors_of(parameters, None)
     last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
@@ -181,8 +183,6 @@ def average_stage(run: Run, index: int, number: int) -> None:
         number,
     )
     log.info(f"average of steps {steps}: mean loss {means['average']:.4f}, last {means['last']:.4f}; better: {better}")
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _losses(run: Run, index: int) -> dict[str, float]:

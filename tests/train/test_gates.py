@@ -258,6 +258,11 @@ def test_averages_are_the_mean_of_their_snapshots(staged, tmp_path):
         and event["better"] in ("last", "average")
         and set(event["losses"]["last"]) == {"a", "b"}
     )
+    assert decisions(run)[-1]["kind"] == "average", "the last checkpoint does not know what was decided after its step"
+    cut = tmp_path / "cut"
+    train(path, f"--run.directory={cut}", "--run.stop_at_step=5")
+    train(path, f"--run.directory={cut}")
+    assert decisions(cut) == decisions(run)
     export(run, tmp_path / "mean", average=True)
     parts = []
     for step in (4, 6, 8):

@@ -186,6 +186,16 @@ class TestMegatronIssue7452:
         found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
         assert found["loss and norm"] > 1e-4, found
 
+    @pytest.mark.parametrize(
+        "breakage, layout",
+        [("mean_of_means", "dp2"), ("averaged_gradients", "dp2"), ("own_keys_only", "cp2"), ("replicated", "tp2")],
+    )
+    def test_gradients_are_sums_over_all_who_had_a_part(self, one, tmp_path, breakage, layout):
+        path, flags, reference = one("untied")
+        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["gradients"] < LAYOUT
+        found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+        assert found["gradients"] > 1e-4, found
+
     def test_a_context_rank_without_labels_gives_no_nan(self):
         """One document of 12 tokens in a row of 64: of four context ranks, some hold only filling."""
         from megacpt.parallel.context import make_plan
