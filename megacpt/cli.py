@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
     p.add_argument("--part", metavar="I/N", help="prepare part I of N (from 0) into PREFIX-0000I")
     p.add_argument("--text-field", default="text", help="field or column with the text (default: text)")
+    p.add_argument(
+        "--domain-field", metavar="FIELD", help="keep this field (a topic, a source) as each document's label"
+    )
     p.add_argument("--format", choices=["auto", "jsonl", "parquet", "text"], default="auto", help="default: by suffix")
     p.add_argument("--no-bos", action="store_true", help="do not prepend BOS where the tokenizer itself would")
     p.add_argument("--no-eos", action="store_true", help="do not append the end-of-text token to each document")
@@ -243,6 +246,7 @@ def _prepare(options) -> None:
             options.engine,
             options.max_bad_lines,
             options.vocab_size,
+            options.domain_field,
         )
         manifest = prepare(options.inputs, options.output, settings, options.workers, part, options.overwrite)
         prefix = options.output if part is None else f"{options.output}-{part[0]:05d}"

@@ -43,7 +43,9 @@ def test_recipes_pass_check_without_files(name):
         picture = schedule_svg(recipe, world_size, files=False)
         assert picture.count("<title>") > 1000
     if "405b" in name:  # Llama 3 paper, table 4, and the split of section 3.3.2
-        assert any(line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0" for line in report.lines)
+        assert any(
+            line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0" for line in report.lines
+        )
 
 
 def test_every_recipe_is_in_the_list():

@@ -100,6 +100,8 @@ class Domain(Section):
     """Only documents of at least this length."""
     max_tokens: Count | None = None
     """Only documents of at most this length."""
+    labels: list[str] = []
+    """Only documents with one of these labels, which `prepare --domain-field` kept."""
     order: DomainOrder | None = None
     """Train the documents in the order of their perplexity."""
 

@@ -73,11 +73,16 @@ def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> di
     crc = _concatenate([parts / f"{i:06d}.bin" for i in range(num_pieces)], tmp["bin"])
     lengths, dtype = _Lengths(parts, num_pieces), token_dtype(facts["vocab_size"])
     write_index(Path(tmp["idx"]), dtype, lengths, documents)
+    labels = {}
+    if facts["domain_field"]:
+        tmp["labels"] = f"{prefix}.labels.tmp"
+        labels = {"labels": _join_labels(parts, reports, tmp["labels"], lengths)}
     manifest = {
         "format": FORMAT,
         **_counts(lengths),
         "dtype": str(dtype),
         **facts,
+        **labels,
         "empty_documents": sum(r["empty"] for r in reports),
         "bad_lines": sum(r["bad_lines"] for r in reports),
         "bin": {"bytes": os.path.getsize(tmp["bin"]), "crc32": crc},
@@ -85,6 +90,29 @@ def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> di
     }
     _publish(prefix, tmp, manifest)
     return manifest
+
+
+def _join_labels(parts: Path, reports: list[dict[str, Any]], target: str, lengths) -> dict[str, Any]:
+    """One uint16 a document, numbers of the sorted names; what of each name there is.
+
+    Raises:
+        DataError: for more than 65,535 names.
+    """
+    names = sorted({name for report in reports for name in report["labels"]})
+    if len(names) > 65535:
+        raise DataError(f"the domain field has {len(names)} different values, for example {names[:3]}; at most 65,535.")
+    place, pieces = {name: i for i, name in enumerate(names)}, []
+    for i, report in enumerate(reports):
+        own = np.array([place[name] for name in report["labels"]], np.uint16)
+        pieces.append(own[np.fromfile(parts / f"{i:06d}.lab", "<u4")] if len(own) else np.zeros(0, np.uint16))
+    whole = np.concatenate(pieces).astype("<u2")
+    Path(target).write_bytes(whole.tobytes())
+    tokens = np.bincount(whole, weights=np.concatenate([np.asarray(block) for block in lengths]), minlength=len(names))
+    documents = np.bincount(whole, minlength=len(names))
+    counts = {
+        name: {"documents": int(d), "tokens": int(t)} for name, d, t in zip(names, documents, tokens, strict=True)
+    }
+    return {"names": counts, "bytes": os.path.getsize(target), "crc32": crc32_of(target)}
 
 
 def _concatenate(files: list[Path], target: str) -> int:
@@ -114,7 +142,7 @@ def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None
     """Renames data, index, then the manifest; each is on disk before."""
     with open(tmp["json"], "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, ensure_ascii=False)
-    for kind in ("bin", "idx", "json"):
+    for kind in ("bin", "idx", "labels", "json"):
         if kind in tmp:
             with open(tmp[kind], "rb") as file:
                 os.fsync(file.fileno())

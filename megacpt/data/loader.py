@@ -129,6 +129,7 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
         domain.max_tokens or 2**31,
         domain.holdout_documents,
         holdout,
+        tuple(domain.labels),
     )
     if order is None or holdout:
         return plain

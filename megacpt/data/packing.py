@@ -47,6 +47,8 @@ class Selection:
     holdout_documents: int = 0
     holdout: bool = False
     """True packs the held-out documents, False all others."""
+    labels: tuple[str, ...] = ()
+    """Only documents with one of these labels; all without."""
     scores: tuple[str, ...] = ()
     """Files of scores: documents are packed bucket by bucket of their perplexity."""
     scores_digest: str = ""
@@ -151,7 +153,7 @@ class DomainData:
 
     def fingerprint(self) -> str:
         """By content: the CRCs and sizes that the manifests record."""
-        facts = [[m["idx"], m["bin"]] for m in self.manifests]
+        facts = [[m["idx"], m["bin"], *([m["labels"]] if "labels" in m else [])] for m in self.manifests]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def lengths(self, begin: int, end: int) -> np.ndarray:
@@ -162,6 +164,27 @@ class DomainData:
             if a < b:
                 blocks.append(np.asarray(data.lengths[a:b]))
         return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+
+    def labelled(self, begin: int, end: int, wanted: tuple[str, ...]) -> np.ndarray:
+        """bool: which of documents [begin, end) have one of some labels; all if none are wanted.
+
+        Raises:
+            DataError: if a set was prepared without labels, or its file is not what its manifest says.
+        """
+        if not wanted:
+            return np.ones(end - begin, bool)
+        parts = []
+        for first, data, prefix, manifest in zip(self.first, self.sets, self.prefixes, self.manifests, strict=False):
+            a, b = max(begin - first, 0), min(end - first, data.num_documents)
+            if a >= b:
+                continue
+            facts = manifest.get("labels")
+            if facts is None:
+                raise DataError(f"{prefix}: was prepared without labels. Prepare it with --domain-field.")
+            stored = _map(Path(f"{prefix}.labels"), np.dtype("<u2"), data.num_documents)
+            numbers = [i for i, name in enumerate(facts["names"]) if name in wanted]
+            parts.append(np.isin(stored[a:b], numbers))
+        return np.concatenate(parts) if parts else np.zeros(0, bool)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         which = int(np.searchsorted(self.first, document, side="right")) - 1
@@ -227,10 +250,12 @@ def held_out(domain: DomainData, selection: Selection) -> np.ndarray:
     if not selection.holdout_documents:
         return np.zeros(0, np.int64)
     chosen, total = [], domain.num_documents
+    labelled = domain.labelled(0, total, selection.labels)
     for start in range(0, total, 4096):
         drawn = permute(np.arange(start, min(start + 4096, total)), total, key=("holdout",))
         lengths = np.array([domain.length(int(d)) for d in drawn])
-        chosen += drawn[(lengths >= max(selection.min_tokens, 2)) & (lengths <= selection.max_tokens)].tolist()
+        fits = (lengths >= max(selection.min_tokens, 2)) & (lengths <= selection.max_tokens) & labelled[drawn]
+        chosen += drawn[fits].tolist()
         if len(chosen) >= selection.holdout_documents:
             break
     if len(chosen) < selection.holdout_documents:
@@ -335,6 +360,7 @@ def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         documents = inside
     else:
         keep = (lengths >= max(selection.min_tokens, 1)) & (lengths <= selection.max_tokens)
+        keep &= domain.labelled(start, start + len(lengths), selection.labels)
         keep[inside] = False
         documents = np.flatnonzero(keep)
     pack = pack_best_fit if selection.method == "best_fit" else pack_concatenated

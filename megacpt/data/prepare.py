@@ -48,6 +48,8 @@ class Options:
     max_bad_lines: int = 10
     vocab_size: int | None = None
     """The model's vocabulary, when it is smaller or larger than the tokenizer's."""
+    domain_field: str | None = None
+    """Field with a label of each document, kept beside the tokens, so that a domain can be a view of the set."""
 
 
 def prepare(
@@ -70,7 +72,7 @@ def prepare(
         DataError: for input that cannot be read, too many bad lines, or a full disk.
     """
     prefix = f"{output}-{part[0]:05d}" if part else output
-    finished = [f"{prefix}.{kind}" for kind in ("bin", "idx", "json") if os.path.exists(f"{prefix}.{kind}")]
+    finished = [f"{prefix}.{kind}" for kind in ("bin", "idx", "json", "labels") if os.path.exists(f"{prefix}.{kind}")]
     if finished and not overwrite:
         raise ConfigError([f"{', '.join(finished)}: exists. Give another --output, or --overwrite."], "the arguments")
     tokenizer = Tokenizer(options.tokenizer, options.eos_token)
@@ -82,6 +84,8 @@ def prepare(
         _require_gigatoken()
     files = find_files(inputs, options.format)
     pieces = cut(files)
+    if options.domain_field and any(piece.kind == "text" for piece in pieces):
+        raise ConfigError([f"--domain-field {options.domain_field}: plain text files have no fields."], "the arguments")
     if part:
         pieces = _share(pieces, *part)
     vocab_size = options.vocab_size or tokenizer.vocab_size
@@ -115,6 +119,7 @@ def _facts_of(
         "bos_token_id": tokenizer.bos_id,
         "bos_prepended": bool(options.bos and tokenizer.bos_id is not None),
         "eos_appended": options.eos,
+        "domain_field": options.domain_field,
         "tokenizer": {"path": options.tokenizer, "sha256": tokenizer.sha256},
         "part": list(part) if part else None,
         "sources": [{"path": path, "bytes": os.path.getsize(path)} for path, _ in files[:1000]],
@@ -292,6 +297,8 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
     stem = os.path.join(parts, f"{index:06d}")
     bad: list[BadLine] = []
     report = {"documents": 0, "tokens": 0, "empty": 0, "bad_lines": 0, "bad_examples": []}
+    names: dict[str, int] = {}
+    labels: list[int] = []
     texts: list[str] = []
     chars = seen = 0
     try:
@@ -303,7 +310,7 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
                     _write_batch(worker, texts, binary, lengths, report, piece)
                 texts, chars = [], 0
 
-            for record, position in read_piece(piece, worker.options.text_field):
+            for record, position, label in read_piece(piece, worker.options.text_field, worker.options.domain_field):
                 if isinstance(record, BadLine):
                     bad.append(record)
                     if len(bad) > worker.options.max_bad_lines:
@@ -312,6 +319,7 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
                     report["empty"] += 1
                 else:
                     texts.append(record)
+                    labels.append(names.setdefault(label, len(names)))
                     chars += len(record)
                     if chars >= _BATCH_CHARS:
                         flush()
@@ -320,6 +328,9 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
                         worker.counter.value += min(position, piece.num_bytes) - min(seen, piece.num_bytes)
                     seen = position
             flush()
+            if worker.options.domain_field:
+                report["labels"] = list(names)
+                Path(stem + ".lab").write_bytes(np.array(labels, "<u4").tobytes())
             with worker.counter.get_lock():
                 worker.counter.value += piece.num_bytes - min(seen, piece.num_bytes)
             for file in (binary, lengths):

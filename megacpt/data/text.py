@@ -128,13 +128,21 @@ def _open(path: str) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def read_piece(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]:
-    """(text or bad line, bytes of input passed so far) for every record of a piece."""
+Record = tuple[str | BadLine, int, str]
+"""Text or bad line, bytes of input passed so far, the record's label ("" without)."""
+
+
+def read_piece(piece: Piece, field: str, label: str | None = None) -> Iterator[Record]:
+    """Every record of a piece.
+
+    Args:
+        label: field or column with a label; plain text has none.
+    """
     reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}[piece.kind]
-    return reader(piece, field)
+    return reader(piece, field, label)
 
 
-def _read_jsonl(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]:
+def _read_jsonl(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
     path = piece.paths[0]
     try:
         with _open(path) as file:
@@ -149,7 +157,8 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]
                     break
                 number, position = number + 1, position + len(line)
                 if line.strip():
-                    yield _parse(line, field, path, number), position - piece.begin
+                    text, name = _parse(line, field, label, path, number)
+                    yield text, position - piece.begin, name
     except (EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged archive: {error}. Copy it again.") from None
     except Exception as error:
@@ -158,18 +167,22 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]
         raise
 
 
-def _parse(line: bytes, field: str, path: str, number: int) -> str | BadLine:
+def _parse(line: bytes, field: str, label: str | None, path: str, number: int) -> tuple[str | BadLine, str]:
+    bad = lambda reason: (BadLine(path, number, reason), "")
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        return BadLine(path, number, f"invalid UTF-8: {error.reason} at byte {error.start}")
+        return bad(f"invalid UTF-8: {error.reason} at byte {error.start}")
     except (json.JSONDecodeError, RecursionError) as error:
-        return BadLine(path, number, f"not valid JSON: {error}")
+        return bad(f"not valid JSON: {error}")
     if not isinstance(record, dict):
-        return BadLine(path, number, f"is a {type(record).__name__}, not an object")
-    if field not in record:
-        return BadLine(path, number, f"has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}")
-    return _checked(record[field], field, path, number)
+        return bad(f"is a {type(record).__name__}, not an object")
+    for name in (field, label):
+        if name is not None and name not in record:
+            return bad(f"has no field {name!r}; its fields are {', '.join(map(repr, record)) or 'none'}")
+    if label is not None and not isinstance(record[label], str):
+        return bad(f"field {label!r} is a {type(record[label]).__name__}, not a string")
+    return _checked(record[field], field, path, number), record[label] if label is not None else ""
 
 
 def _checked(text, field: str, path: str, number: int) -> str | BadLine:
@@ -199,32 +212,39 @@ def _parquet(path: str):
         raise DataError(f"{path}: not a parquet file ({error}).") from None
 
 
-def _read_parquet(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]:
+def _read_parquet(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
     path = piece.paths[0]
     file = _parquet(path)
     names = file.schema_arrow.names
-    if field not in names:
-        raise DataError(f"{path}: has no column {field!r}; its columns are {', '.join(names)}. Give --text-field.")
+    columns = [field] if label is None else [field, label]
+    for column, flag in zip(columns, ("--text-field", "--domain-field"), strict=False):
+        if column not in names:
+            raise DataError(f"{path}: has no column {column!r}; its columns are {', '.join(names)}. Give {flag}.")
     before = sum(file.metadata.row_group(g).num_rows for g in range(piece.begin))
     rows = max(1, sum(file.metadata.row_group(g).num_rows for g in range(piece.begin, piece.end)))
     number = 0
-    for batch in file.iter_batches(256, row_groups=range(piece.begin, piece.end), columns=[field]):
-        for value in batch.column(0).to_pylist():
+    for batch in file.iter_batches(256, row_groups=range(piece.begin, piece.end), columns=columns):
+        texts = batch.column(columns[0]).to_pylist()
+        labels = batch.column(label).to_pylist() if label is not None else [""] * len(texts)
+        for value, name in zip(texts, labels, strict=True):
             number += 1
-            yield _checked(value, field, path, before + number), piece.num_bytes * number // rows
+            text = _checked(value, field, path, before + number)
+            if not isinstance(name, str):
+                text = BadLine(path, before + number, f"field {label!r} is a {type(name).__name__}, not a string")
+            yield text, piece.num_bytes * number // rows, name or ""
 
 
-def _read_text(piece: Piece, field: str) -> Iterator[tuple[str | BadLine, int]]:
+def _read_text(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
     position = 0
     for path in piece.paths:
         position += os.path.getsize(path)
         with _open(path) as file:
             raw = file.read()
         try:
-            yield raw.decode("utf-8"), position
+            yield raw.decode("utf-8"), position, ""
         except UnicodeDecodeError as error:
             line = raw[: error.start].count(b"\n") + 1
-            yield BadLine(path, line, f"invalid UTF-8: {error.reason} at byte {error.start}"), position
+            yield BadLine(path, line, f"invalid UTF-8: {error.reason} at byte {error.start}"), position, ""
 
 
 def line_in_file(piece: Piece, line: int) -> int:

@@ -21,7 +21,7 @@ def texts_of(
     """Documents of text files, up to a number of bytes; unreadable records are skipped."""
     taken = 0
     for piece in cut(find_files(inputs, kind)):
-        for text, _ in read_piece(piece, field):
+        for text, *_ in read_piece(piece, field):
             if isinstance(text, BadLine):
                 continue
             yield text

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
+from megacpt.config.load import nearest
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
@@ -240,6 +241,17 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
         except MegacptError as error:
             report.problems.append(f"data.{name}: {error}")
             continue
+        for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
+            known = list(manifest.get("labels", {}).get("names", {}))
+            unknown = [label for label in domain.labels if label not in known]
+            if domain.labels and not known:
+                report.problems.append(
+                    f"data.{name}.labels: {prefix} was prepared without labels. Prepare it with --domain-field."
+                )
+            elif unknown and len(unknown) == len(domain.labels):
+                report.problems.append(
+                    f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
+                )
         if domain.order:
             try:
                 found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))
@@ -248,6 +260,9 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
             report.problems += [f"data.{name}.order.scores: {problem}" for problem in found]
         documents = sum(m["documents"] for m in manifests)
         tokens[name] = sum(m["tokens"] for m in manifests)
+        if domain.labels:
+            views = [m.get("labels", {}).get("names", {}).get(label) for m in manifests for label in domain.labels]
+            documents, tokens[name] = (sum(view[key] for view in views if view) for key in ("documents", "tokens"))
         if domain.holdout_documents >= documents:
             report.problems.append(
                 f"data.{name}.holdout_documents = {domain.holdout_documents}: the domain has {documents} "
