@@ -14,6 +14,7 @@ with open("README.md", encoding="utf-8") as file:
     readme = file.read()
 
 hugging_face = ["transformers>=4.51"]
+topics = ["scikit-learn>=1.5"]
 
 setup(
     name="megacpt",
@@ -44,6 +45,7 @@ setup(
         "hf": hugging_face,
         "dev": [
             *hugging_face,
+            *topics,
             "pytest>=8",
             "pyyaml>=6",
             "hypothesis>=6.100",
@@ -54,6 +56,7 @@ setup(
             "jsonschema>=4.20",
             "build>=1.2",
         ],
+        "topics": topics,
         "bench": [*hugging_face, "psutil>=6", "gigatoken>=0.10", "liger-kernel>=0.8"],
         "gigatoken": ["gigatoken>=0.10"],
         "flash-attn": ["flash-attn>=2.7"],

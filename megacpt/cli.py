@@ -98,6 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("recipe")
     _dtype(p)
 
+    p = verb("assess", _assess, "Anneal from a checkpoint with and without candidate data, and compare.", recipe=True)
+    p.add_argument(
+        "recipe", help="model.pretrained is the checkpoint's export, the last stage's mixture the default mix"
+    )
+    p.add_argument(
+        "--candidates", required=True, metavar="A,B", help="domains of [data] that are not in the default mix"
+    )
+    p.add_argument("--tokens", required=True, help="length of each annealing, for example 40B")
+    p.add_argument("--directory", required=True, metavar="DIR", help="recipes and runs go there; a second call goes on")
+    p.add_argument("--share", type=float, default=0.3, help="of the candidate (default: 0.3)")
+    p.add_argument(
+        "--launch", metavar="COMMAND", help='what starts megacpt, for example "torchrun --nproc-per-node 8 -m megacpt"'
+    )
+
     p = verb("score", _score, "Mean loss of every document of a prepared set with a model.")
     p.add_argument("model", metavar="MODEL_DIR")
     p.add_argument("prefix", metavar="PREFIX")
@@ -123,6 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, help="default: the newest sound checkpoint")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
     p.add_argument("--average", action="store_true", help="the average that a stage made, in place of a checkpoint")
+
+    p = verb("topics", _topics, "Train a classifier of topics from labelled documents, label others with it.")
+    actions = p.add_subparsers(dest="action", required=True, metavar="train|label")
+    for name, text in (("train", "from labelled documents"), ("label", "write documents with their topic")):
+        q = actions.add_parser(name, help=text, allow_abbrev=False)
+        q.add_argument("inputs", nargs="+", metavar="INPUT", help="jsonl or parquet, .gz and .zst too")
+        q.add_argument("--output", required=True, metavar="DIR" if name == "train" else "FILE.jsonl")
+        q.add_argument("--text-field", default="text")
+        q.add_argument("--label-field", default="topic")
+        if name == "train":
+            q.add_argument("--features", type=int, default=1 << 18, help="hashed features (default: 262144)")
+            q.add_argument("--epochs", type=int, default=20)
+            q.add_argument("--seed", type=int, default=1)
+        else:
+            q.add_argument("--model", required=True, metavar="DIR", help="what `topics train` wrote")
 
     p = verb("vocab", _vocab, "Train a tokenizer, append it to an old one, grow a model's vocabulary to it.")
     actions = p.add_subparsers(dest="action", required=True, metavar="train|merge|expand")
@@ -368,6 +397,21 @@ def _train(options) -> None:
     info(f"{status}: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export")
 
 
+def _assess(options) -> None:
+    from megacpt.config.quantity import parse_tokens
+    from megacpt.plan.assess import assess, table
+
+    recipe = _load(options)
+    try:
+        tokens = parse_tokens(options.tokens)
+    except ValueError as error:
+        raise ConfigError([f"--tokens {options.tokens}: {error}."], "the arguments") from None
+    if not 0 < options.share < 1:
+        raise ConfigError([f"--share {options.share}: between 0 and 1."], "the arguments")
+    candidates = [name for name in options.candidates.split(",") if name]
+    print("\n".join(table(assess(recipe, candidates, options.share, tokens, Path(options.directory), options.launch))))
+
+
 def _score(options) -> None:
     from megacpt.config.stage import Parallel
     from megacpt.evaluate.score import score
@@ -417,6 +461,22 @@ def _export(options) -> None:
 
     step = export(Path(options.run), Path(options.output), options.step, options.dtype, options.average)
     print(f"{options.output}: the model of {options.run} at step {step}")
+
+
+def _topics(options) -> None:
+    from megacpt.data import topics
+
+    output, fields = Path(options.output), (options.text_field, options.label_field)
+    if options.action == "train":
+        if options.features < 1024 or options.features & (options.features - 1):
+            raise ConfigError([f"--features {options.features}: a power of two of at least 1024."], "the arguments")
+        found = topics.train(options.inputs, output, *fields, options.features, options.seed, options.epochs)
+        print(f"{output}: {found['examples']:,} examples, accuracy {found['accuracy']:.3f} on a tenth held out")
+        for name, value in found["by_topic"].items():
+            print(f"  {name}: {value:.3f}")
+        return
+    for name, count in sorted(topics.label(options.inputs, Path(options.model), output, *fields).items()):
+        print(f"{name}: {count:,} documents")
 
 
 def _vocab(options) -> None:
