@@ -40,7 +40,8 @@ def memory_gib(device: torch.device) -> float:
 
 
 class StepMetrics:
-    """Turns what a step measured into its row."""
+    """Turns what a step measured into its row. attended_tokens: keys that a query sees, in the mean; attended_share: over those it would
+    see if each row were one document, the part of the length that documents really use."""
 
     def __init__(self, config: LlamaConfig, world_size: int, peak: float | None):
         self.config, self.world_size, self.peak = config, world_size, peak
@@ -70,6 +71,8 @@ class StepMetrics:
             "batch_tokens": step.batch_tokens,
             "seq_len": step.seq_len,
             "domain_tokens": domain_tokens,
+            "attended_tokens": round(pairs / step.batch_tokens, 1),
+            "attended_share": round(2 * pairs / (step.batch_tokens * (step.seq_len + 1)), 4),
             "tokens_per_second": round(step.batch_tokens / step_seconds, 1),
             "mfu": share(dense),
             "mfu_exact": share(exact),
@@ -102,6 +105,7 @@ class TensorBoard:
             "perf/step_s": row["step_s"],
             "perf/data_s": row["data_s"],
             "mem/peak_gib": row["memory_gib"],
+            "data/attended_share": row["attended_share"],
             **{f"data/tokens/{name}": count for name, count in row["domain_tokens"].items()},
         }
         for tag, value in tags.items():

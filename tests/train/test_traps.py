@@ -1,0 +1,131 @@
+"""The traps of continual pre-training that others fell into, each by name. Where another test holds the whole matter, it is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layout_runs import flags_of, world_size
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from samples import tiny_config
+from tolerances import LAYOUT
+
+from megacpt.config.clock import Clock
+from megacpt.config.load import load_recipe
+from megacpt.data.loader import StageData, mixtures, open_domains
+from megacpt.optim.schedule import rate_of_step
+from megacpt.train import loop
+
+
+def trained(path: str, flags: list[str]) -> None:
+    loop.train(load_recipe(path, flags))
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("vocab", [401, 453])
+def test_padded_rows_take_no_probability_and_export_as_if_they_were_not_there(
+    recipe_file, tmp_path, tokenizer_dir, vocab
+):
+    """Megatron-Bridge 625 and 1853: a vocabulary that nothing divides, padded, on tp 4 as on one; zero steps in between change no bit."""
+    from megacpt.checkpoint.export import export
+    from megacpt.model.config import parse_config
+
+    base, generator = tmp_path / "base", torch.Generator().manual_seed(0)
+    base.mkdir()
+    config = tiny_config(vocab_size=vocab, num_key_value_heads=4)
+    shapes = parse_config(config, "t").shapes()
+    save_file({n: 0.05 * torch.randn(s, generator=generator) for n, s in shapes.items()}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((tokenizer_dir / name).read_bytes())
+    path = recipe_file(model={"pretrained": str(base)})
+    losses = {}
+    for layout in ("dp1", "tp4"):
+        run = tmp_path / layout
+        common = ["--log.tensorboard=false", "--validation=[]", f"--run.directory={run}", "--precision.compute=float64"]
+        on_ranks(world_size(layout), trained, path, [*common, *flags_of(layout)])
+        losses[layout] = [row["loss"] for row in rows(run)]
+        untouched = tmp_path / f"{layout}-0"
+        flags = ["--log.tensorboard=false", "--validation=[]", f"--run.directory={untouched}", "--run.stop_at_step=0"]
+        on_ranks(world_size(layout), trained, path, [*flags, *flags_of(layout)])
+        export(untouched, untouched / "out")
+        was, now = load_file(base / "model.safetensors"), load_file(untouched / "out/model.safetensors")
+        assert was.keys() == now.keys() and all(torch.equal(was[n], now[n]) for n in was)
+    assert losses["tp4"] == pytest.approx(losses["dp1"], rel=LAYOUT)
+
+
+def test_the_stream_of_rows_outlives_a_change_of_weights_a_kill_and_another_number_of_ranks(recipe_file, tmp_path):
+    """Order and weights are in no loader's state: after an adjustment, a stop and a resume on two data ranks, the same rows go on."""
+    online = {
+        "groups": {"all": ["a", "b"]},
+        "online": {"every_tokens": 512, "alpha": 5.0, "dead_band": 0.0, "topic_weights": {"b": 0.0}},
+    }
+    path = recipe_file(mixture=online)
+    flags = ["--log.tensorboard=false", "--validation=[]", "--precision.compute=float64"]
+    on_ranks(1, trained, path, [*flags, f"--run.directory={tmp_path / 'one'}"])
+    on_ranks(1, trained, path, [*flags, f"--run.directory={tmp_path / 'two'}", "--run.stop_at_step=5"])
+    on_ranks(
+        2,
+        trained,
+        path,
+        [*flags, f"--run.directory={tmp_path / 'two'}", "--parallel.data_shard=2", "--parallel.micro_batch_tokens=64"],
+    )
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["domain_tokens"] for row in two] == [row["domain_tokens"] for row in one]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-11)
+
+
+def test_parts_of_a_domain_come_in_numeric_order(tmp_path):
+    """Llama-3-SynE's released code sorted part-10 before part-2."""
+    from megacpt.data.manifest import expand_files, expand_paths
+
+    for number in (10, 2, 1):
+        (tmp_path / f"part-{number}.idx").touch()
+        (tmp_path / f"part-{number}.jsonl").touch()
+    assert [Path(p).name for p in expand_paths([str(tmp_path / "part-*")])] == ["part-1", "part-2", "part-10"]
+    assert [Path(p).name for p in expand_files([str(tmp_path / "part-*.jsonl")])] == [
+        "part-1.jsonl",
+        "part-2.jsonl",
+        "part-10.jsonl",
+    ]
+
+
+def test_a_wsd_under_a_batch_ramp_ends_at_its_minimum_at_the_last_token(recipe_file):
+    """Megatron-Bridge 2609: schedules in steps never end under a ramp."""
+    ramp = {"start": 128, "increment": 128, "over": 1500, "final": 512}
+    for batch in ([["0", 128], ["700", 256], ["1500", 512]], ramp):
+        recipe = load_recipe(recipe_file(), ["--stages.s.tokens=4000", "--stages.s.lr.min=0.0"])
+        stage = type(recipe.stages[0]).model_validate(recipe.stages[0].model_dump() | {"batch_tokens": batch})
+        recipe = recipe.model_copy(update={"stages": [stage]})
+        clock = Clock(recipe)
+        assert rate_of_step(recipe, clock, clock.step(clock.num_steps)) == 0
+        assert rate_of_step(recipe, clock, clock.step(clock.num_steps - 1)) > 0
+
+
+def test_a_mixture_keeps_its_shares_in_every_block_beside_an_ordered_domain(recipe_file):
+    """Order and mixture exclude each other in SynE's train.py; here: tests/data/test_curriculum.py. The share of length that documents
+    use is reported: a row of one document sees half its length in the mean, a row of many sees little."""
+    recipe = load_recipe(recipe_file())
+    clock, domains = Clock(recipe), open_domains(recipe, ["a", "b"])
+    data = StageData(recipe, recipe.stages[0], mixtures(recipe, clock)[0], domains, 0, 400)
+    picks = data.picks(0, 1000)
+    for begin in range(0, 1000, 100):
+        share = np.mean([pick.domain == "a" for pick in picks[begin : begin + 100]])
+        assert abs(share - 0.7) <= 0.02
+
+
+def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
+    trained(recipe_file(), ["--log.tensorboard=false", "--validation=[]"])
+    recipe = load_recipe(recipe_file())
+    data = StageData(
+        recipe, recipe.stages[0], mixtures(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"]), 0, 400
+    )  # fmt: skip
+    first = rows(tmp_path / "run")[0]
+    _, pairs = data.count(data.picks(0, 4))
+    assert first["attended_tokens"] == pytest.approx(pairs / 256, abs=0.06) and 0 < first["attended_share"] <= 1
+    assert first["attended_share"] == pytest.approx(pairs / (4 * 64 * 65 / 2), abs=1e-4)
