@@ -1,6 +1,7 @@
 """The benchmarks run whole, on small shapes: what a GPU will run."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_the_step_benchmark_runs(tmp_path):
         "--csv",
         str(tmp_path / "s"),
     ]
-    out = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0 and "share of the kernels' time" in out.stdout, out.stdout + out.stderr
     assert float(next(csv.DictReader(open(tmp_path / "s")))["tokens_per_second"]) > 0
