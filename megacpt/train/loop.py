@@ -164,7 +164,8 @@ def _build(
     )
     plan = plan_stages(config.num_hidden_layers, parallel)
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
-    state = torch.bfloat16 if recipe.optimizer.state_dtype == "bfloat16" else None
+    rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
+    state = torch.bfloat16 if rounded else None
     return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed)
 
 

@@ -80,6 +80,23 @@ def test_the_stream_of_rows_outlives_a_change_of_weights_a_kill_and_another_numb
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-11)
 
 
+def test_bfloat16_moments_train_resume_and_reshard_bit_for_bit(recipe_file, tmp_path):
+    """optimizer.state_dtype = "bfloat16": a resume gives the same bits, and a checkpoint goes to another layout with its moments."""
+    path, flags = recipe_file(), ["--log.tensorboard=false", "--validation=[]", "--optimizer.state_dtype=bfloat16"]
+    on_ranks(1, trained, path, [*flags, f"--run.directory={tmp_path / 'one'}"])
+    on_ranks(1, trained, path, [*flags, f"--run.directory={tmp_path / 'two'}", "--run.stop_at_step=4"])
+    on_ranks(1, trained, path, [*flags, f"--run.directory={tmp_path / 'two'}"])
+    assert [r["loss"] for r in rows(tmp_path / "one")] == [r["loss"] for r in rows(tmp_path / "two")]
+    on_ranks(2, trained, path, [*flags, f"--run.directory={tmp_path / 'three'}", "--run.stop_at_step=4"])
+    on_ranks(2, trained, path, [*flags, f"--run.directory={tmp_path / 'three'}", "--parallel.tensor=2"])
+    one, three = ([r["loss"] for r in rows(tmp_path / name)] for name in ("one", "three"))
+    assert three == pytest.approx(one, rel=2e-3) and three != one
+    from megacpt.checkpoint.load import StoredModel
+
+    newest = sorted((tmp_path / "three/checkpoints").glob("step-*"))[-1]
+    assert StoredModel(newest).tensor("optim.exp_avg.model.norm.weight").dtype == torch.bfloat16
+
+
 def test_parts_of_a_domain_come_in_numeric_order(tmp_path):
     """Llama-3-SynE's released code sorted part-10 before part-2."""
     from megacpt.data.manifest import expand_files, expand_paths
