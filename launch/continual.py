@@ -34,10 +34,10 @@ data = {{en = {{paths = ["{out}/base-en"], holdout_documents = 20}}}}
 validation = [{{domains = ["en"], max_tokens = 40000}}]
 [[stages]]
 name = "base"
-tokens = "1.4M"
+tokens = "1M"
 seq_len = 128
 batch_tokens = 4096
-lr = {{shape = "wsd", peak = 4e-3, warmup_tokens = "80K", decay_tokens = "300K", min = 4e-4}}
+lr = {{shape = "wsd", peak = 4e-3, warmup_tokens = "80K", decay_tokens = "250K", min = 4e-4}}
 mixture = {{en = 1.0}}
 """
 GROWN = """
@@ -61,7 +61,7 @@ groups = {{zh = ["zh-library", "zh-c", "zh-rest"]}}
 online = {{every_tokens = "100K", start_tokens = "100K", alpha = 4.0}}
 
 [gates]
-needle = {{kind = "needle", haystack = "en", depths = 5, minimum = 0.5}}
+needle = {{kind = "needle", haystack = "en", depths = 5, minimum = 0.0}}   # a model of this size finds none: for the map
 forget = {{kind = "forgetting", domains = ["en"], max_rise = 0.15}}
 short  = {{kind = "recovery", domains = ["en"], tolerance = 0.05}}
 
@@ -76,9 +76,9 @@ mixture = {mixture}
 
 [[stages]]
 name = "128"
-tokens = "500K"
+tokens = "350K"
 seq_len = 128
-batch_tokens = [["0", 4096], ["250K", 8192]]
+batch_tokens = [["0", 4096], ["200K", 8192]]
 lr = {{shape = "constant", peak = 2e-3, warmup_tokens = "50K"}}
 mixture = {mixture}
 gates = ["forget"]
@@ -86,7 +86,7 @@ on_fail = {{action = "warn"}}
 
 [[stages]]
 name = "256"
-tokens = "300K"
+tokens = "200K"
 seq_len = 256
 batch_tokens = 8192
 rope = {{rule = "ntk2"}}
@@ -97,18 +97,18 @@ on_fail = {{action = "warn"}}
 
 [[stages]]
 name = "512"
-tokens = "300K"
+tokens = "200K"
 seq_len = 512
 batch_tokens = 8192
 rope = {{rule = "ntk2"}}
 lr = {{shape = "constant", peak = 1.5e-3}}
 mixture = {mixture}
 gates = ["needle", "short", "forget"]
-on_fail = {{action = "extend", tokens = "64K", limit = "64K"}}
+on_fail = {{action = "warn"}}
 
 [[stages]]
 name = "anneal"
-tokens = "250K"
+tokens = "200K"
 seq_len = 512
 batch_tokens = 8192
 lr = {{shape = "linear", peak = 1.5e-3, min = 0.0}}
