@@ -9,6 +9,7 @@ stopped. The report is made of what the runs wrote.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def report(out: Path, seconds: float, growth: str) -> str:
         "English and Chinese with the manual's folders as topics, the standard library's sources as code. A base of 4 layers and 128",
         f"features is trained on English, its vocabulary grown for Chinese, and continued for {parameters['tokens']:,} tokens, with and",
         f"without replay. This took {seconds:.0f} s.", "",
-        "```", *growth.replace(str(out) + "/", "").strip().splitlines(), "```", "",
+        "```", *re.sub(r"\S*/", "", growth).strip().splitlines(), "```", "",
         "## Loss by domain", "",
         "Before, and after with a quarter of English replay and without (in rows of the stage: 128 tokens before, 512 after).", "",
         "| domain | before | after, with replay | after, without |", "|---|---|---|---|",
