@@ -1,36 +1,27 @@
 """Weighted means of checkpoints, shard by shard: Polyak averaging, and weights that stand for a decay of the learning rate (WSM, arXiv
 2507.17634: merging n+0 … n+k with weights c equals a decay w of the gradients, c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k)."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DECAYS: dict[str, Callable[[float], float]] = {
-    "linear": lambda x: 1 - x,
-    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-    "1-sqrt": lambda x: 1 - math.sqrt(x),
-}
-"""What is left of the learning rate at x of the way, 0 to 1."""
+from megacpt.checkpoint.load import load
+from megacpt.optim.schedule import remaining
 
 
 def average_weights(decay: str, count: int) -> list[float]:
     """Weights of `count` checkpoints, oldest first; they sum to 1. mean: equal."""
     if decay == "mean" or count == 1:
         return [1 / count] * count
-    left = [DECAYS[decay](i / count) for i in range(1, count)]  # of the gradients between checkpoint i - 1 and i
+    left = [remaining(decay, i / count) for i in range(1, count)]  # of the gradients between checkpoint i - 1 and i
     return [a - b for a, b in zip([1.0, *left], [*left, 0.0], strict=True)]
 
 
 @torch.no_grad()
-def averaged(parameters: dict[str, Any], directories: Sequence[Path], weights: Sequence[float], load: Callable) -> None:
-    """Fills parameters with the weighted mean of some checkpoints, summed in at least fp32. All ranks call it.
-
-    Args:
-        load: `checkpoint.load.load`.
-    """
+def averaged(parameters: dict[str, Any], directories: Sequence[Path], weights: Sequence[float]) -> None:
+    """Fills parameters with the weighted mean of some checkpoints, summed in at least fp32. All ranks call it."""
     local = lambda tensor: getattr(tensor, "_local_tensor", tensor)
     total = {
         name: torch.zeros_like(local(p), dtype=torch.promote_types(local(p).dtype, torch.float32))

@@ -21,7 +21,7 @@ def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
     level = lr.peak
     if lr.shape == "infinite":
         passed = min(1.0, (tokens - lr.warmup_tokens) / lr.cooldown_tokens) if lr.cooldown_tokens else 1.0
-        level = lr.constant + (lr.peak - lr.constant) * _remaining("cosine", passed)
+        level = lr.constant + (lr.peak - lr.constant) * remaining("cosine", passed)
     has_tail = lr.shape in ("wsd", "infinite")
     begin = total - (lr.decay_tokens or 0) if has_tail else lr.warmup_tokens
     if tokens <= begin or total <= begin:
@@ -29,10 +29,10 @@ def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
     passed, shape = min(1.0, (tokens - begin) / (total - begin)), lr.tail if has_tail else lr.shape
     if shape == "exponential":
         return level * (lr.min / level) ** passed
-    return lr.min + (level - lr.min) * _remaining(shape, passed)
+    return lr.min + (level - lr.min) * remaining(shape, passed)
 
 
-def _remaining(shape: str, passed: float) -> float:
+def remaining(shape: str, passed: float) -> float:
     """1 at the tail's begin, 0 at its end."""
     if shape == "linear":
         return 1 - passed

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megacpt import log
 from megacpt.checkpoint.average import average_weights, averaged
 from megacpt.checkpoint.export import AVERAGES
-from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, save, tensors_of
 from megacpt.config.clock import Step
@@ -170,7 +169,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
     losses = {"last": _losses(run, index)}
     with slow_phase(run):
         weights = average_weights(stage.average.decay, len(steps))
-        averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights, load)
+        averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights)
         output = run.directory.path / AVERAGES
         save(output, tensors, state_of(run, number), run.facts | {"average_of": steps, "weights": weights})
     losses["average"] = _losses(run, index)

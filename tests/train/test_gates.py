@@ -280,7 +280,8 @@ def test_averages_are_the_mean_of_their_snapshots(staged, tmp_path):
 @pytest.mark.parametrize("decay", ["mean", "linear", "cosine", "1-sqrt"])
 def test_weights_of_an_average_stand_for_a_decay(decay):
     """Under plain SGD the average of a constant rate's checkpoints is the end of a run whose rate decays (WSM)."""
-    from megacpt.checkpoint.average import DECAYS, average_weights
+    from megacpt.checkpoint.average import average_weights
+    from megacpt.optim.schedule import remaining
 
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(6, 5, generator=generator, dtype=torch.float64)
@@ -290,7 +291,7 @@ def test_weights_of_an_average_stand_for_a_decay(decay):
     weights = average_weights(decay, len(checkpoints))
     assert abs(sum(weights) - 1) < 1e-12 and min(weights) >= 0
     mean = sum(w * c for w, c in zip(weights, checkpoints, strict=True))
-    left = [DECAYS["linear" if decay == "mean" else decay](i / len(checkpoints)) for i in range(1, len(checkpoints))]
+    left = [remaining("linear" if decay == "mean" else decay, i / len(checkpoints)) for i in range(1, len(checkpoints))]
     decayed = -0.1 * sum(w * g for w, g in zip(left, gradients, strict=True))
     assert torch.allclose(mean, decayed, rtol=0, atol=1e-12)
 
