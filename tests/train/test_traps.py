@@ -146,3 +146,33 @@ def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
     _, pairs = data.count(data.picks(0, 4))
     assert first["attended_tokens"] == pytest.approx(pairs / 256, abs=0.06) and 0 < first["attended_share"] <= 1
     assert first["attended_share"] == pytest.approx(pairs / (4 * 64 * 65 / 2), abs=1e-4)
+
+
+def losses_of_sequences(packed_tokens: int, **degrees) -> list[float]:
+    """Summed loss of nine sequences of uneven lengths, so many tokens to a micro-batch, in float64."""
+    from megacpt.config.layout import Layout
+    from megacpt.config.stage import Parallel
+    from megacpt.evaluate.sequences import score_sequences
+    from megacpt.model.build import build_model, sharding_of
+    from megacpt.model.config import parse_config
+    from megacpt.model.hf import initialize
+    from megacpt.model.llama import ModelOptions
+    from megacpt.model.stage import plan_stages
+    from megacpt.parallel.mesh import build_mesh
+
+    config, parallel = parse_config(tiny_config(num_hidden_layers=2), "t"), Parallel(**degrees)
+    mesh, plan = build_mesh(Layout(**degrees), torch.device("cpu")), plan_stages(2, parallel)
+    model = build_model(config, mesh, torch.float64, ModelOptions(), plan, sharding_of(parallel))
+    initialize(model, config, 1)
+    random, lengths = np.random.default_rng(0), [2, 31, 7, 18, 3, 40, 11, 5, 2]
+    tokens = [random.integers(0, 400, n) for n in lengths]
+    return score_sequences(model, lengths, lambda i: (tokens[i], 1), packed_tokens)[:, 0].tolist()
+
+
+def test_a_packed_row_is_each_document_alone_under_context_and_pipeline():
+    """One micro-batch of all on cp 2 and pp 2, beside each sequence alone on one process."""
+    from functools import partial
+
+    alone = on_ranks(1, partial(losses_of_sequences, 1))[0]
+    for found in on_ranks(4, partial(losses_of_sequences, 128, context=2, pipeline=2)):
+        assert np.allclose(found, alone, rtol=LAYOUT, atol=0)
