@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("prepare", _prepare, "Tokenize jsonl, parquet or plain text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
     p.add_argument("inputs", nargs="*", metavar="INPUT", help="files or folders; .gz and .zst too")
-    p.add_argument("--tokenizer", required=True, help="Hugging Face directory, tokenizer.json or sentencepiece .model")
+    p.add_argument("--tokenizer", help="Hugging Face directory, tokenizer.json or sentencepiece .model")
+    p.add_argument(
+        "--verify", action="store_true", help="compare prepared data (INPUT: its prefixes) with its checksums"
+    )
     p.add_argument("--output", metavar="PREFIX", help="prefix of the output; parent folders are made")
     p.add_argument("--adopt", metavar="PREFIX", help="write a manifest for a .bin/.idx that Megatron's tools made")
     p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
@@ -210,6 +213,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run", metavar="RUN_DIR")
 
     p = verb(
+        "supervise",
+        _supervise,
+        "Run a training command again and again until its run is finished: megacpt supervise -- bash launch/torchrun.sh RECIPE",
+    )
+    p.add_argument(
+        "--max-restarts", type=int, default=10, metavar="N", help="attempts in a row without a new checkpoint"
+    )
+    p.add_argument("--backoff", type=float, default=5.0, metavar="SECONDS", help="pause before the first of them")
+    p.add_argument("--min-nodes", type=int, default=1, metavar="N", help="on Slurm: go on with as few as this")
+    p.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+
+    p = verb(
         "doctor", _doctor, "Versions, devices, backends, NCCL, disk; under torchrun, the speed of every parallel axis."
     )
     for axis in ("tensor", "context", "pipeline", "data-replicate"):
@@ -252,6 +267,10 @@ def _prepare(options) -> None:
     from megacpt.data.join import adopt
     from megacpt.data.prepare import Options, prepare
 
+    if options.verify:
+        return _verify_data(options.inputs, bool(options.output or options.adopt))
+    if not options.tokenizer:
+        raise ConfigError(["--tokenizer: give a directory, tokenizer.json or sentencepiece .model."], "the arguments")
     if options.adopt:
         if options.inputs or options.output:
             raise ConfigError(["--adopt PREFIX: takes no INPUT and no --output."], "the arguments")
@@ -283,6 +302,18 @@ def _prepare(options) -> None:
         f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({manifest['dtype']}), "
         f"{manifest['bin']['bytes']:,} bytes"
     )
+
+
+def _verify_data(prefixes: list[str], more: bool) -> None:
+    from megacpt.data.manifest import expand_paths, verify_data
+
+    if more or not prefixes:
+        raise ConfigError(
+            ["--verify: takes prefixes of prepared data, and neither --output nor --adopt."], "the arguments"
+        )
+    for prefix in expand_paths(prefixes):
+        manifest = verify_data(prefix)
+        print(f"{prefix}: sound, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
 
 
 def _part(text: str | None) -> tuple[tuple[int, int] | None, list[str]]:
@@ -540,6 +571,15 @@ def _checkpoint(options) -> int:
     if not list_steps(checkpoints):
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
     return 76 if bad else 0
+
+
+def _supervise(options) -> int:
+    from megacpt.train.supervise import Options, supervise
+
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if options.max_restarts < 0 or options.backoff < 0 or options.min_nodes < 1:
+        raise ConfigError(["--max-restarts, --backoff: not negative; --min-nodes: at least 1."], "the arguments")
+    return supervise(command, Options(options.max_restarts, options.backoff, options.min_nodes))
 
 
 def _doctor(options) -> None:

@@ -50,3 +50,33 @@ class GateError(MegacptError):
             + "\n  ".join(complaints)
             + "\nMake the stage longer (its tokens), or change its on_fail or the gates, and start again: it resumes here."
         )
+
+
+class SaveError(MegacptError):
+    """A checkpoint could not be written where the run cannot go on without it. Started again, it resumes from the one before."""
+
+    exit_code = 75
+
+
+class ReplicaError(MegacptError):
+    """Ranks that must hold the same weights do not: memory or arithmetic of one of them is wrong. The last checkpoint is from before.
+
+    Args:
+        problems: one line for each tensor, with the ranks.
+    """
+
+    exit_code = 75
+
+    def __init__(self, step: int, problems: list[str]):
+        self.step, self.problems = step, problems
+        more = f"\n  … {len(problems) - 20} more" if len(problems) > 20 else ""
+        super().__init__(
+            f"weights differ after step {step} between ranks that must hold the same:\n  "
+            + "\n  ".join(problems[:20])
+            + more
+            + "\nNothing of it was saved. Take the node out and start again: the run resumes from its last checkpoint."
+        )
+
+
+class NumbersError(MegacptError):
+    """Losses or gradients stay bad, and going back no longer helps."""

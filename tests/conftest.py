@@ -96,6 +96,7 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
             "parallel": {"micro_batch_tokens": 128},
             "packing": {"directory": str(tmp_path / "packing")},
             "log": {"peak_tflops": 1.0},
+            "health": {"watchdog": False},
             "data": {name: {"paths": [str(prepared / name)], "holdout_documents": 5} for name in "ab"},
             "validation": [{"domains": ["a", "b"], "every_tokens": 1024}],
             "stages": [

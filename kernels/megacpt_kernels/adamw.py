@@ -55,7 +55,8 @@ def adamw_(
     Args:
         weights, grads, exp_avgs, exp_avg_sqs: of the same shapes, contiguous; fp32, (torch) fp64, or weights and moments bfloat16.
         step: number of this update, from 1, for the bias correction.
-        inverse_clip: scalar on the device by which gradients are divided, 1 / the clip coefficient. May change `grads`.
+        inverse_clip: scalar on the device by which gradients are divided, 1 / the clip coefficient. May change `grads`. If it is not
+            finite, weights and moments stay as they are, to the bit, whatever the gradients hold; the host does not wait to know.
         places, seed: for stochastic rounding; default: every tensor is whole.
         backend: auto, triton, torch, or apex (NVIDIA's fused Adam; fp32).
     """
@@ -92,6 +93,7 @@ def _check(*lists: list[Tensor]) -> None:
 
 
 def _torch(weights, grads, exp_avgs, exp_avg_sqs, lr, betas, eps, weight_decay, step, inverse_clip) -> None:
+    skip = None if inverse_clip is None else (~inverse_clip.isfinite()).float()
     if inverse_clip is not None and weights[0].dtype == torch.float64:  # the fused kernel reads its scale in fp32
         torch._foreach_div_(grads, inverse_clip)
         inverse_clip = None
@@ -111,12 +113,15 @@ def _torch(weights, grads, exp_avgs, exp_avg_sqs, lr, betas, eps, weight_decay, 
         amsgrad=False,
         maximize=False,
         grad_scale=None if inverse_clip is None else inverse_clip.float(),
+        found_inf=skip,
     )
 
 
 def _apex(weights, grads, exp_avgs, exp_avg_sqs, lr, betas, eps, weight_decay, step, inverse_clip) -> None:
     module = find_apex(weights[0].device.type)
     if inverse_clip is not None:
+        if not inverse_clip.isfinite():  # its plain Adam lets numbers pass that are none: the host has to know
+            return
         torch._foreach_div_(grads, inverse_clip.to(grads[0].dtype))
     overflow = torch.zeros(1, dtype=torch.int32, device=weights[0].device)
     adamw, correct_bias = 1, 1
@@ -162,7 +167,8 @@ def _rounded(
     local = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
     index = start + local // columns * stride + local % columns
     for salt, (tensor, value) in enumerate(((weight, w), (exp_avg, m), (exp_avg_sq, v)), 1):
-        tensor.copy_(_round_torch(value, index, key, salt) if tensor.dtype == torch.bfloat16 else value)
+        new = _round_torch(value, index, key, salt) if tensor.dtype == torch.bfloat16 else value
+        tensor.copy_(torch.where(scale.isfinite(), new.to(tensor.dtype), tensor))
 
 
 def _round_torch(x: Tensor, index: Tensor, key: int, salt: int) -> Tensor:
@@ -202,8 +208,9 @@ def _kernel(
     ROUND_WEIGHT: tl.constexpr, ROUND_AVG: tl.constexpr, ROUND_SQ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scale)
+    divisor = tl.load(scale)
+    inside = tl.where(divisor < float("inf"), at, size) < size  # nor for nan: then nothing is read or written
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) / divisor
     m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
     v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * keep

@@ -5,6 +5,8 @@ The copies stay: a second save writes into the same host memory, after the first
 
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megacpt.checkpoint.manifest import State
-from megacpt.checkpoint.save import begin_save, publish, write_tensors
-from megacpt.errors import CheckpointError
+from megacpt.checkpoint.save import save
 
 
-class BackgroundSaver:
-    """One save at a time; all ranks make one and call it alike.
+@dataclass
+class Outcome:
+    """What came of a save: seconds and the steps that retention removed, or an error."""
+
+    state: State
+    seconds: float = 0.0
+    removed: list[int] | None = None
+    error: BaseException | None = None
+
+
+class Saver:
+    """One save at a time, behind the training or not; all ranks make one and call it alike.
 
     Args:
-        keep: removes old checkpoints after a save; returns their steps. Rank 0 calls it.
+        how, prune: as of `save`.
     """
 
-    def __init__(self, keep):
-        self.keep = keep
+    def __init__(self, how: str, prune: Callable[[], list[int]]):
+        self.how, self.prune = how, prune
         self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
         self.host: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
-        self.error: str | None = None
-        self.published: list[tuple[State, float, list[int]]] = []
-        """What has been published since the last look: state, seconds, steps removed."""
+        self.outcomes: list[Outcome] = []
+        """Of the saves that have ended since the last look."""
 
     def start(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
         """Copies and begins to write; waits first for a save that is still under way. Returns the seconds training stood still."""
         begin = time.monotonic()
         self.wait()
-        partial = begin_save(checkpoints, state.step, self.group)
         staged = self._staged(tensors)
-        self.thread = threading.Thread(
-            target=self._work, args=(checkpoints, partial, staged, state, facts, begin), name="save", daemon=True
-        )
+        arguments = (checkpoints, staged, state, facts)
+        self.thread = threading.Thread(target=self._work, args=arguments, name="save", daemon=True)
         self.thread.start()
         return time.monotonic() - begin
+
+    def now(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> None:
+        """Writes, and returns when it is done."""
+        self.wait()
+        self._work(checkpoints, tensors, state, facts)
 
     def wait(self) -> None:
         """Until nothing is under way."""
@@ -52,9 +65,16 @@ class BackgroundSaver:
             self.thread.join()
             self.thread = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of a save that failed."""
+        return any(outcome.error for outcome in self.outcomes)
+
     def close(self) -> None:
-        """Waits, and lets go of the process group and the host memory."""
+        """Waits, and lets go of the process group and the host memory. Collective."""
         self.wait()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
         self.group, self.host = None, {}
 
     def _staged(self, tree: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -77,40 +97,12 @@ class BackgroundSaver:
             torch.cuda.current_stream().synchronize()
         return out
 
-    def _work(self, checkpoints: Path, partial: Path, staged: dict, state: State, facts: dict, begin: float) -> None:
-        problem, removed = None, []
+    def _work(self, checkpoints: Path, tensors: dict, state: State, facts: dict) -> None:
+        outcome = Outcome(state)
         try:
-            write_tensors(partial, staged, self.group)
-        except Exception as error:  # it is raised in the training, on all ranks
-            problem = f"{type(error).__name__}: {error}"
-        try:
-            problem = _first(problem, self.group)
-            if problem is None and dist.get_rank() == 0:
-                try:
-                    publish(checkpoints, partial, state, facts)
-                    removed = self.keep()
-                except Exception as error:
-                    problem = f"{type(error).__name__}: {error}"
-            elif problem is not None:
-                raise CheckpointError(problem)
-            problem = _first(problem, self.group)
-        except CheckpointError as error:
-            problem = str(error)
-        except Exception as error:  # a rank is gone
-            problem = problem or f"{type(error).__name__}: {error}"
-        if problem is None:
-            self.published.append((state, time.monotonic() - begin, removed))
-        else:
-            self.error = f"the save of step {state.step} failed: {problem}"
-
-    def raise_error(self) -> None:
-        """Raises what a save met. Call it where all ranks have agreed that one failed."""
-        self.wait()
-        raise CheckpointError(self.error or "a save failed on another rank.")
-
-
-def _first(problem: str | None, group: dist.ProcessGroup) -> str | None:
-    """The first problem of any rank, on all ranks."""
-    everyone: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, problem, group=group)
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text), None)
+            outcome.seconds, outcome.removed = save(
+                checkpoints, tensors, state, facts, self.group, self.how, self.prune
+            )
+        except BaseException as error:  # the training raises or reports it, on all ranks
+            outcome.error = error
+        self.outcomes.append(outcome)

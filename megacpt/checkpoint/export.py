@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
-from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, verify
+from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
 from megacpt.config.load import load_recipe
 from megacpt.errors import CheckpointError, ConfigError
 from megacpt.model.config import LlamaConfig, change_rope, config_of_stage, read_config
@@ -27,7 +27,7 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkp
             have = ", ".join(map(str, list_steps(checkpoints))) or "none"
             raise ConfigError([f"{checkpoints}: no checkpoint of step {step}. There are: {have}."], "the arguments")
         directory = checkpoints / directory_name(step)
-        verify(directory)
+        read_manifest(directory)
         return directory, step
     found = newest_sound(checkpoints)
     if found is None:
@@ -82,7 +82,7 @@ def export_average(
 
 def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
     directory = directories[-1]
-    config, longest = run_config(run_directory, verify(directory).stage)
+    config, longest = run_config(run_directory, read_manifest(directory).state.stage)
     stored = [StoredModel(each) for each in directories]
     try:
         dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())

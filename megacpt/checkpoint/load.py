@@ -4,6 +4,7 @@ Distributed Checkpoint's .metadata is a pickle; torch reads it with pickle.load,
 classes that it needs are found, and file names that leave the folder are refused.
 """
 
+import io
 import pickle
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from megacpt.checkpoint.manifest import read_item, read_manifest
 from megacpt.errors import CheckpointError
 
 _ALLOWED = {
@@ -48,9 +50,32 @@ class _Unpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Distributed Checkpoint's reader without pickle's powers."""
+    """Distributed Checkpoint's reader without pickle's powers, which compares the checksum of each item that it reads."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.sums = {
+            (name, offset): (size, crc)
+            for name, rows in read_manifest(directory).items.items()
+            for offset, size, crc in rows
+        }
+        self.metadata = None
+
+    def _slice_file(self, file, sinfo) -> io.BytesIO:
+        path = Path(self.path) / sinfo.relative_path
+        size, crc = self.sums.get((sinfo.relative_path, sinfo.offset), (-1, 0))
+        if size != sinfo.length:
+            raise CheckpointError(
+                f"{path}: its metadata names {sinfo.length:,} bytes at {sinfo.offset:,}, which its manifest does not list."
+            )
+        return io.BytesIO(read_item(file, path, sinfo.offset, size, crc))
 
     def read_metadata(self, *args, **kwargs):
+        if self.metadata is None:
+            self.metadata = self._read_metadata()
+        return self.metadata
+
+    def _read_metadata(self):
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
@@ -59,28 +84,34 @@ class SafeReader(dcp.FileSystemReader):
             raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from None
+        if not isinstance(metadata, dcp.metadata.Metadata):
+            raise CheckpointError(f"{path}: is not the metadata of a checkpoint, but {type(metadata).__name__}.")
+        known = {name for name, _ in self.sums}
         for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(f"{path}: names the file {info.relative_path!r} outside its folder.")
+            if info.relative_path not in known or (Path(self.path) / info.relative_path).is_symlink():
+                raise CheckpointError(
+                    f"{path}: names the file {info.relative_path!r} outside its folder, or not in its manifest."
+                )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-def load(directory: Path, tensors: dict[str, Any], alone: bool = False) -> None:
-    """Fills tensors (DTensors of any layout, or plain) in place.
+def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = None) -> None:
+    """Fills tensors (DTensors of any layout, or plain) in place. All ranks call it; an error of one is raised on all.
 
     Args:
-        alone: this process reads by itself, outside any process group's collectives.
+        reader: given, this process reads by itself, outside any process group's collectives.
     Raises:
-        CheckpointError: if a tensor is missing or has another size.
+        CheckpointError: if a tensor is missing, is damaged or has another size.
     """
+    alone, reader = reader is not None, reader or SafeReader(directory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=alone)
-    except dcp.api.CheckpointException as error:
+            dcp.load(tensors, storage_reader=reader, no_dist=alone)
+    except dcp.api.CheckpointException as error:  # the same on all ranks
         causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{directory}: {causes}") from None
     except (RuntimeError, ValueError, KeyError) as error:
@@ -94,7 +125,8 @@ class StoredModel:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.metadata = SafeReader(directory).read_metadata().state_dict_metadata
+        self.reader = SafeReader(directory)
+        self.metadata = self.reader.read_metadata().state_dict_metadata
 
     def read(self, name: str) -> Tensor:
         """A weight by its Hugging Face name."""
@@ -106,5 +138,5 @@ class StoredModel:
         if entry is None:
             raise CheckpointError(f"{self.directory}: holds no tensor {name.removeprefix('model.')}.")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load(self.directory, {name: tensor}, alone=True)
+        load(self.directory, {name: tensor}, self.reader)
         return tensor

@@ -1,9 +1,11 @@
-"""A checkpoint is a folder step-00000100 with manifest.json written last: sizes and CRC32 of every file, and the few
-numbers that are the state of a run. Imports no torch."""
+"""A checkpoint is a folder step-00000100 with manifest.json written last: the size of every file, the CRC32 of every stored item, so that
+a rank checks just what it reads, and the few numbers that are the state of a run. Imports no torch."""
 
 import json
 import os
 import re
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
+
+Items = dict[str, list[tuple[int, int, int]]]
+"""By file: (offset, bytes, CRC32) of each item in it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,18 @@ class State:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Content of each domain's data."""
+    accepted: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the steps that a spike is measured by."""
+    skipped_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    state: State
+    facts: dict[str, Any]
+    files: dict[str, int]
+    """Bytes by name."""
+    items: Items
 
 
 def directory_name(step: int) -> str:
@@ -40,80 +57,155 @@ def list_steps(checkpoints: Path) -> list[int]:
     return sorted(int(m.group(1)) for p in checkpoints.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
 
 
-def write_manifest(directory: Path, state: State, facts: dict[str, Any]) -> None:
-    """Sizes and checksums of all files there, fsynced, the manifest last.
+def write_manifest(directory: Path, state: State, facts: dict[str, Any], items: Items) -> None:
+    """Sizes of all files there and the items of the shards; of other files their CRC32. Fsynced, by one rename.
 
     Args:
+        items: what the ranks wrote and read back.
         facts: layout, versions and the like, for people.
     """
-    files = {}
-    for path in sorted(directory.iterdir()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "crc32": crc32_of(path)}
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "state": asdict(state), "facts": facts, "files": files}, file, indent=1)
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+    for name in files.keys() - items.keys():
+        items = items | {name: [(0, files[name], crc32_of(directory / name))]}
+    _write(directory, Manifest(state, facts, files, items))
+
+
+def amend(directory: Path, state: State) -> None:
+    """Another state for the same tensors: a checkpoint to which a run goes back knows what is skipped from there on."""
+    manifest = read_manifest(directory)
+    _write(directory, Manifest(state, manifest.facts, manifest.files, manifest.items))
+
+
+def _write(directory: Path, manifest: Manifest) -> None:
+    content = {"format": FORMAT, **asdict(manifest)}
+    partial = directory / f".{MANIFEST}.tmp"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"crc32": _crc(content), **content}, file, indent=None)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, directory / MANIFEST)
     sync_directory(directory)
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest, with its own checksum and the sizes of all files compared.
+
+    Raises:
+        CheckpointError: with the first thing that is wrong.
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {content['format']}; this version reads {FORMAT}.")
+        crc = content.pop("crc32")
+        if crc != _crc(content):
+            raise CheckpointError(
+                f"{path}: CRC32 is {_crc(content):08x}, it says {crc:08x} of itself: the file is damaged."
+            )
+        for name, size in content["files"].items():
+            file = directory / name
+            if not _is_plain(name) or not file.is_file() or file.is_symlink():
+                raise CheckpointError(f"{file}: is missing or no plain file of this folder, but {MANIFEST} lists it.")
+            if file.stat().st_size != size:
+                raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes, {MANIFEST} says {size:,}.")
+        items = {name: [(int(a), int(b), int(c)) for a, b, c in rows] for name, rows in content["items"].items()}
+        if items.keys() - content["files"].keys():
+            raise CheckpointError(f"{path}: has items of files that it does not list.")
+        return Manifest(State(**content["state"]), content["facts"], content["files"], items)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing: the save was not finished.") from None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def verify(directory: Path) -> State:
-    """The state of a checkpoint whose every file has the size and checksum of its manifest.
+    """The state of a checkpoint of which every item has its checksum.
 
     Raises:
         CheckpointError: with the first file that differs.
     """
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {manifest['format']}; this version reads {FORMAT}.")
-        for name, expected in manifest["files"].items():
-            file = directory / name
-            if Path(name).name != name or not file.is_file() or file.is_symlink():
-                raise CheckpointError(f"{file}: is missing or no plain file of this folder, but {MANIFEST} lists it.")
-            if file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(
-                    f"{file}: has {file.stat().st_size:,} bytes, {MANIFEST} says {expected['bytes']:,}."
-                )
-            if (crc := crc32_of(file)) != expected["crc32"]:
-                raise CheckpointError(
-                    f"{file}: CRC32 is {crc:08x}, {MANIFEST} says {expected['crc32']:08x}: it is damaged."
-                )
-        return State(**manifest["state"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing: the save was not finished.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
+    manifest = read_manifest(directory)
+    check_items(directory, manifest.items)
+    return manifest.state
+
+
+def check_items(directory: Path, items: Items) -> None:
+    """Reads items and compares their checksums.
+
+    Raises:
+        CheckpointError: naming the file and where it is damaged.
+    """
+    for name, rows in items.items():
+        with open(directory / name, "rb") as file:
+            for row in rows:
+                read_item(file, directory / name, *row)
+
+
+def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:
+    """The bytes of an item, whose checksum is compared.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    file.seek(offset)
+    content = file.read(size)
+    found = zlib.crc32(content)
+    if len(content) != size or found != crc:
+        raise CheckpointError(
+            f"{path}: CRC32 of bytes {offset:,} to {offset + size:,} is {found:08x}, {MANIFEST} says {crc:08x}: it is damaged."
+        )
+    return content
 
 
 def decisions_of_run(run_directory: Path) -> list[dict[str, Any]]:
-    """What a run has decided up to its newest checkpoint; none without one. Reads the manifest only."""
-    for step in reversed(list_steps(run_directory / "checkpoints")):
-        try:
-            manifest = json.loads(
-                (run_directory / "checkpoints" / directory_name(step) / MANIFEST).read_text(encoding="utf-8")
-            )
-            return list(manifest["state"]["decisions"])
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-            continue
-    return []
+    """What a run has decided up to its newest checkpoint; none without one."""
+    try:
+        found = newest_sound(run_directory / "checkpoints")
+    except CheckpointError:
+        return []
+    return list(found[1].decisions) if found else []
 
 
-def newest_sound(checkpoints: Path) -> tuple[Path, State, list[str]] | None:
-    """(folder, state, what was wrong with newer ones) of the newest checkpoint that verifies; None without any."""
+def newest_sound(
+    checkpoints: Path, bad: Iterable[int] = (), deep: bool = False
+) -> tuple[Path, State, list[str]] | None:
+    """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any.
+
+    Args:
+        bad: steps that were found damaged when they were read.
+        deep: compare all checksums, not only sizes and those of the small files.
+    """
     complaints = []
     for step in reversed(list_steps(checkpoints)):
         directory = checkpoints / directory_name(step)
         try:
-            return directory, verify(directory), complaints
+            if step in bad:
+                raise CheckpointError(f"{directory}: was damaged when it was read.")
+            if deep:
+                return directory, verify(directory), complaints
+            manifest = read_manifest(directory)
+            small = {name: rows for name, rows in manifest.items.items() if not name.endswith(".distcp")}
+            check_items(directory, small)
+            return directory, manifest.state, complaints
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:

@@ -1,16 +1,38 @@
-"""Saving: Distributed Checkpoint into .tmp-step-…, manifest last, one rename, then retention."""
+"""Saving: Distributed Checkpoint into .tmp-step-…, every shard read back and compared, manifest last, one rename, then retention.
+
+What fails on one rank fails on all, with the same message; what has been published before stays as it was.
+"""
 
 import os
 import shutil
 import time
 import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
-from megacpt.checkpoint.manifest import State, directory_name, list_steps, sync_directory, write_manifest
+from megacpt import log, points
+from megacpt.checkpoint.manifest import (
+    MANIFEST,
+    Items,
+    State,
+    check_items,
+    directory_name,
+    list_steps,
+    read_manifest,
+    sync_directory,
+    write_manifest,
+)
+from megacpt.errors import CheckpointError, SaveError
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -21,57 +43,238 @@ def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
     return tree
 
 
-def save(checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
-    """Publishes a checkpoint; all ranks call it. Returns the seconds it took."""
+def save(
+    checkpoints: Path,
+    tensors: dict[str, Any],
+    state: State,
+    facts: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+    how: str = "rename",
+    prune: Callable[[], list[int]] = list,
+) -> tuple[float, list[int]]:
+    """Publishes a checkpoint; all ranks call it. Returns (the seconds it took, what `prune` removed).
+
+    Args:
+        group: for the ranks' agreement. how: "rename" or "manifest", `checkpoint.publish`.
+        prune: rank 0 calls it when the new checkpoint is there.
+    Raises:
+        SaveError: on all ranks, if anything went wrong on any. Nothing was published.
+    """
     begin = time.monotonic()
-    partial = begin_save(checkpoints, state.step)
-    write_tensors(partial, tensors)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        publish(checkpoints, partial, state, facts)
-    dist.barrier()
-    return time.monotonic() - begin
-
-
-def begin_save(checkpoints: Path, step: int, group: dist.ProcessGroup | None = None) -> Path:
-    """An empty folder to write into, on all ranks."""
-    partial = checkpoints / f".tmp-{directory_name(step)}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group)
-    return partial
-
-
-def write_tensors(partial: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-
-
-def publish(checkpoints: Path, partial: Path, state: State, facts: dict[str, Any]) -> None:
-    """Manifest, then one rename. On rank 0, when all have written."""
     final = checkpoints / directory_name(state.step)
-    write_manifest(partial, state, facts)
-    old = checkpoints / f".tmp-old-{final.name}"
+    partial = checkpoints / f".tmp-{final.name}" if how == "rename" else final
+    removed: list[int] = []
+    try:
+        needed = sum(_gathered(_stored_bytes(tensors), group))
+        with together(group):
+            if dist.get_rank() == 0:
+                _begin(partial, needed)
+        with together(group):
+            points.reached("save.staged", state.step)
+            writer = CheckedWriter(partial)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.save(tensors, storage_writer=writer, process_group=group)
+            points.reached("save.after_shards", state.step, lambda: partial)
+            check_items(partial, writer.written)
+        with together(group):
+            if dist.get_rank() == 0:
+                points.reached("save.before_manifest", state.step)
+                write_manifest(partial, state, facts, writer.items)
+                points.reached("save.before_rename", state.step)
+                if how == "rename":
+                    _publish(partial, final)
+                sync_directory(checkpoints)
+                points.reached("save.after_rename", state.step)
+    except NotOnAll as error:
+        if dist.get_rank() == 0 and how == "rename":
+            shutil.rmtree(partial, ignore_errors=True)  # the room is needed
+        raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
+    if dist.get_rank() == 0:
+        try:
+            points.reached("save.before_prune", state.step)
+            removed = prune()
+        except OSError as error:  # there is a checkpoint too many
+            log.warn(f"{checkpoints}: an old checkpoint could not be removed: {error}")
+    return time.monotonic() - begin, removed
+
+
+class NotOnAll(Exception):
+    """What went wrong, on which ranks: the same on all."""
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None):
+    """A part of the work that succeeds or fails on all ranks."""
+    problem = None
+    try:
+        yield
+    except dcp.api.CheckpointException as error:  # it is the same on all ranks, with a cause for each that failed
+        problem = "; ".join(sorted({_told(failure[0]) for failure in error.failures.values()}))
+    except Exception as error:
+        problem = _told(error)
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(_gathered(problem, group)) if text]
+    if found:
+        raise NotOnAll("; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else ""))
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
+
+
+def _stored_bytes(tree: dict[str, Any]) -> float:
+    """This rank's share of what is stored: a part that n ranks hold counts 1 / n."""
+    total = 0.0
+    for value in tree.values():
+        if isinstance(value, dict):
+            total += _stored_bytes(value)
+        elif isinstance(value, DTensor):
+            sizes = (value.device_mesh.size(i) for i, place in enumerate(value.placements) if place.is_replicate())
+            copies = 1
+            for size in sizes:
+                copies *= size
+            total += value._local_tensor.nbytes / copies
+        else:
+            total += value.nbytes
+    return total
+
+
+def _begin(partial: Path, needed: float) -> None:
+    """An empty folder on a disk with room."""
+    if (partial / MANIFEST).exists():  # published by its manifest: it is none any more from here on
+        os.remove(partial / MANIFEST)
+        sync_directory(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    free, wanted = shutil.disk_usage(partial).free, int(needed * 1.05) + (1 << 20)
+    if free < wanted:
+        raise CheckpointError(
+            f"{partial.parent}: a checkpoint needs {wanted:,} bytes, free are {free:,}. Make room, or lower checkpoint.keep_last."
+        )
+
+
+@dataclass(frozen=True)
+class _Checked(WriteResult):
+    """What was written, with its checksum."""
+
+    crc32: int = 0
+
+
+class _Summed:
+    """A file whose items, between two calls of tell, are summed up on their way."""
+
+    def __init__(self, file):
+        self.file, self.at, self.begin, self.crc, self.sums = file, 0, 0, 0, {}
+
+    def write(self, content) -> int:
+        self.crc = zlib.crc32(content, self.crc)
+        count = self.file.write(content)
+        self.at += count
+        return count
+
+    def tell(self) -> int:
+        if self.at > self.begin:
+            self.sums[self.begin] = self.at - self.begin, self.crc
+        self.begin, self.crc = self.at, 0
+        return self.at
+
+    def close(self) -> None:
+        """Down to the disk, and out of the memory: what is compared next comes from the disk."""
+        if not self.file.closed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.file.close()
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+class _SummedFiles(dcp.filesystem.FileSystem):
+    def __init__(self):
+        self.opened: dict[str, _Summed] = {}
+
+    @contextmanager
+    def create_stream(self, path, mode: str):
+        with super().create_stream(path, mode) as file:
+            stream = _Summed(file)
+            self.opened[Path(path).name] = stream
+            yield stream
+            stream.close()
+
+
+class CheckedWriter(dcp.FileSystemWriter):
+    """Distributed Checkpoint's writer, with the CRC32 of each item as it went to the file.
+
+    Attributes:
+        written: items of this rank. items: of all ranks, on the coordinator, after the save.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, sync_files=False, overwrite=True)
+        self.fs = _SummedFiles()
+        self.written: Items = {}
+        self.items: Items = {}
+
+    def write_data(self, plan, planner):
+        results = super().write_data(plan, planner).wait()
+        checked = []
+        for result in results:
+            info = result.storage_data
+            size, crc = self.fs.opened[info.relative_path].sums[info.offset]
+            if size != info.length:
+                raise CheckpointError(f"{info.relative_path}: wrote {size} bytes for an item of {info.length}.")
+            checked.append(_Checked(result.index, result.size_in_bytes, info, crc))
+            self.written.setdefault(info.relative_path, []).append((info.offset, info.length, crc))
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(checked)
+        return future
+
+    def finish(self, metadata, results) -> None:
+        super().finish(metadata, results)
+        for result in (result for some in results for result in some):
+            info = result.storage_data
+            self.items.setdefault(info.relative_path, []).append((info.offset, info.length, result.crc32))
+
+
+def _publish(partial: Path, final: Path) -> None:
+    old = final.parent / f".tmp-old-{final.name}"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # the same step again, with more decided: never half removed under its name
         os.rename(final, old)
     os.rename(partial, final)
-    sync_directory(checkpoints)
+    sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
-    """Removes what retention does not keep, oldest first, after a newer one was published. Returns the steps removed."""
-    steps = list_steps(checkpoints)
-    keep = set(steps[-keep_last:]) | {s for s in steps if keep_every_steps and s and s % keep_every_steps == 0}
-    removed = [step for step in steps if step not in keep]
+    """Removes what retention does not keep, oldest first. Returns the steps removed. What is not whole counts for nothing, and goes once
+    a newer one is whole."""
+    steps, sound = list_steps(checkpoints), []
+    for step in steps:
+        try:
+            read_manifest(checkpoints / directory_name(step))
+            sound.append(step)
+        except CheckpointError:
+            continue
+    keep = set(sound[-keep_last:]) | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
+    removed = [step for step in steps if sound and step < sound[-1] and step not in keep]
     for step in removed:
-        directory = checkpoints / directory_name(step)
-        doomed = checkpoints / f".tmp-removed-{directory.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(directory, doomed)  # never half a checkpoint under its name
-        shutil.rmtree(doomed)
+        remove(checkpoints, step)
     return removed
+
+
+def remove(checkpoints: Path, step: int) -> None:
+    """Never half a checkpoint under its name."""
+    directory = checkpoints / directory_name(step)
+    doomed = checkpoints / f".tmp-removed-{directory.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)

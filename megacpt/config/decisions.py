@@ -1,8 +1,8 @@
 """What a run decided while it ran: an append-only list in every checkpoint, from which clock and order follow. Imports no torch.
 
 Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, step,
-by_tokens}, {"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, steps, losses, better}. Measured
-numbers are rounded before they decide, so that layouts agree.
+by_tokens}, {"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, steps, losses, better},
+{"kind": "skip", stage, step, sequence, count, why}. Measured numbers are rounded before they decide, so that layouts agree.
 """
 
 from typing import Any
@@ -31,6 +31,11 @@ def weight_changes(stage: Stage, decisions: list[Decision]) -> list[tuple[int, d
         if decision["kind"] == "mixture" and decision["stage"] == stage.name and decision["weights"]:
             changes[decision["sequence"]] = decision["weights"]
     return sorted(changes.items())
+
+
+def skips_of(stage: Stage, decisions: list[Decision]) -> list[tuple[int, int]]:
+    """(sequence of the stage, how many were left out there) of a stage, from rollbacks."""
+    return [(d["sequence"], d["count"]) for d in decisions if d["kind"] == "skip" and d["stage"] == stage.name]
 
 
 def baseline_of(decisions: list[Decision]) -> Decision | None:

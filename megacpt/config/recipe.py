@@ -72,6 +72,9 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
     keep_every_steps: Count | None = None
     """Checkpoints at multiples of this stay for good."""
+    publish: Literal["rename", "manifest"] = "rename"
+    """How a save becomes a checkpoint: by one rename of its folder, or, where a rename is no single act (object stores behind a file
+    system), by its manifest, which is written last."""
     asynchronous: bool = False
     """Write checkpoints behind the training: it waits only while tensors are copied to host memory."""
 
@@ -139,11 +142,28 @@ class Kernels(Section):
 
 class Health(Section):
     start_timeout_seconds: float = Field(1800, gt=0)
-    """How long a collective waits for its ranks up to the end of the first step."""
+    """How long a rank may give no sign of life, and a collective wait, up to the end of the first step: loading and compilation."""
     step_timeout_seconds: float = Field(300, gt=0)
     """The same within a step."""
     save_timeout_seconds: float = Field(1800, gt=0)
-    """The same while a checkpoint is written or validation runs."""
+    """The same while a checkpoint is written."""
+    evaluate_timeout_seconds: float = Field(1800, gt=0)
+    """The same while validation or gates run, between two micro-batches."""
+    watchdog: bool = True
+    """A process beside each node's ranks that ends a hung run, with the stacks of all ranks in `incidents/`."""
+    spike_mads: float | None = Field(None, gt=0)
+    """Skip the update if loss or gradient norm lies this many median absolute deviations (times 1.4826, a normal's sigma) above the
+    median of the steps accepted last. Without it only numbers that are not finite are skipped."""
+    spike_window: int = Field(128, ge=8)
+    """Accepted steps that the median is taken of, of the same stage; a quarter of them must be there."""
+    rollback_after: Count = 8
+    """After so many skipped updates in a row go back to the checkpoint before them, and leave out the data in between."""
+    max_rollbacks: int = Field(4, ge=0)
+    """More of them end the run with an error."""
+    checksum_every_steps: Count = 100
+    """Interval at which ranks that hold the same weights compare them exactly; also before each save."""
+    straggler_every_steps: Count = 100
+    """Interval at which every rank's times are gathered, and the slowest ranks named in metrics.jsonl."""
 
 
 class Log(Section):

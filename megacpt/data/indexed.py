@@ -5,6 +5,7 @@ byte offsets [S], int64 document boundaries [D] in sequences. No alignment. Ever
 truncated file is an error with both sizes, never garbage tokens.
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ def write_index(path: Path, dtype: np.dtype, lengths: Iterable[np.ndarray], coun
 
 
 class IndexedDataset:
-    """Reads documents by number. Files are mapped, not read: opening costs one pass over the index.
+    """Reads documents by number. The index is mapped: opening costs one pass over it.
 
     Attributes:
         lengths: int32 [documents], tokens of each document.
@@ -68,12 +69,36 @@ class IndexedDataset:
                 f"{'truncated' if actual < expected else 'longer than its index'}: copy it again or prepare it again."
             )
         self.num_tokens = expected // self.dtype.itemsize
-        self.tokens = np.memmap(binary, self.dtype, "r") if expected else np.empty(0, self.dtype)
+        self._file = open(binary, "rb", buffering=0)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """Tokens [offset, offset + length) of a document, a view of the mapped file."""
-        start = int(self._offsets[document]) // self.dtype.itemsize + offset
-        return self.tokens[start : start + length]
+        """Tokens [offset, offset + length) of a document."""
+        return self.tokens(int(self._offsets[document]) // self.dtype.itemsize + offset, length)
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of all. They are read, not mapped: from a mapped file that is cut later a process dies.
+
+        Raises:
+            DataError: if the file no longer has them.
+        """
+        wanted, begin = length * self.dtype.itemsize, start * self.dtype.itemsize
+        content = os.pread(self._file.fileno(), wanted, begin) if wanted else b""
+        while 0 < len(content) < wanted:
+            more = os.pread(self._file.fileno(), wanted - len(content), begin + len(content))
+            if not more:
+                break
+            content += more
+        if len(content) != wanted:
+            raise DataError(
+                f"{self.prefix}.bin: {len(content):,} of {wanted:,} bytes at {begin:,} are there: the file was cut since it was opened."
+            )
+        return np.frombuffer(content, self.dtype)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _file=open(self.prefix + ".bin", "rb", buffering=0))
 
 
 def _open_index(path: Path, check: bool) -> tuple[np.ndarray, np.ndarray, np.dtype]:

@@ -160,7 +160,7 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
     tokenizer = Tokenizer(tokenizer_path, eos_token)
     data = IndexedDataset(prefix)
     for start in range(0, data.num_tokens, 1 << 24):
-        block = data.tokens[start : start + (1 << 24)]
+        block = data.tokens(start, min(1 << 24, data.num_tokens - start))
         if len(block) and not 0 <= int(block.min()) <= int(block.max()) < tokenizer.vocab_size:
             raise DataError(
                 f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from megacpt.config.clock import Clock
-from megacpt.config.decisions import Decision, weight_changes
+from megacpt.config.decisions import Decision, skips_of, weight_changes
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.curriculum import digest_of
@@ -145,18 +145,18 @@ def mixtures(recipe: Recipe, clock: Clock, decisions: Sequence[Decision] = ()) -
     for i, stage in enumerate(recipe.stages):
         before = consumed.setdefault(stage.seq_len, {})
         seed = zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode())
-        orders.append(Order(weight_changes(stage, list(decisions)), seed, before))
+        orders.append(Order(weight_changes(stage, list(decisions)), seed, before, skips_of(stage, list(decisions))))
         for name, count in orders[-1].consumed(clock.stage_tokens(i) // stage.seq_len).items():
             before[name] = before.get(name, 0) + count
     return orders
 
 
 def domain_tokens(recipe: Recipe, clock: Clock, orders: Sequence[Order], step: int) -> dict[str, int]:
-    """Tokens of each domain that the run has consumed after a step."""
+    """Tokens of each domain that the run has trained after a step."""
     tokens = dict.fromkeys(recipe.data, 0)
     for i, stage in enumerate(recipe.stages):
         taken = min(clock.tokens_at(step) - clock.stage_first_token[i], clock.stage_tokens(i)) // stage.seq_len
-        for name, count in orders[i].consumed(taken).items() if taken > 0 else ():
+        for name, count in orders[i].trained(taken).items() if taken > 0 else ():
             tokens[name] += count * stage.seq_len
     return tokens
 

@@ -49,6 +49,22 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     return manifest
 
 
+def verify_data(prefix: str) -> dict[str, Any]:
+    """The manifest of prepared data of which every byte is as it was prepared.
+
+    Raises:
+        DataError: naming the file that differs.
+    """
+    manifest = read_manifest(prefix)
+    for kind in ("bin", "idx"):
+        found, expected = crc32_of(f"{prefix}.{kind}"), manifest[kind]["crc32"]
+        if found != expected:
+            raise DataError(
+                f"{prefix}.{kind}: CRC32 is {found:08x}, its manifest says {expected:08x}: it is damaged. Copy or prepare it again."
+            )
+    return manifest
+
+
 def expand_paths(paths: list[str]) -> list[str]:
     """Prefixes that the paths of a domain name; globs in numeric order (part-2 before part-10).
 

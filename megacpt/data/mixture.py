@@ -85,10 +85,19 @@ class Order:
     Args:
         changes: (first sequence of the stage, weights), growing, the first at 0.
         seed: of the stage. first: sequences of each domain that stages before have consumed.
+        skips: (sequence of the stage, how many): so many were left out there, and are never trained.
     """
 
-    def __init__(self, changes: Sequence[tuple[int, dict[str, float]]], seed: int, first: dict[str, int] | None = None):
+    def __init__(
+        self,
+        changes: Sequence[tuple[int, dict[str, float]]],
+        seed: int,
+        first: dict[str, int] | None = None,
+        skips: Sequence[tuple[int, int]] = (),
+    ):
         assert changes[0][0] == 0, changes
+        self.skips = sorted(skips)
+        changes = [(self._place(at) if at else 0, weights) for at, weights in changes]
         self.starts = [at for at, _ in changes]
         self.mixtures: list[Mixture] = []
         taken = dict(first or {})
@@ -101,11 +110,29 @@ class Order:
 
     def at(self, sequence: int) -> tuple[str, int]:
         """(domain, sequence of that domain since the run began) of a sequence of the stage."""
+        sequence = self._place(sequence)
         i = bisect_right(self.starts, sequence) - 1
         return self.mixtures[i].at(sequence - self.starts[i])
 
     def consumed(self, sequences: int) -> dict[str, int]:
+        """Sequences of each domain that are used up after the first `sequences` of the stage: trained or skipped."""
+        return self._among(self._place(sequences))
+
+    def trained(self, sequences: int) -> dict[str, int]:
         """Sequences of each domain among the first `sequences` of the stage."""
+        total = self.consumed(sequences)
+        for i, (at, count) in enumerate(self.skips):
+            if at <= sequences:
+                begin = at + sum(earlier for _, earlier in self.skips[:i])
+                before, after = self._among(begin), self._among(begin + count)
+                total = {name: value - after[name] + before[name] for name, value in total.items()}
+        return total
+
+    def _place(self, sequence: int) -> int:
+        """Where a sequence stands among all, those that were skipped too."""
+        return sequence + sum(count for at, count in self.skips if at <= sequence)
+
+    def _among(self, sequences: int) -> dict[str, int]:
         total: dict[str, int] = dict.fromkeys(self.domains, 0)
         for i, mixture in enumerate(self.mixtures):
             until = self.starts[i + 1] if i + 1 < len(self.starts) else sequences

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from megacpt import points
 from megacpt.data.loader import Batch
 from megacpt.model.inputs import to_inputs
 from megacpt.model.llama import Inputs, Llama
@@ -98,6 +99,7 @@ class _Gradients(_Work):
     def run(self, action: Action, received: Tensor | None) -> Tensor | None:
         result = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action, received)
         self.used(action.micro_batch)
+        points.reached("after_forward" if action.kind == "F" else "after_backward")
         return result
 
     def _forward(self, action: Action, received: Tensor | None) -> Tensor | None:
@@ -154,4 +156,5 @@ class _Losses(_Work):
             self.use(action.micro_batch, inputs, *self.model.token_losses(out, inputs))
             out = None
         self.used(action.micro_batch)
+        points.reached("evaluate")
         return out

@@ -64,7 +64,8 @@ class AdamW:
         """One update from the gradients of the parameters.
 
         Args:
-            inverse_clip: scalar on the device by which gradients are divided, 1 / the clip coefficient.
+            inverse_clip: scalar on the device by which gradients are divided, 1 / the clip coefficient. Where it is not finite no
+                parameter and no moment changes; the caller then takes the update back from `num_updates`.
         """
         self.num_updates += 1
         for decay, names in self._groups(weight_decay):

@@ -27,8 +27,11 @@ def _is_replicated(parameter: nn.Parameter) -> bool:
     return parameter.placements[-1].is_replicate()
 
 
-def inverse_clip(norm: Tensor, clip_norm: float | None) -> Tensor | None:
-    """max(1, norm / clip_norm): what gradients are divided by. None if nothing is clipped."""
-    if clip_norm is None:
-        return None
-    return (norm / clip_norm).clamp(min=1.0)
+def inverse_clip(norm: Tensor, clip_norm: float | None, skip: Tensor | None = None) -> Tensor:
+    """max(1, norm / clip_norm): what gradients are divided by; 1 if nothing is clipped, nan if the update must not be made.
+
+    Args:
+        skip: bool scalar on the device.
+    """
+    scale = torch.ones_like(norm) if clip_norm is None else (norm / clip_norm).clamp(min=1.0)
+    return scale if skip is None else torch.where(skip, torch.nan, scale)

@@ -118,22 +118,39 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own store
+        store = dist.TCPStore(
+            address, port, size, is_master=rank == 0 and not served, timeout=timeout, multi_tenant=not served
+        )
+        # After torchrun restarted its processes in place, the keys of the attempt before are still there.
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def restart_process_group(device: torch.device, generation: int, timeout_seconds: float) -> None:
+def share(text: str) -> str:
+    """Rank 0's text, on all ranks, by the rendezvous that they met at."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("megacpt/shared", text)
+    return store.get("megacpt/shared").decode()
+
+
+def restart_process_group(device: torch.device, generation: str, timeout_seconds: float) -> None:
     """Ends all groups and begins anew, for another layout, on the rendezvous that is there. Collective.
 
-    A plain initialisation would meet the old group's keys and hang under torchrun: each generation has its own prefix.
+    A plain initialisation would meet the old group's keys and hang under torchrun: each generation has its own prefix, inside the one
+    before.
     """
     store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"layout{generation}", store),
+        store=dist.PrefixStore(generation, store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_seconds),

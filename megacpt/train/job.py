@@ -2,17 +2,14 @@
 
 import os
 import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from megacpt import log
-from megacpt.checkpoint.background import BackgroundSaver
+from megacpt import log, points
+from megacpt.checkpoint.background import Saver
 from megacpt.checkpoint.manifest import State
-from megacpt.checkpoint.save import prune, save, tensors_of
+from megacpt.checkpoint.save import prune, tensors_of
 from megacpt.config.clock import Clock
 from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import token_unit
@@ -21,27 +18,48 @@ from megacpt.config.stage import Stage
 from megacpt.data.loader import mixtures
 from megacpt.data.mixture import Order
 from megacpt.data.packing import DomainData
+from megacpt.errors import SaveError
 from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, validate
 from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import set_timeout
-from megacpt.train.metrics import TensorBoard
+from megacpt.train.health import Measured, check_replicas
+from megacpt.train.metrics import TensorBoard, resident_gib
 from megacpt.train.run_directory import RunDirectory
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once."""
+    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once.
+
+    A thread hears them: Python's own handlers run in the main thread only between two of its instructions, and a collective is one.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
-    def _receive(self, number: int, frame) -> None:
-        if self.signal:
-            os._exit(75)
-        self.signal = signal.Signals(number).name
-        log.info(f"{self.signal}: saving after this step; once more to leave at once.")
+    def _listen(self) -> None:
+        while received := os.read(self._reader, 1):
+            if received[0] not in self.SIGNALS:
+                continue
+            if self.signal:
+                os._exit(75)
+            self.signal = signal.Signals(received[0]).name
+            log.info(f"{self.signal}: saving after this step; once more to leave at once.")
+        os.close(self._reader)
+
+    def close(self) -> None:
+        """Signals do again what they did before."""
+        signal.set_wakeup_fd(self._old)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
 
 
 @dataclass
@@ -58,14 +76,22 @@ class Run:
     pad_id: int
     stop: StopRequest
     decisions: list[Decision]
-    timeout: float
+    began_at: int
+    """Step of the checkpoint that was resumed, or 0."""
+    phase: str = "start"
+    """Up to the end of the first step, then "step"."""
+    accepted: list[Measured] = field(default_factory=list)
+    """Loss and gradient norm of the steps that a spike is measured by."""
+    skipped_in_row: int = 0
     clock: Clock = field(init=False)
     orders: list[Order] = field(init=False)
+    saver: Saver = field(init=False)
     board: TensorBoard | None = None
-    saver: BackgroundSaver | None = None
     validated_at: int = -1
     saved_at: int = -1
     saved_decisions: int = 0
+    retry_at: int | None = None
+    """Step after which a save that failed is tried again."""
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -86,32 +112,38 @@ class Run:
 
     def open_saver(self) -> None:
         """For the process groups that there are now."""
-        if self.recipe.checkpoint.asynchronous:
-            self.saver = BackgroundSaver(self._prune)
+        self.saver = Saver(self.recipe.checkpoint.publish, self._prune)
 
     def _prune(self) -> list[int]:
         keep = self.recipe.checkpoint
         return prune(self.directory.checkpoints, keep.keep_last, keep.keep_every_steps)
 
-    def asked(self) -> tuple[bool, bool]:
-        """(whether any rank was asked to stop, whether a save failed on any). Collective; one small reduction a step."""
-        mine = [self.stop.signal is not None, self.saver is not None and self.saver.error is not None]
-        if dist.get_world_size() == 1:
-            return mine[0], mine[1]
-        flags = torch.tensor([float(x) for x in mine], device=self.model.mesh.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, failed = flags.tolist()
-        return bool(stop), bool(failed)
-
 
 @contextmanager
-def slow_phase(run: Run):
-    """Ranks may wait long for each other: while rank 0 writes, or one reads slowly."""
-    set_timeout(run.recipe.health.save_timeout_seconds)
+def slow_phase(run: Run, phase: str):
+    """Ranks may wait long for each other: while one writes or reads slowly ("save"), or the model is asked ("evaluate")."""
+    allowed(run.recipe, phase)
     try:
         yield
     finally:
-        set_timeout(run.timeout)
+        allowed(run.recipe, run.phase)
+
+
+GRACE = 30.0
+"""Seconds that a collective waits longer than the watchdog, which knows more about a hang."""
+
+
+def allowed(recipe: Recipe, phase: str) -> None:
+    """From now on, what a rank may take between two signs of life, and what a collective waits."""
+    rules = recipe.health
+    seconds = {
+        "start": rules.start_timeout_seconds,
+        "step": rules.step_timeout_seconds,
+        "save": rules.save_timeout_seconds,
+        "evaluate": rules.evaluate_timeout_seconds,
+    }[phase]
+    points.allow(phase, seconds)
+    set_timeout(seconds + (GRACE if recipe.health.watchdog else 0.0))
 
 
 def measure(run: Run, sets: ValidationSets, stage: Stage) -> dict[str, Loss]:
@@ -119,7 +151,7 @@ def measure(run: Run, sets: ValidationSets, stage: Stage) -> dict[str, Loss]:
     layout = run.model.mesh.layout
     micro = run.recipe.parallel_of(stage).micro_batch_tokens
     rows = rows_at_once(micro, sets.seq_len, token_unit(layout.tensor, layout.context))
-    with slow_phase(run):
+    with slow_phase(run, "evaluate"):
         return validate(run.model, sets, rows, run.pad_id)
 
 
@@ -135,8 +167,11 @@ def validated(run: Run, sets: ValidationSets, number: int, stage: Stage) -> None
 
 def state_of(run: Run, number: int) -> State:
     stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
-    tokens = run.clock.tokens_at(number)
-    return State(number, tokens, run.optimizer.num_updates, stage.name, list(run.decisions), run.fingerprints)
+    tokens, measured = run.clock.tokens_at(number), [list(pair) for pair in run.accepted]
+    updates = run.optimizer.num_updates
+    return State(
+        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row
+    )
 
 
 def saved(run: Run, number: int, wait: bool = True) -> None:
@@ -144,33 +179,53 @@ def saved(run: Run, number: int, wait: bool = True) -> None:
 
     Args:
         wait: until it is published, with `checkpoint.asynchronous` too.
+    Raises:
+        ReplicaError: if ranks hold different weights; nothing is saved then.
+        SaveError: with `wait`, if it was not saved. Without, training goes on and tries again later.
     """
     state, tensors = state_of(run, number), tensors_of(run.optimizer.parameters, run.optimizer)
-    with slow_phase(run):
-        if run.saver:
+    with slow_phase(run, "save"):
+        check_replicas(run.optimizer, run.model.mesh, number)
+        if run.recipe.checkpoint.asynchronous:
             stall = run.saver.start(run.directory.checkpoints, tensors, state, run.facts)
             log.info(f"saving step {number} behind the training, {stall:.2f} s to copy")
             if wait:
                 run.saver.wait()
         else:
-            seconds = save(run.directory.checkpoints, tensors, state, run.facts)
-            if dist.get_rank() == 0:
-                _written(run, state, seconds, run._prune())
-        dist.barrier()  # the others wait for rank 0 here, not in the next step
-    run.saved_at, run.saved_decisions = number, len(run.decisions)
-    if wait:
-        told_of_saves(run)
+            run.saver.now(run.directory.checkpoints, tensors, state, run.facts)
+    run.saved_at, run.saved_decisions, run.retry_at = number, len(run.decisions), None
+    told_of_saves(run, number, wait or not run.recipe.checkpoint.asynchronous, wait)
 
 
-def told_of_saves(run: Run) -> None:
-    """Writes down what the background saver has published; raises what it met. The latter where all ranks come."""
-    if run.saver:
-        while run.saver.published:
-            _written(run, *run.saver.published.pop(0))
-        if run.saver.thread is None and run.saver.error:
-            run.saver.raise_error()
+def told_of_saves(run: Run, number: int, agreed: bool, must: bool = False) -> None:
+    """Writes down what has become of saves.
+
+    Args:
+        number: of the step that is done.
+        agreed: all ranks call it, knowing that a save has ended. Without, this rank keeps a failure to itself.
+        must: raise what went wrong.
+    """
+    if run.saver.failed and not agreed:
+        return
+    while run.saver.outcomes:
+        outcome = run.saver.outcomes.pop(0)
+        state = outcome.state
+        if outcome.error is None:
+            more = {"host_gib": round(resident_gib(), 3)}
+            run.directory.event(
+                "saved", state.step, state.tokens, seconds=round(outcome.seconds, 3), removed=outcome.removed, **more
+            )
+            log.info(
+                f"saved {run.directory.checkpoints.name}/step-{state.step:08d} in {outcome.seconds:.1f} s, "
+                f"{more['host_gib']:.2f} GiB of host memory"
+            )
+            continue
+        run.directory.event("save_failed", state.step, state.tokens, error=str(outcome.error))
+        if must or not isinstance(outcome.error, SaveError):
+            raise outcome.error
+        run.saved_at, run.saved_decisions = -1, 0
+        run.retry_at = number + min(RETRY_STEPS, run.recipe.checkpoint.every_steps)
+        log.warn(f"{outcome.error} Training goes on; tried again after step {run.retry_at}.")
 
 
-def _written(run: Run, state: State, seconds: float, removed: list[int]) -> None:
-    run.directory.event("saved", state.step, state.tokens, seconds=round(seconds, 3), removed=removed)
-    log.info(f"saved {Path(run.directory.checkpoints).name}/step-{state.step:08d} in {seconds:.1f} s")
+RETRY_STEPS = 10

@@ -1,12 +1,10 @@
-"""The run: start or resume, every step of the clock, validation, checkpoints, and what is written of it.
+"""The run: every step of the clock, validation, checkpoints, and what is written of it.
 
 Which step comes next, its rows, its rate and its stage are functions of the step's number (config/clock.py); the loop
 holds no schedule of its own. It begins at the step after the checkpoint's.
 """
 
 import gc
-import json
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,159 +12,81 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megacpt import log
-from megacpt.checkpoint.export import HUGGING_FACE
+from megacpt import log, points
 from megacpt.checkpoint.load import load
-from megacpt.checkpoint.manifest import State, directory_name, newest_sound
+from megacpt.checkpoint.manifest import directory_name
 from megacpt.checkpoint.save import tensors_of
-from megacpt.config.clock import Clock, Step
-from megacpt.config.decisions import extensions_of
-from megacpt.config.layout import resolve_layout
-from megacpt.config.load import load_recipe, plain
+from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
-from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, open_domains, pad_token, prefetch
-from megacpt.errors import ConfigError, DataError, MegacptError
+from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
+from megacpt.errors import MegacptError
 from megacpt.evaluate.validation import ValidationSets
-from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import LlamaConfig, config_of, config_of_stage, frozen_names
-from megacpt.model.hf import copy_side_files, initialize, load_pretrained
-from megacpt.model.llama import Llama, ModelOptions
-from megacpt.model.stage import plan_stages
-from megacpt.optim.adamw import AdamW
+from megacpt.model.config import config_of, config_of_stage, frozen_names
 from megacpt.optim.schedule import rate_of_step
-from megacpt.parallel.agreement import agree
-from megacpt.parallel.mesh import (
-    build_mesh,
-    device_of_process,
-    picture,
-    restart_process_group,
-    set_timeout,
-    start_process_group,
-)
-from megacpt.train.job import Run, StopRequest, saved, told_of_saves, validated
-from megacpt.train.metrics import Console, StepMetrics, TensorBoard, memory_gib, peak_flops
+from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
+from megacpt.train import watchdog
+from megacpt.train.health import Stragglers, check_replicas, limits
+from megacpt.train.job import Run, StopRequest, allowed, saved, told_of_saves, validated
+from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
-from megacpt.train.run_directory import RunDirectory, changes_on_resume
+from megacpt.train.recover import Rollback, go_back, judged
+from megacpt.train.run_directory import RunDirectory
 from megacpt.train.stages import adjust_mixture, average_stage, mixture_is_due, pass_gates, snapshot, take_baseline
-from megacpt.train.step import Update, compute_dtype, train_step
+from megacpt.train.start import build, open_run
+from megacpt.train.step import Update, train_step
 
 
 def train(recipe: Recipe) -> str:
     """Runs a recipe to its end or to a stop request. Returns the status: finished or preempted."""
     device = device_of_process()
-    start_process_group(device, recipe.health.start_timeout_seconds)
-    directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
+    watch = watchdog.start(Path(recipe.directory), recipe.health.watchdog)
+    points.allow("start", recipe.health.start_timeout_seconds)
+    stop = StopRequest()
     try:
-        status = _train(recipe, directory, device)
+        start_process_group(device, recipe.health.start_timeout_seconds)
+        watch.joined(share(time.strftime("%Y%m%d-%H%M%S")))
+        directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
+        try:
+            status = _train(recipe, directory, device, stop)
+        except BaseException as error:
+            directory.failed(error)
+            raise
+        directory.status(status, 0, signal=stop.signal)
+        dist.destroy_process_group()
     except BaseException as error:
-        directory.status("failed", error.exit_code if isinstance(error, MegacptError) else 1)
+        watch.failed(error)
         raise
-    directory.status(status, 0)
-    dist.destroy_process_group()
+    finally:
+        stop.close()
+    watch.done()
     return status
 
 
-def _train(recipe: Recipe, directory: RunDirectory, device: torch.device) -> str:
-    config = config_of(recipe.model)
-    found = newest_sound(directory.checkpoints)
-    mode = _start_mode(recipe, found is not None)
-    decisions = list(found[1].decisions) if mode == "resume" else []
-    clock = Clock(recipe, extensions_of(decisions))
-    domains = open_domains(recipe, list(recipe.data))
-    fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
-    changes = _check_resume(recipe, clock, directory, found[1], fingerprints) if mode == "resume" else []
-    agree(
-        {
-            "recipe": json.dumps(plain(recipe), sort_keys=True),
-            "checkpoint": mode + str(found[1].step if found else 0),
-            **{f"data of {name}": digest for name, digest in fingerprints.items()},
-        }
-    )
-    compute = compute_dtype(recipe.precision.compute, device)
-    kernels = chosen_kernels(recipe.kernels, device, compute)
-    torch.use_deterministic_algorithms(recipe.kernels.deterministic)
-    first = recipe.stages[clock.step(min(clock.num_steps, (found[1].step if mode == "resume" else 0) + 1)).stage]
-    model, optimizer = _build(recipe, first, config, compute, device)
-    layout = model.mesh.layout
-    done = _load(recipe, directory, model, optimizer, config, compute, mode, found)
-    peak, peak_source = peak_flops(device, recipe.log.peak_tflops)
-    facts = {
-        "start": mode,
-        "started_at_step": done,
-        "layout": str(layout),
-        "world_size": layout.world_size,
-        "compute": str(compute).removeprefix("torch."),
-        "device": _device_name(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "kernels": kernels,
-        "peak_flops": peak,
-        "peak_flops_source": peak_source,
-    }
-    directory.cut_metrics(done)
-    directory.begin(recipe, facts)
-    directory.event("start", done, clock.tokens_at(done), mode=mode, changes=changes)
-    log.info(
-        f"{directory.path}: {mode}" + (f" from step {done}" if done else "") + f", {layout}, {facts['compute']} on "
-        f"{facts['device']}, {log.short_number(config.num_parameters())} parameters, "
-        f"{clock.num_steps} steps, {log.short_number(clock.num_tokens)} tokens"
-    )
-    if layout.world_size > 1:
-        log.info(picture(layout))
-    log.info("kernels: " + ", ".join(f"{what} {name}" for what, name in facts["kernels"].items()))
-    log.info(
-        f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})" if peak else f"no MFU: peak {peak_source}"
-    )
-    run = Run(
-        recipe,
-        model,
-        optimizer,
-        directory,
-        fingerprints,
-        facts,
-        domains,
-        pad_token(domains, config.eos_token_id),
-        StopRequest(),
-        decisions,
-        recipe.health.start_timeout_seconds,
-    )
-    if mode == "resume":
-        run.saved_at, run.saved_decisions = done, len(decisions)
-    if recipe.log.tensorboard and directory.write:
-        run.board = TensorBoard(directory.path / "tb", layout.world_size, done + 1 if done else None)
-    gc.collect()
-    gc.disable()  # a collection in one rank's step is a stall of all; it runs at intervals, on all at once
-    try:
-        return _stages(run, done)
-    finally:
-        gc.enable()
-        if run.saver:
-            run.saver.close()
-        if run.board:
-            run.board.close()
-
-
-def _build(
-    recipe: Recipe, stage: Stage, config: LlamaConfig, compute: torch.dtype, device: torch.device
-) -> tuple[Llama, AdamW]:
-    """Model and optimizer for a stage's layout, without values."""
-    parallel = recipe.layout_of(stage)
-    mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
-    kernels = recipe.kernels
-    options = ModelOptions(
-        recipe.model.vocab_multiple,
-        kernels.attention,
-        kernels.deterministic,
-        parallel.overlap,
-        kernels.operations,
-        kernels.compile,
-    )
-    plan = plan_stages(config.num_hidden_layers, parallel)
-    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
-    rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
-    state = torch.bfloat16 if rounded else None
-    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed)
+def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:
+    rollbacks = 0
+    while True:
+        allowed(recipe, "start")
+        run = open_run(recipe, directory, device, stop, again=rollbacks > 0)
+        gc.collect()
+        gc.disable()  # a collection in one rank's step is a stall of all; it runs at intervals, on all at once
+        try:
+            status = _stages(run)
+        except Rollback:
+            status, rollbacks = None, rollbacks + 1
+        except MegacptError:  # of all ranks alike, or this process ends and takes the others with it
+            run.saver.wait()
+            raise
+        finally:
+            gc.enable()
+            if run.board:
+                run.board.close()
+        run.saver.close()
+        if status:
+            return status
+        del run
+        gc.collect()
+        restart_process_group(device, f"rollback{rollbacks}", recipe.health.start_timeout_seconds)
 
 
 def _relayout(run: Run, index: int, number: int) -> None:
@@ -174,17 +94,17 @@ def _relayout(run: Run, index: int, number: int) -> None:
     stage, before = run.recipe.stages[index], run.model
     old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
     path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
-    if not path.is_dir():
+    run.saver.wait()
+    told_of_saves(run, number, agreed=True)
+    if run.saved_at != number:
         saved(run, number)
-    if run.saver:
-        run.saver.wait()
-        told_of_saves(run)
-        run.saver.close()
+    run.saver.close()
     run.model = run.optimizer = before = None  # the old shards leave memory before the new ones come
     gc.collect()
-    restart_process_group(device, index, run.recipe.health.start_timeout_seconds)
-    run.timeout = run.recipe.health.start_timeout_seconds
-    run.model, run.optimizer = _build(run.recipe, stage, config, compute, device)
+    run.phase = "start"
+    restart_process_group(device, f"layout{index}", run.recipe.health.start_timeout_seconds)
+    allowed(run.recipe, run.phase)
+    run.model, run.optimizer = build(run.recipe, stage, config, compute, device)
     load(path, tensors_of(run.optimizer.parameters, run.optimizer))
     run.optimizer.num_updates = updates
     run.open_saver()
@@ -193,87 +113,9 @@ def _relayout(run: Run, index: int, number: int) -> None:
     log.info(f"from stage {stage.name} on: {picture(run.model.mesh.layout)}")
 
 
-def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:
-    """scratch, pretrained or resume; never guessed beyond what `run.start` says."""
-    asked = recipe.run.start
-    if asked == "resume" and not has_checkpoint:
-        raise ConfigError([f'run.start = "resume": {recipe.directory}/checkpoints holds no checkpoint.'])
-    if asked in ("scratch", "pretrained") and has_checkpoint:
-        raise ConfigError(
-            [
-                f'run.start = "{asked}": {recipe.directory}/checkpoints holds checkpoints, which would be lost. '
-                'Take start = "auto" to go on, or another run.name.'
-            ]
-        )
-    if asked != "auto":
-        return asked
-    return "resume" if has_checkpoint else "pretrained" if recipe.model.pretrained else "scratch"
-
-
-def _check_resume(
-    recipe: Recipe, clock: Clock, directory: RunDirectory, state: State, fingerprints: dict[str, str]
-) -> list[str]:
-    """Differences that a resume may have. Data or steps that differ are errors."""
-    for name, digest in state.fingerprints.items():
-        if name in fingerprints and fingerprints[name] != digest:
-            raise DataError(
-                f"domain {name}: the prepared data differs from that at step {state.step} (fingerprint {fingerprints[name][:12]}, "
-                f"was {digest[:12]}). Restore the data, or start a new run under another run.name."
-            )
-    before = load_recipe(str(directory.path / "recipe.toml"))
-    changes = changes_on_resume(before, recipe, state.stage)
-    if state.step > clock.num_steps or clock.tokens_at(state.step) != state.tokens:
-        raise ConfigError(
-            [
-                f"the checkpoint stands at step {state.step}, {state.tokens} tokens; with this recipe that step is not there or "
-                "ends elsewhere. A stage cannot be made shorter than what it has consumed."
-            ]
-        )
-    return changes
-
-
-def _load(
-    recipe: Recipe,
-    directory: RunDirectory,
-    model: Llama,
-    optimizer: AdamW,
-    config: LlamaConfig,
-    compute: torch.dtype,
-    mode: str,
-    found: tuple[Path, State, list[str]] | None,
-) -> int:
-    """Fills weights and moments. Returns the step that is done."""
-    if mode == "resume":
-        path, state, complaints = found
-        for complaint in complaints:
-            log.warn(f"skipped a damaged checkpoint: {complaint}")
-        load(path, tensors_of(optimizer.parameters, optimizer))
-        optimizer.num_updates = state.num_updates
-        return state.step
-    if mode == "pretrained":
-        dtypes = load_pretrained(model, config, recipe.model.pretrained)
-    else:
-        initialize(model, config, recipe.run.seed)
-        name = "bfloat16" if compute == torch.bfloat16 else "float32"
-        dtypes = dict.fromkeys(config.shapes(), name)
-    if directory.write:
-        side = directory.path / HUGGING_FACE
-        copy_side_files(recipe.model.tokenizer or recipe.model.pretrained, side)
-        if recipe.model.pretrained and recipe.model.tokenizer:
-            copy_side_files(recipe.model.pretrained, side)
-            copy_side_files(recipe.model.tokenizer, side)
-        (side / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
-        (side / "dtypes.json").write_text(json.dumps(dtypes))
-    return 0
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def _stages(run: Run, done: int) -> str:
-    """Every stage from the step after `done` on. A stage that does not pass its gates may become longer and is run on."""
-    recipe = run.recipe
+def _stages(run: Run) -> str:
+    """Every stage from the step after the checkpoint's on. A stage that does not pass its gates may become longer and is run on."""
+    recipe, done = run.recipe, run.began_at
     layout = recipe.layout_of(recipe.stages[run.clock.step(min(run.clock.num_steps, done + 1)).stage])
     profiler = Profiler(recipe.profile, run.directory.path / "profile", dist.get_rank())
     number, index, entered = done, 0, -1
@@ -338,21 +180,28 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
     frozen = frozenset(frozen_names(stage.freeze, run.model.config))
     console, first = Console(run.clock, recipe.log.every_steps), done + 1
     waiting = _rows(run, index, first, until)
+    slow = Stragglers(mesh.device)
     for number in range(first, until + 1):
+        points.reached("step.begin", number)
         step = run.clock.step(number)
         profiler.before(number)
         begin = time.monotonic()
         batch = next(waiting)
         data_seconds = time.monotonic() - begin
         lr = rate_of_step(recipe, run.clock, step)
-        update = _update_of(recipe, step, lr, frozen)
-        loss, norm = train_step(
-            run.model, run.optimizer, batch.micro_batches, batch.num_labels, recipe.reduction(layout), update
-        )
-        loss, norm = loss.item(), norm.item()  # the step's one wait for the device
+        if number == run.clock.stage_numbers(index)[0]:
+            run.accepted.clear()  # another stage, other losses
+        update = _update_of(recipe, step, lr, frozen, limits(run.accepted, recipe.health))
+        asks = (run.stop.signal is not None, run.saver.failed)
+        reduction = recipe.reduction(layout)
+        measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.num_labels, reduction, update, asks)
+        loss, norm, skipped, stop, failed = measured.tolist()  # the step's one wait for the device
+        seconds = time.monotonic() - begin
         if number == first:
-            run.timeout = recipe.health.step_timeout_seconds
-            set_timeout(run.timeout)
+            run.phase = "step"
+            allowed(recipe, run.phase)
+        why = judged(run, step, loss, norm, skipped > 0)
+        slow.add(seconds, data_seconds)
         row = metrics.row(
             step,
             stage.name,
@@ -361,18 +210,26 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             lr,
             batch.num_pairs,
             domain_tokens(recipe, run.clock, run.orders, number),
-            time.monotonic() - begin,
+            seconds,
             data_seconds,
             memory_gib(mesh.device),
+            why,
+            run.directory.effective(0.0 if why else seconds),
         )
+        if number % recipe.health.straggler_every_steps == 0:
+            row |= slow.gather()
         profiler.after(number)
         run.directory.metrics(row)
         if run.board:
             run.board.step(row)
         if line := console.line(row):
             log.info(line)
+        if why and run.skipped_in_row >= recipe.health.rollback_after:
+            go_back(run, step, why)
         if number % 100 == 0:
             gc.collect()
+        if number % recipe.health.checksum_every_steps == 0:
+            check_replicas(run.optimizer, mesh, number)
         if sets and _due(recipe, step):
             validated(run, sets, number, stage)
         if mixture_is_due(run, step):
@@ -380,13 +237,15 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             waiting.close()
             waiting = _rows(run, index, number + 1, until)
         snapshot(run, step)
-        run.stopping, failed = run.asked()
+        run.stopping = stop > 0
         if failed:
-            run.saver.raise_error()
-        told_of_saves(run)
+            run.saver.wait()
+        told_of_saves(run, number, agreed=failed > 0)
         last = number == until or run.stopping
-        if number % recipe.checkpoint.every_steps == 0 or run.stopping or (last and number in _final(run, stage)):
+        due = number % recipe.checkpoint.every_steps == 0 or number == run.retry_at
+        if due or run.stopping or (last and number in _final(run, stage)):
             saved(run, number, wait=last)
+        points.reached("step.end")
         if run.stopping:
             return number
     return until
@@ -412,7 +271,7 @@ def _rows(run: Run, index: int, first: int, until: int) -> Iterator[StepData]:
     return prefetch(make, range(first, until + 1))
 
 
-def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str]) -> Update:
+def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str], most: tuple[float, float]) -> Update:
     stage, optimizer = recipe.stages[step.stage], recipe.optimizer
     either = lambda ours, general: general if ours is None else ours
     return Update(
@@ -422,6 +281,7 @@ def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str]) ->
         either(stage.weight_decay, optimizer.weight_decay),
         either(stage.clip_norm, optimizer.clip_norm),
         frozen,
+        *most,
     )
 
 

@@ -1,5 +1,6 @@
 """What is seen of a run: the row of metrics.jsonl, TensorBoard's tags, the console line with ETA."""
 
+import math
 import resource
 import sys
 import time
@@ -39,9 +40,19 @@ def memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def resident_gib() -> float:
+    """Host memory of this process now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the peak is what there is
+        return memory_gib(torch.device("cpu"))
+    return pages * resource.getpagesize() / 2**30
+
+
 class StepMetrics:
     """Turns what a step measured into its row. attended_tokens: keys that a query sees, in the mean; attended_share: over those it would
-    see if each row were one document, the part of the length that documents really use."""
+    see if each row were one document, the part of the length that documents really use. skipped: why the update was not made, or null.
+    effective_time: seconds of steps whose updates the weights hold, over all since the run was first started."""
 
     def __init__(self, config: LlamaConfig, world_size: int, peak: float | None):
         self.config, self.world_size, self.peak = config, world_size, peak
@@ -58,6 +69,8 @@ class StepMetrics:
         step_seconds: float,
         data_seconds: float,
         memory: float,
+        skipped: str | None,
+        effective: float | None,
     ) -> dict[str, Any]:
         dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, pairs)
         share = lambda flops: round(flops / (self.peak * self.world_size * step_seconds), 4) if self.peak else None
@@ -65,8 +78,8 @@ class StepMetrics:
             "step": step.number,
             "tokens": step.tokens_after,
             "stage": stage,
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": _number(loss),
+            "grad_norm": _number(norm),
             "lr": lr,
             "batch_tokens": step.batch_tokens,
             "seq_len": step.seq_len,
@@ -79,7 +92,14 @@ class StepMetrics:
             "step_s": round(step_seconds, 4),
             "data_s": round(data_seconds, 4),
             "memory_gib": round(memory, 3),
+            "skipped": skipped,
+            "effective_time": effective,
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no nan."""
+    return value if math.isfinite(value) else None
 
 
 class TensorBoard:
@@ -106,6 +126,9 @@ class TensorBoard:
             "perf/data_s": row["data_s"],
             "mem/peak_gib": row["memory_gib"],
             "data/attended_share": row["attended_share"],
+            "perf/effective_time": row["effective_time"],
+            "train/skipped": float(row["skipped"] is not None),
+            "perf/step_s_slowest_rank": row.get("step_s_by_rank", [None])[-1],
             **{f"data/tokens/{name}": count for name, count in row["domain_tokens"].items()},
         }
         for tag, value in tags.items():
@@ -142,10 +165,11 @@ class Console:
         if row["step"] % self.every and row["step"] != self.clock.num_steps:
             return None
         mfu = f"MFU {100 * row['mfu']:.1f} % ({100 * row['mfu_exact']:.1f} % exact)  " if row["mfu"] is not None else ""
+        shown = lambda value, digits: "not finite" if value is None else f"{value:.{digits}f}"
         left = duration((self.clock.num_tokens - row["tokens"]) / self.rate)
         return (
             f"{row['stage']} step {row['step']}/{self.clock.num_steps}  tokens {short_number(row['tokens'])}  "
-            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"loss {shown(row['loss'], 4)}  grad {shown(row['grad_norm'], 3)}  lr {row['lr']:.2e}  "
             f"{short_number(row['tokens_per_second'])} tok/s  {mfu}"
             f"{row['memory_gib']:.2f} GiB  ETA {left}"
         )

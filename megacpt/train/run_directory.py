@@ -3,13 +3,14 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import megacpt
 from megacpt.config.load import plain, save_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, MegacptError
 
 
 class RunDirectory:
@@ -23,6 +24,8 @@ class RunDirectory:
         self.path, self.write = Path(path), write
         self.checkpoints = self.path / "checkpoints"
         self.facts: dict[str, Any] = {}
+        self.useful_seconds = 0.0
+        """Of steps whose updates the weights hold."""
         if write:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -30,23 +33,29 @@ class RunDirectory:
         """Writes the resolved recipe and run.json with status running; counts the attempt."""
         if not self.write:
             return
-        before = self.read_run()
+        before = read_status(self.path)
         save_recipe(recipe, self.path / "recipe.toml")
-        self.facts = {"megacpt": megacpt.__version__, "attempt": before.get("attempt", 0) + 1, **facts}
+        self.facts = {
+            "megacpt": megacpt.__version__,
+            "attempt": before.get("attempt", 0) + 1,
+            "first_started": before.get("first_started", time.time()),
+            **facts,
+        }
         self.status("running")
 
-    def read_run(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / "run.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
+    def effective(self, seconds: float) -> float | None:
+        """Effective training time with one more step: useful seconds over all since the run was first started, by the clock on the wall."""
+        self.useful_seconds += seconds
+        if not self.facts:
+            return None
+        return round(min(1.0, self.useful_seconds / max(1e-9, time.time() - self.facts["first_started"])), 4)
 
-    def status(self, status: str, exit_code: int | None = None) -> None:
+    def status(self, status: str, exit_code: int | None = None, **more: Any) -> None:
         if self.write and self.facts:
-            content = {"status": status, "exit_code": exit_code, "time": time.time(), **self.facts}
-            partial = self.path / "run.json.tmp"
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, self.path / "run.json")
+            write_status(self.path, {"status": status, "exit_code": exit_code, **more, **self.facts})
+
+    def failed(self, error: BaseException) -> None:
+        self.status("failed", error.exit_code if isinstance(error, MegacptError) else 1, reason=str(error)[:2000])
 
     def event(self, kind: str, step: int, tokens: int, **more: Any) -> None:
         if self.write:
@@ -67,16 +76,47 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not self.write or not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue
+        kept = [line + "\n" for row, line in _rows(path) if row["step"] <= step]
         partial = path.with_suffix(".tmp")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
+        self.useful_seconds = useful_seconds(self.path)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, line) of metrics.jsonl; a line that a kill left unfinished is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row, line
+
+
+def useful_seconds(directory: Path) -> float:
+    """Of the steps in metrics.jsonl whose updates were made."""
+    return sum(row.get("step_s", 0.0) for row, _ in _rows(directory / "metrics.jsonl") if not row.get("skipped"))
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """run.json; nothing if there is none."""
+    try:
+        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(directory: Path, content: dict[str, Any]) -> None:
+    """run.json, in one act."""
+    partial = directory / f"run.json.{os.getpid()}.tmp"
+    partial.write_text(json.dumps({"time": time.time(), **content}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, directory / "run.json")
 
 
 FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megacpt import log
 from megacpt.checkpoint.average import average_weights, averaged
 from megacpt.checkpoint.export import AVERAGES
@@ -25,7 +23,7 @@ def take_baseline(run: Run, index: int) -> None:
     """Before the first step: what recovery and forgetting will be compared with."""
     if not run.recipe.gates or baseline_of(run.decisions):
         return
-    with slow_phase(run):
+    with slow_phase(run, "evaluate"):
         baseline = Examiner(run.recipe, run.domains, run.pad_id).baseline(run.model, run.recipe.stages[index])
     if baseline:
         run.decide(baseline, 0)
@@ -78,7 +76,7 @@ def pass_gates(run: Run, index: int, number: int) -> bool:
         d["kind"] == "gates" and d["step"] == number and d["action"] != "stop" for d in run.decisions
     ):
         return True
-    with slow_phase(run):
+    with slow_phase(run, "evaluate"):
         outcomes = Examiner(recipe, run.domains, run.pad_id).ask(run.model, stage, baseline_of(run.decisions))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     rule, extended = (
@@ -145,11 +143,9 @@ def snapshot(run: Run, step: Step) -> None:
     if before // every == after // every and step.tokens_after != run.clock.stage_first_token[step.stage + 1]:
         return
     folder = snapshots_of(run, step.stage)
-    with slow_phase(run):
-        save(folder, tensors_of(run.optimizer.parameters, None), state_of(run, step.number), run.facts)
-        if dist.get_rank() == 0:
-            prune(folder, stage.average.last, None)
-        dist.barrier()
+    with slow_phase(run, "save"):
+        tensors, keep = tensors_of(run.optimizer.parameters, None), lambda: prune(folder, stage.average.last, None)
+        save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
 
 
 def average_stage(run: Run, index: int, number: int) -> None:
@@ -167,11 +163,12 @@ def average_stage(run: Run, index: int, number: int) -> None:
     tensors = tensors_of(parameters, None)
     last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
     losses = {"last": _losses(run, index)}
-    with slow_phase(run):
+    with slow_phase(run, "save"):
         weights = average_weights(stage.average.decay, len(steps))
         averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights)
         output = run.directory.path / AVERAGES
-        save(output, tensors, state_of(run, number), run.facts | {"average_of": steps, "weights": weights})
+        facts = run.facts | {"average_of": steps, "weights": weights}
+        save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how)
     losses["average"] = _losses(run, index)
     for name, parameter in parameters.items():
         parameter._local_tensor.detach().copy_(last[name])

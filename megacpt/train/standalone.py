@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
 from megacpt.checkpoint.load import load
-from megacpt.checkpoint.manifest import verify
+from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.recipe import Recipe
@@ -34,7 +34,7 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
     directory, stage = None, None
     if (path / HUGGING_FACE).is_dir():
         directory, _ = find_checkpoint(path, step)
-        stage = verify(directory).stage
+        stage = read_manifest(directory).state.stage
         config, _ = run_config(path, stage)
     else:
         config = read_config(path)

@@ -1,11 +1,17 @@
-"""One optimizer step: forward and backward of every micro-batch, reduction, norm, clip, update. No host sync inside."""
+"""One optimizer step: forward and backward of every micro-batch, reduction, norm, clip, update. No host sync inside.
+
+An update whose loss or norm is not finite, or lies above a limit, is not made: the device decides, all ranks alike, and the host learns of
+it with the loss.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megacpt import points
 from megacpt.data.loader import Batch
 from megacpt.model.llama import Llama
 from megacpt.model.run import accumulate
@@ -24,19 +30,45 @@ class Update:
     clip_norm: float | None
     frozen: frozenset[str] = frozenset()
     """Parameters that it leaves alone; their gradients do not count in the norm."""
+    most_loss: float = float("inf")
+    most_norm: float = float("inf")
+    """Above one of these the update is skipped."""
 
 
 def train_step(
-    model: Llama, optimizer: AdamW, micro_batches: Sequence[Batch], num_labels: int, reduce: str, update: Update
-) -> tuple[Tensor, Tensor]:
-    """Returns (loss, gradient norm before clipping), scalars on the device."""
+    model: Llama,
+    optimizer: AdamW,
+    micro_batches: Sequence[Batch],
+    num_labels: int,
+    reduce: str,
+    update: Update,
+    asks: Sequence[bool] = (),
+) -> Tensor:
+    """Returns float64 [2 + 1 + len(asks)] on the device, the same on all ranks: loss, gradient norm before clipping, whether the update was
+    skipped, and whether any rank asked each of the things it may ask.
+
+    Args:
+        asks: this rank's.
+    """
     loss = accumulate(model, micro_batches, num_labels, reduce)
     for name in update.frozen & optimizer.parameters.keys():
         optimizer.parameters[name].grad = None
+    points.reached("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
-    optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, inverse_clip(norm, update.clip_norm))
+    fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite() & norm.isfinite()
+    flags = torch.tensor([False, *asks], device=norm.device, dtype=norm.dtype)
+    flags[0] = (~fine).to(norm.dtype)
+    if dist.get_world_size() > 1:  # one rank's doubt is everyone's
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    scale = inverse_clip(norm, update.clip_norm, flags[0] > 0)
+    optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, scale)
     optimizer.zero_grad()
-    return loss, norm
+    return torch.cat([torch.stack([loss.to(norm.dtype), norm]), flags])
+
+
+def _first_gradient(optimizer: AdamW) -> Tensor:
+    grads = (parameter.grad for parameter in optimizer.parameters.values() if parameter.grad is not None)
+    return next(local for grad in grads if (local := grad._local_tensor).numel())
 
 
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:

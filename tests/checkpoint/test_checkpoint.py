@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
 from megacpt.checkpoint.manifest import State, list_steps, newest_sound, verify
 from megacpt.checkpoint.save import prune, save, tensors_of
@@ -79,7 +80,7 @@ DAMAGES = {
 @pytest.mark.parametrize("complaint", DAMAGES)
 def test_a_damaged_newest_is_reported_and_the_one_before_is_used(saved, complaint):
     DAMAGES[complaint](saved / "step-00000003")
-    path, state, complaints = newest_sound(saved)
+    path, state, complaints = newest_sound(saved, deep=True)
     assert state.step == 2 and path.name == "step-00000002"
     assert len(complaints) == 1 and complaint in complaints[0] and "step-00000003" in complaints[0]
 
@@ -88,7 +89,7 @@ def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(saved):
     for step in (1, 2, 3):
         damage_bit(saved / f"step-{step:08d}")
     with pytest.raises(CheckpointError, match="no checkpoint is sound"):
-        newest_sound(saved)
+        newest_sound(saved, deep=True)
     assert newest_sound(saved / "none") is None
 
 
@@ -104,7 +105,9 @@ def test_leftovers_do_not_count_and_do_not_block(saved, mesh):
 def test_retention(saved, mesh):
     for step in (4, 5):
         shutil.copytree(saved / "step-00000003", saved / f"step-{step:08d}")
-    assert prune(saved, 1, 2) == [1, 3] and list_steps(saved) == [2, 4, 5]
+    (saved / "step-00000006").mkdir()
+    assert prune(saved, 1, 2) == [1, 3] and list_steps(saved) == [2, 4, 5, 6], "nothing goes for one that is not whole"
+    (saved / "step-00000006").rmdir()
     assert prune(saved, 1, None) == [2, 4] and list_steps(saved) == [5]
 
 
@@ -113,9 +116,17 @@ class Bomb:
         return os.mkdir, ("/tmp/megacpt-bomb-went-off",)
 
 
+def forge(path, metadata: bytes) -> None:
+    """Other metadata, with a manifest that agrees."""
+    known = manifest.read_manifest(path)
+    (path / ".metadata").write_bytes(metadata)
+    shards = {name: rows for name, rows in known.items.items() if name != ".metadata"}
+    manifest.write_manifest(path, known.state, known.facts, shards)
+
+
 def test_a_forged_metadata_file_runs_nothing(saved):
     path = saved / "step-00000003"
-    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    forge(path, pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match="names posix.mkdir, which no checkpoint needs"):
         SafeReader(path).read_metadata()
     assert not os.path.exists("/tmp/megacpt-bomb-went-off")
@@ -124,21 +135,23 @@ def test_a_forged_metadata_file_runs_nothing(saved):
 def test_metadata_that_leaves_its_folder_is_refused(saved):
     path = saved / "step-00000003"
     metadata = SafeReader(path).read_metadata()
-    for info in metadata.storage_data.values():
-        info.relative_path = "../step-00000001/__0_0.distcp"
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match="outside its folder"):
-        SafeReader(path).read_metadata()
-    (path / ".metadata").write_bytes(b"rubbish")
+    for place in ("../step-00000001/__0_0.distcp", "/etc/passwd", "a\0b", "", "."):
+        for info in metadata.storage_data.values():
+            info.relative_path = place
+        forge(path, pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            SafeReader(path).read_metadata()
+    forge(path, b"rubbish")
     with pytest.raises(CheckpointError, match="cannot be read"):
         SafeReader(path).read_metadata()
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(saved):
     path = saved / "step-00000003/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000002/manifest.json"] = {"bytes": 1, "crc32": 0}
-    path.write_text(json.dumps(manifest))
+    content = json.loads(path.read_text())
+    content.pop("crc32")
+    content["files"]["../step-00000002/manifest.json"] = 1
+    path.write_text(json.dumps({"crc32": manifest._crc(content), **content}))
     with pytest.raises(CheckpointError, match="no plain file of this folder"):
         verify(path.parent)
 

@@ -56,9 +56,9 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
         original = clip.inverse_clip
         import megacpt.train.step as step
 
-        step.inverse_clip = lambda norm, bound: original(norm, bound) if norm.item() > bound else None
+        step.inverse_clip = lambda norm, bound, skip: original(norm, bound, skip) if norm.item() > bound else None
     with Watch():
-        loss, _ = train_step(
+        loss, *_ = train_step(
             model, optimizer, [batch, batch], 2 * TOKENS, "step", Update(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
         )
     return bool(torch.isfinite(loss))

@@ -56,4 +56,5 @@ def test_the_comparison_sees_decay_on_norms(mesh):
 def test_clipping_divides_only_above_the_bound():
     assert inverse_clip(torch.tensor(0.5), 1.0) == 1.0
     assert inverse_clip(torch.tensor(4.0), 2.0) == 2.0
-    assert inverse_clip(torch.tensor(4.0), None) is None
+    assert inverse_clip(torch.tensor(4.0), None) == 1.0
+    assert inverse_clip(torch.tensor(4.0), 2.0, torch.tensor(True)).isnan()

@@ -50,14 +50,12 @@ def train(mesh, recipe_file, tmp_path):
 
         directory = tmp_path / name
         recipe = load_recipe(recipe_file(**sections), [f"--run.directory={directory}", *flags])
-        keep = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        destroy, loop.dist.destroy_process_group = loop.dist.destroy_process_group, lambda: None
+        destroy, loop.dist.destroy_process_group = loop.dist.destroy_process_group, None
+        loop.dist.destroy_process_group = lambda group=None: destroy(group) if group else None  # not this process's own
         try:
             go.status = loop.train(recipe)
         finally:
             loop.dist.destroy_process_group = destroy
-            for number, handler in keep.items():
-                signal.signal(number, handler)
         return directory
 
     return go
@@ -71,7 +69,7 @@ def test_a_run_leaves_what_the_design_says(train):
     assert metrics[-1]["lr"] == pytest.approx(1e-4) and sum(metrics[-1]["domain_tokens"].values()) == 2048
     for key in ("tokens_per_second", "mfu", "mfu_exact", "data_s", "step_s", "memory_gib", "grad_norm"):
         assert metrics[0][key] >= 0
-    assert metrics[0]["mfu_exact"] < metrics[0]["mfu"]
+    assert sum(row["mfu_exact"] for row in metrics) < sum(row["mfu"] for row in metrics)
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "start" and kinds.count("validation") == 3 and kinds.count("saved") == 3 and "stage" in kinds
@@ -428,9 +426,10 @@ def late(path: str, flags: list[str], slow: str) -> str:
     """On a rank: rank 1 sleeps three seconds in a step or before a save; what comes of it."""
     import time
 
-    from megacpt.train import job, loop
+    from megacpt.checkpoint import background
+    from megacpt.train import loop
 
-    module, name = {"step": (loop, "train_step"), "save": (job, "save")}[slow]
+    module, name = {"step": (loop, "train_step"), "save": (background, "save")}[slow]
     original, calls = getattr(module, name), []
 
     def sleepy(*args, **kwargs):

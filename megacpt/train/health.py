@@ -1,0 +1,148 @@
+"""Numbers that must not reach the weights, weights that must be the same, ranks that are slow."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacpt.config.recipe import Health
+from megacpt.errors import ReplicaError
+from megacpt.optim.adamw import AdamW, local
+from megacpt.parallel.mesh import Mesh
+
+Measured = tuple[float, float]
+"""Loss and gradient norm of an accepted step."""
+
+
+def limits(accepted: Sequence[Measured], rules: Health) -> Measured:
+    """(largest loss, largest norm) of an update that is made: median + spike_mads · 1.4826 · MAD of the steps accepted last. A step that
+    was skipped is not among them, so a spike does not raise its own limit."""
+    if rules.spike_mads is None or len(accepted) < rules.spike_window // 4:
+        return float("inf"), float("inf")
+    loss, norm = (_limit(values, rules.spike_mads) for values in zip(*accepted, strict=True))
+    return loss, norm
+
+
+def _limit(values: Sequence[float], mads: float) -> float:
+    middle = median(values)
+    spread = 1.4826 * median(abs(value - middle) for value in values)
+    return middle + mads * max(spread, 1e-3 * abs(middle))
+
+
+def remember(accepted: list[Measured], loss: float, norm: float, rules: Health) -> None:
+    """Adds a step, in four digits, so that all layouts remember the same."""
+    if rules.spike_mads is not None:
+        accepted.append((float(f"{loss:.3e}"), float(f"{norm:.3e}")))
+        del accepted[: -rules.spike_window]
+
+
+def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
+    """By name of each tensor that this rank holds a part of: the sum of its bits as integers, int64 scalars on the device. Any single
+    flipped bit changes it."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = {}
+    for kind, tensors in (
+        ("model", optimizer.parameters),
+        ("exp_avg", optimizer.exp_avg),
+        ("exp_avg_sq", optimizer.exp_avg_sq),
+    ):
+        for name, tensor in tensors.items():
+            part = local(tensor).detach()
+            sums[f"{kind}.{name}"] = part.view(kinds[part.element_size()]).sum(dtype=torch.int64)
+    return sums
+
+
+def check_replicas(optimizer: AdamW, mesh: Mesh, step: int) -> None:
+    """Compares what several ranks hold alike: everything over dp_replicate, and over tp what it replicates. Collective.
+
+    Raises:
+        ReplicaError: on all ranks, naming tensors and the ranks that differ from the others.
+    """
+    sums, problems = weight_sums(optimizer), []
+    for axis in ("dp_replicate", "tp"):
+        size = mesh.groups[axis].size()
+        names = [name for name in sums if axis == "dp_replicate" or _is_replicated(optimizer, name)]
+        if size == 1 or not names:
+            continue
+        mine = torch.stack([sums[name] for name in names])
+        everyone = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(everyone, mine, group=mesh.groups[axis])
+        table = torch.stack(everyone)
+        if (table == table[0]).all():
+            continue
+        ranks = dist.get_process_group_ranks(mesh.groups[axis])
+        for i, name in enumerate(names):
+            found = table[:, i].tolist()
+            common, count = Counter(found).most_common(1)[0]
+            odd = [ranks[j] for j, value in enumerate(found) if value != common]
+            if odd and 2 * count > size:
+                problems.append(f"{name}: rank {', '.join(map(str, odd))} differs from the other {count} of {ranks}")
+            elif odd:
+                problems.append(f"{name}: ranks {ranks} differ, and none is in the majority")
+    if dist.get_world_size() > 1:
+        everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        if _any(bool(problems), mesh):
+            dist.all_gather_object(everywhere, problems)
+            problems = sorted({problem for some in everywhere for problem in some})
+    if problems:
+        raise ReplicaError(step, problems)
+
+
+def _any(flag: bool, mesh: Mesh) -> bool:
+    found = torch.tensor(float(flag), device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def _is_replicated(optimizer: AdamW, name: str) -> bool:
+    """Whether every tp rank holds the whole of a tensor."""
+    return optimizer.parameters[name.partition(".")[2]].placements[-1].is_replicate()
+
+
+class Stragglers:
+    """Times of every rank over an interval of steps. Steps end together, because ranks wait for each other, so a rank's own slowness is
+    what it spent on its data, and on a fixed product of matrices that it makes alone at the interval's end."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.steps, self.step_seconds, self.data_seconds = device, 0, 0.0, 0.0
+        size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (128, torch.float32)
+        self.matrix = torch.ones(size, size, dtype=dtype, device=device)
+
+    def add(self, step_seconds: float, data_seconds: float) -> None:
+        self.steps += 1
+        self.step_seconds += step_seconds
+        self.data_seconds += data_seconds
+
+    def gather(self) -> dict[str, list]:
+        """`step_s_by_rank`: [least, median, most]; `slowest_ranks`: up to three [rank, step_s, data_s, probe_s], means over the interval,
+        the most data_s + probe_s first. Collective; begins a new interval."""
+        count = max(1, self.steps)
+        mine = torch.tensor(
+            [self.step_seconds / count, self.data_seconds / count, self._probe()],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        rows = torch.stack(everyone).tolist()
+        self.steps, self.step_seconds, self.data_seconds = 0, 0.0, 0.0
+        order = sorted(range(len(rows)), key=lambda rank: -(rows[rank][1] + rows[rank][2]))
+        steps = sorted(row[0] for row in rows)
+        return {
+            "step_s_by_rank": [round(x, 4) for x in (steps[0], median(steps), steps[-1])],
+            "slowest_ranks": [[rank, *(round(x, 5) for x in rows[rank])] for rank in order[:3]],
+        }
+
+    def _probe(self) -> float:
+        best = float("inf")
+        for _ in range(3):
+            begin = time.perf_counter()
+            torch.mm(self.matrix, self.matrix)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - begin)
+        return best

@@ -1,0 +1,356 @@
+"""The watchdog: a process beside each node's ranks. It reads their heartbeats (points.py) and sees a rank that is silent for longer than
+its phase allows, that failed, or that is gone. Then it keeps the evidence in the run directory, ends the node's ranks and writes into
+run.json what happened. Imports no torch.
+
+Nodes tell each other by files in RUN/incidents/ATTEMPT/: whoever sees something writes there first, and every watchdog looks there.
+A rank's stack comes from faulthandler, whose handler needs neither Python's lock nor the main thread's attention.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from pathlib import Path
+from typing import Any
+
+from megacpt import points
+from megacpt.errors import MegacptError
+from megacpt.points import POINTS, Beat, Heartbeat, read_beat
+
+INCIDENTS = "incidents"
+LOOK_SECONDS, SHARED_LOOK_SECONDS, GRACE_SECONDS, REPORT_SECONDS = 0.3, 2.0, 5.0, 10.0
+DUMP = signal.SIGUSR2
+WAITS = re.compile(r"torch/distributed/|in (wait|execute|barrier|synchronize)$")
+"""Of a stack's innermost line: the rank waits for others."""
+
+
+class Watch:
+    """This rank's side: nothing, if the recipe wants no watchdog."""
+
+    def __init__(self, run: Path, folder: Path | None, rank: int):
+        self.run, self.folder, self.rank, self.attempt = run, folder, rank, ""
+
+    def joined(self, attempt: str) -> None:
+        """All ranks have met, and share a name for this attempt."""
+        self.attempt = attempt
+        if self.folder:
+            partial = self.folder / f"attempt.{self.rank}"
+            partial.write_text(attempt)
+            os.replace(partial, self.folder / "attempt")
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the other ranks, so that none waits for this one."""
+        if not self.folder:
+            return
+        if self.run.is_dir():
+            with contextlib.suppress(OSError):
+                _write(
+                    _incident(self.run, self.attempt or self.folder.name) / f"failed-rank-{self.rank:05d}.json",
+                    _told(error),
+                )
+        points.allow("failed", 0.0)
+        points.begin(None)
+
+    def done(self) -> None:
+        if self.folder:
+            points.allow("done", 0.0)
+            points.begin(None)
+
+
+def start(run: Path, enabled: bool) -> Watch:
+    """Begins this rank's heartbeat; the node's first rank starts the watchdog."""
+    rank = int(os.environ.get("RANK", "0"))
+    if not enabled:
+        return Watch(run, None, rank)
+    parent = os.getppid() if "RANK" in os.environ else os.getpid()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    folder = _private_folder() / f"{parent}-{restart}-{zlib.crc32(str(run.resolve()).encode()):08x}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    stack = open(folder / f"rank-{rank:05d}.stack", "w")
+    faulthandler.register(DUMP, file=stack, all_threads=True, chain=False)
+    for name in (
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+        "TORCH_FR_DUMP_TEMP_FILE",
+    ):  # torch's flight recorder, with the rank behind it
+        os.environ.setdefault(name, str(folder / "flight_recorder_"))
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(folder / "flight_recorder_ask_"))
+    points.begin(Heartbeat(folder / f"rank-{rank:05d}.beat", rank))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        size = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        world = os.environ.get("WORLD_SIZE", "1")
+        arguments = [sys.executable, "-m", "megacpt.train.watchdog", str(folder), str(run.resolve()), size, world]
+        # A session of its own: what ends the ranks' process groups leaves it alone.
+        subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    return Watch(run, folder, rank)
+
+
+def _private_folder() -> Path:
+    """A folder for heartbeats on this node's own disk, that only this user can write."""
+    path = Path(tempfile.gettempdir()) / f"megacpt-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    info = path.lstat()
+    if path.is_symlink() or info.st_uid != os.getuid() or info.st_mode & 0o022:
+        return Path(tempfile.mkdtemp(prefix="megacpt-"))
+    return path
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "kind": type(error).__name__,
+        "message": str(error)[:2000],
+        "exit_code": error.exit_code if isinstance(error, MegacptError) else 1,
+        "ours": isinstance(error, MegacptError),
+        "traceback": "".join(traceback.format_exception(error))[-8000:],
+    }
+
+
+def _incident(run: Path, attempt: str) -> Path:
+    path = run / INCIDENTS / attempt
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(f".tmp{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def process_state(pid: int) -> str:
+    """R, S, D, T … as the kernel says; "" for a process that is gone, or ended and not yet fetched."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "" if state in "ZX" else state
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    return "S"
+
+
+class Watchdog:
+    """Watches the ranks of this node until all are gone.
+
+    Args:
+        folder: of heartbeats. run: the run directory. size: ranks of this node. world_size: of all nodes.
+    """
+
+    def __init__(self, folder: Path, run: Path, size: int, world_size: int):
+        self.folder, self.run, self.size, self.world_size = folder, run, size, world_size
+        self.node, self.shared_look = f"{socket.gethostname()}-{os.getpid()}", 0.0
+        self.beats: dict[int, Beat] = {}
+
+    def watch(self) -> None:
+        begin = time.monotonic()
+        while True:
+            self._look()
+            alive = [beat for beat in self.beats.values() if process_state(beat.pid)]
+            if kind := self._kind():
+                self._incident(kind)
+                return
+            if not alive and (self.beats or time.monotonic() - begin > 60):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        for path in self.folder.glob("rank-*.beat"):
+            beat = read_beat(path)
+            if beat and beat.pid:
+                self.beats[beat.rank] = beat
+
+    def _overdue(self, beat: Beat) -> bool:
+        return bool(process_state(beat.pid)) and time.monotonic() - beat.seconds > beat.budget
+
+    def _kind(self) -> str | None:
+        """What has happened, here or on another node."""
+        running = [beat for beat in self.beats.values() if beat.phase not in ("done", "failed")]
+        if any(beat.phase == "failed" for beat in self.beats.values()):
+            return "failed"
+        if any(not process_state(beat.pid) for beat in running):
+            self._look()  # a last word may have come in between
+            if any(not process_state(b.pid) and b.phase not in ("done", "failed") for b in self.beats.values()):
+                return "died"
+        if any(self._overdue(beat) for beat in running):
+            return "hung"
+        if time.monotonic() - self.shared_look > SHARED_LOOK_SECONDS and self.world_size > self.size:
+            self.shared_look = time.monotonic()
+            for path in (self.run / INCIDENTS / self._attempt()).glob("node-*.json"):
+                return _read(path).get("kind")
+        return None
+
+    def _attempt(self) -> str:
+        try:
+            return (self.folder / "attempt").read_text()
+        except OSError:
+            return self.folder.name
+
+    def _incident(self, kind: str) -> None:
+        """Evidence, end, and what run.json says of it."""
+        if not self.run.is_dir():  # it ended before there was a run
+            self._end(GRACE_SECONDS)
+            return
+        folder = _incident(self.run, self._attempt())
+        report = folder / f"node-{self.node}.json"
+        _write(report, {"kind": kind})  # the other nodes need not wait for the rest
+        ranks = {rank: self._evidence(beat) for rank, beat in sorted(self.beats.items())}
+        if kind == "hung":
+            self._dump(folder, ranks)
+        _write(report, {"kind": kind, "ranks": ranks})
+        if 0 in ranks:
+            self._wait_for_nodes(folder)
+        self._end(0.0 if kind == "hung" else GRACE_SECONDS)
+        if 0 in ranks:
+            self._conclude(folder, kind)
+
+    def _evidence(self, beat: Beat) -> dict[str, Any]:
+        return {
+            "pid": beat.pid,
+            "step": beat.step,
+            "phase": beat.phase,
+            "point": beat.point,
+            "silent_seconds": round(time.monotonic() - beat.seconds, 1),
+            "budget_seconds": beat.budget,
+            "state": process_state(beat.pid),
+            "gone": not process_state(beat.pid) and beat.phase not in ("done", "failed"),
+        }
+
+    def _dump(self, folder: Path, ranks: dict[int, dict[str, Any]]) -> None:
+        """Stacks of this node's ranks, and torch's flight recorder where NCCL keeps one."""
+        for rank, found in ranks.items():
+            with contextlib.suppress(OSError):
+                os.kill(found["pid"], DUMP)
+            with contextlib.suppress(OSError):
+                pipe = os.open(self.folder / f"flight_recorder_ask_{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(pipe, b"1\n")
+                os.close(pipe)
+        until = time.monotonic() + 3.0
+        stack = lambda rank: self.folder / f"rank-{rank:05d}.stack"
+        asked = [rank for rank, found in ranks.items() if found["state"] != "T"]  # a stopped one cannot answer
+        while time.monotonic() < until and not all(stack(r).exists() and stack(r).stat().st_size for r in asked):
+            time.sleep(0.1)
+        time.sleep(0.2)
+        for path in [*self.folder.glob("rank-*.stack"), *self.folder.glob("flight_recorder_*")]:
+            if path.is_file() and path.stat().st_size:
+                shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
+        for rank, found in ranks.items():
+            lines = _main_thread(stack(rank).read_text(errors="replace")) if stack(rank).exists() else []
+            found["waits"] = any(WAITS.search(line) for line in lines[:1])
+            found["stack"] = lines[:8]
+
+    def _wait_for_nodes(self, folder: Path) -> None:
+        until = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < until and len(_all_ranks(folder)) < self.world_size > self.size:
+            time.sleep(0.5)
+
+    def _end(self, grace: float) -> None:
+        """Ranks leave by themselves, then on a second stop request, with 75, then without being asked."""
+        until = time.monotonic() + grace
+        alive = lambda: [b.pid for b in self.beats.values() if process_state(b.pid)]
+        while alive() and time.monotonic() < until:
+            time.sleep(0.1)
+        for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+            for pid in alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            until = time.monotonic() + seconds
+            while alive() and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _conclude(self, folder: Path, kind: str) -> None:
+        from megacpt.train.run_directory import write_status
+
+        run = _read(self.run / "run.json")
+        if run.get("status") in ("finished", "preempted") and kind != "hung":
+            return
+        ranks = _all_ranks(folder)
+        code, suspects, reason = conclusion(kind, ranks, _failures(folder))
+        status = "hung" if kind == "hung" else "failed"
+        told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
+        write_status(self.run, run | {"time": time.time()} | told)
+        _write(folder / "conclusion.json", told)
+        print(f"megacpt watchdog: {status}: {reason} Evidence: {folder}", file=sys.stderr, flush=True)
+
+
+def _failures(folder: Path) -> dict[int, dict[str, Any]]:
+    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("failed-rank-*.json")}
+    return {rank: failure for rank, failure in found.items() if failure}
+
+
+def _all_ranks(folder: Path) -> dict[int, dict[str, Any]]:
+    ranks: dict[int, dict[str, Any]] = {}
+    for path in folder.glob("node-*.json"):
+        ranks |= {int(rank): found for rank, found in _read(path).get("ranks", {}).items()}
+    return ranks
+
+
+def _main_thread(dump: str) -> list[str]:
+    """Frames of the main thread in faulthandler's output, the innermost first. It comes last: threads stand youngest first."""
+    last = re.split(r"^(?:Current thread|Thread) 0x.*$", dump, flags=re.MULTILINE)[-1]
+    return [line.strip() for line in last.splitlines() if line.startswith("  File")]
+
+
+def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> tuple[int, list[int], str]:
+    """(exit code, suspects, reason) of what was found on all nodes."""
+    gone = sorted(rank for rank, found in ranks.items() if found.get("gone"))
+    ours = {rank: failure for rank, failure in failures.items() if failure["ours"]}
+    if kind == "hung":
+        idle = [r for r, found in ranks.items() if found["state"] == "T" or not found.get("waits", False)]
+        if not idle or len(idle) == len(ranks) > 1:
+            progress = lambda found: (found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1)
+            least = min(map(progress, ranks.values()))
+            idle = [rank for rank, found in ranks.items() if progress(found) == least]
+        first = min(ranks.values(), key=lambda found: found["budget_seconds"] - found["silent_seconds"])
+        names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in sorted(idle)[:8])
+        return 75, sorted(idle), (
+            f"no sign of life for {first['silent_seconds']:.0f} s in phase {first['phase']}, {first['budget_seconds']:.0f} s are allowed. "
+            f"The others seem to wait for {names}."
+        )  # fmt: skip
+    if ours or (failures and not gone):
+        chosen = ours or failures
+        rank = min(chosen, key=lambda r: chosen[r]["time"])
+        failure = chosen[rank]
+        return failure["exit_code"], [rank], f"rank {rank}: {failure['kind']}: {failure['message']}"
+    names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in gone[:8]) or "a rank"
+    return 75, gone, f"{names} ended without a word: killed, out of memory, or a node lost."
+
+
+def _where(found: dict[str, Any]) -> str:
+    stopped = ", stopped" if found["state"] == "T" else ""
+    inside = f", {found['stack'][0]}" if found.get("stack") else ""
+    return f"step {found['step']}, {found['point'] or found['phase']}{stopped}{inside}"
+
+
+def main() -> None:
+    folder, run, size, world_size = sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # it leaves with the last rank, not before
+    try:
+        Watchdog(Path(folder), Path(run), int(size), int(world_size)).watch()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Ranks that may die: runs of a tiny recipe on forked ranks with a fault armed, and what is left of them."""
+
+import gc
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ranks  # noqa: F401  imports what ranks need before they are forked
+import torch
+import torch.distributed as dist
+
+from megacpt import points
+from megacpt.config.load import load_recipe
+from megacpt.train import loop
+
+EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len", "skipped")
+QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps=2", "--checkpoint.keep_last=3"]
+
+
+def _rank(rank: int, world_size: int, folder: str, path: str, flags: list[str], fault: str, prepare) -> None:
+    gc.freeze()
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    code = 1
+    try:
+        dist.distributed_c10d._world.default_pg = None
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+        points._faults = points.parse_faults(fault)
+        if prepare:
+            prepare()
+        loop.train(load_recipe(path, [*QUICK, *flags]))
+        code = 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        Path(f"{folder}/{rank}.error").write_text(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(code)
+
+
+def run_ranks(
+    world_size: int, path: str, flags: list[str], fault: str = "", prepare=None, during=None, seconds: float = 120
+) -> tuple[list[int], list[str]]:
+    """(exit codes, errors) of the ranks of one run; a code below 0 is a signal.
+
+    Args:
+        prepare: called on every rank before the run. during: called here with the ranks' pids while they run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pids = []
+        for rank in range(world_size):
+            pid = os.fork()
+            if pid == 0:
+                _rank(rank, world_size, folder, path, flags, fault, prepare)
+            pids.append(pid)
+        if during:
+            during(pids)
+        codes: dict[int, int] = {}
+        until = time.monotonic() + seconds
+        while len(codes) < world_size:
+            for pid in pids:
+                if pid not in codes:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                    if found:
+                        codes[pid] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"{world_size} ranks did not end within {seconds} s under {fault}: {codes}")
+            time.sleep(0.02)
+        told = [Path(f"{folder}/{rank}.error") for rank in range(world_size)]
+        return [codes[pid] for pid in pids], [p.read_text() if p.exists() else "" for p in told]
+
+
+def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in rows(directory, "events.jsonl") if event["kind"] == kind]
+
+
+def exact(directory: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in EXACT} for row in rows(directory)]
+
+
+def weights(directory: Path, step: int) -> bytes:
+    return b"".join(p.read_bytes() for p in sorted((directory / f"checkpoints/step-{step:08d}").glob("*.distcp")))
+
+
+def status(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
+
+
+def same(directory: Path, whole: Path, step: int = 8) -> None:
+    """The two runs ended alike, to the bit."""
+    assert exact(directory) == exact(whole)
+    assert weights(directory, step) == weights(whole, step)
+    assert status(directory)["status"] == "finished"

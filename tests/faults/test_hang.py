@@ -1,0 +1,247 @@
+"""Promises 4, 5 and 9: stop requests are honoured, no hang goes unseen, one rank's failure ends all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from crash import events, rows, run_ranks, same, status
+
+from megacpt.points import Beat, Heartbeat, begin, reached, read_beat
+from megacpt.train.watchdog import Watchdog, conclusion
+
+WATCHED = ["--health.watchdog=true", "--health.step_timeout_seconds=3"]
+
+
+def evidence(run):
+    """(folder, conclusion) of the one incident."""
+    (folder,) = (run / "incidents").iterdir()
+    return folder, json.loads((folder / "conclusion.json").read_text())
+
+
+def told(run, seconds=20):
+    """run.json, once the watchdog has written its part."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and "incident" not in status(run):
+        time.sleep(0.1)
+    return status(run)
+
+
+@pytest.mark.parametrize("action, why", [("sleep", "in _cause"), ("stop", "stopped"), ("hold", "line")])
+def test_a_hang_is_seen_and_named(whole, recipe_file, tmp_path, action, why):
+    """Rank 1 sleeps, is stopped, or holds Python's lock in step 3; the collectives' own timeouts are far away."""
+    run = tmp_path / "run"
+    flags = [*WATCHED, f"--run.directory={run}"]
+    codes, _ = run_ranks(2, recipe_file(), flags, f"{action}:rank=1,point=after_forward,step=3")
+    assert codes[0] == 75 and codes[1] in (75, -signal.SIGKILL), codes
+    found = told(run)
+    assert (found["status"], found["exit_code"], found["suspects"]) == ("hung", 75, [1]), found
+    assert "rank 1 (step 3, after_forward" in found["reason"] and why in found["reason"]
+    folder, _ = evidence(run)
+    stacks = {path.name: path.read_text() for path in folder.glob("rank-*.txt")}
+    assert "train_step" in stacks["rank-00000.txt"]
+    assert action == "stop" or "in _cause" in stacks["rank-00001.txt"]  # who is stopped cannot say where
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}"])[0] == [0, 0]
+    same(run, whole)
+
+
+def test_a_hang_in_a_save_behind_the_training_is_seen(recipe_file, tmp_path):
+    """The disk does not answer: the next save waits for the one before, and that has a budget."""
+    run = tmp_path / "run"
+    flags = [*WATCHED, f"--run.directory={run}", "--checkpoint.asynchronous=true", "--health.save_timeout_seconds=3"]
+    codes, _ = run_ranks(2, recipe_file(), flags, "sleep:rank=1,point=save.after_shards,step=2")
+    assert codes == [75, 75] and told(run)["status"] == "hung" and "phase save" in status(run)["reason"]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4], "training went on meanwhile"
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_path, asked):
+    """Rank 0 waits for rank 1 in a collective when it is asked; the thread hears it there, and step 3 is the last."""
+    run = tmp_path / "run"
+
+    def slow():
+        from megacpt.train import loop
+
+        step, calls = loop.train_step, []
+
+        def held(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                (tmp_path / f"in{os.environ['RANK']}").touch()
+                if os.environ["RANK"] == "1":
+                    while not (tmp_path / "go").exists():
+                        time.sleep(0.01)
+            return step(*args, **kwargs)
+
+        loop.train_step = held
+
+    def ask(pids):
+        while not all((tmp_path / f"in{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.01)
+        time.sleep(0.2)  # rank 0 is inside
+        os.kill(pids[0], asked)
+        time.sleep(0.2)
+        (tmp_path / "go").touch()
+
+    codes, _ = run_ranks(2, recipe_file(), [f"--run.directory={run}"], prepare=slow, during=ask)
+    assert codes == [0, 0]
+    assert (status(run)["status"], status(run)["exit_code"], status(run)["signal"]) == ("preempted", 0, asked.name)
+    assert len(rows(run)) in (3, 4) and events(run, "stopped")[0]["signal"] == asked.name
+    assert (run / f"checkpoints/step-{len(rows(run)):08d}/manifest.json").exists()
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}"])[0] == [0, 0]
+    same(run, whole)
+
+
+def test_a_second_stop_request_leaves_at_once(recipe_file, tmp_path):
+    """Inside a collective that never ends."""
+
+    def ask(pids):
+        while not (tmp_path / "run/metrics.jsonl").exists():
+            time.sleep(0.02)
+        time.sleep(0.5)
+        for _ in range(2):
+            os.kill(pids[0], signal.SIGTERM)
+            time.sleep(0.2)
+        os.kill(pids[1], signal.SIGKILL)
+
+    flags = [f"--run.directory={tmp_path}/run"]
+    codes, _ = run_ranks(
+        2,
+        recipe_file(),
+        flags,
+        "sleep:rank=1,point=step.begin,step=3",
+        during=ask,
+    )
+    assert codes == [75, -9]
+
+
+@pytest.mark.parametrize("point", ["step.begin", "save.before_rename"])
+def test_one_rank_that_fails_ends_all(recipe_file, tmp_path, point):
+    """An error of one rank, in a step or where only rank 0 works: the others leave, and nobody waits for a timeout."""
+    run, rank = tmp_path / "run", 1 if point == "step.begin" else 0
+    begin = time.monotonic()
+    codes, _ = run_ranks(
+        2, recipe_file(), [*WATCHED[:1], f"--run.directory={run}"], f"raise:rank={rank},point={point},step=4"
+    )
+    assert time.monotonic() - begin < 60, "the timeouts are 300 s and more"
+    if point == "step.begin":
+        assert codes[1] == 1 and codes[0] != 0
+        found = told(run)
+        assert found["status"] == "failed" and found["suspects"] == [1] and "a fault of the test" in found["reason"]
+    else:  # a save that fails is tried again
+        assert codes == [0, 0] and "rank 0: RuntimeError" in events(run, "save_failed")[0]["error"]
+
+
+def test_bad_data_on_one_rank_is_what_run_json_says(recipe_file, tmp_path):
+    """A token id outside the vocabulary, which one rank reads: 76, though the others see a lost connection."""
+
+    def poison():
+        from megacpt.data import loader
+
+        make = loader.make_batch
+
+        def bad(rows, *rest):
+            batch = make(rows, *rest)
+            if os.environ["RANK"] == "1" and (tmp_path / "run/metrics.jsonl").exists():
+                from megacpt.errors import DataError
+
+                raise DataError("domain a, document 7: token id 70000 is outside the model's vocabulary of 401.")
+            return batch
+
+        loader.make_batch = bad
+
+    run = tmp_path / "run"
+    codes, _ = run_ranks(2, recipe_file(), [*WATCHED[:1], f"--run.directory={run}"], prepare=poison)
+    assert codes[1] == 76 and codes[0] != 0
+    found = told(run)
+    assert (found["status"], found["exit_code"], found["suspects"]) == (
+        "failed",
+        76,
+        [1],
+    ) and "token id 70000" in found["reason"]
+
+
+def test_a_killed_rank_is_named(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    run_ranks(2, recipe_file(), [*WATCHED[:1], f"--run.directory={run}"], "kill:rank=1,point=after_backward,step=3")
+    found = told(run)
+    assert (found["status"], found["exit_code"], found["suspects"]) == ("failed", 75, [1])
+    assert "rank 1 (step 3, after_backward) ended without a word" in found["reason"]
+
+
+def test_a_plain_process_that_hangs_leaves_with_75(recipe_file, tmp_path):
+    """No torchrun: what a shell sees."""
+    environment = os.environ | {"MEGACPT_FAULT": "sleep:point=step.begin,step=2"}
+    flags = [*WATCHED, f"--run.directory={tmp_path}/run", "--validation=[]", "--log.tensorboard=false"]
+    out = subprocess.run(
+        [sys.executable, "-m", "megacpt", "train", recipe_file(), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 75 and told(tmp_path / "run")["status"] == "hung", out.stderr
+    assert "megacpt watchdog: hung" in out.stderr or (tmp_path / "run/incidents").is_dir()
+
+
+def rank_facts(**more):
+    return {
+        "step": 5,
+        "point": "after_forward",
+        "phase": "step",
+        "state": "S",
+        "silent_seconds": 9.0,
+        "budget_seconds": 3.0,
+    } | more
+
+
+def test_who_is_named():
+    """Without stacks, on a GPU, all ranks wait for their device: then it is the one that came least far."""
+    waiting, idle = rank_facts(waits=True), rank_facts(waits=False)
+    assert conclusion("hung", {0: waiting, 1: idle, 2: waiting}, {})[1] == [1]
+    behind = rank_facts(waits=True, step=4)
+    assert conclusion("hung", {0: waiting, 1: waiting, 2: behind}, {})[1] == [2]
+    assert conclusion("hung", {0: waiting, 1: rank_facts(waits=True, state="T")}, {})[1] == [1]
+    lost = {"kind": "RuntimeError", "message": "Connection closed", "exit_code": 1, "ours": False, "time": 1.0}
+    ours = {"kind": "DataError", "message": "cut", "exit_code": 76, "ours": True, "time": 2.0}
+    assert conclusion("failed", {0: waiting, 1: waiting}, {0: lost, 1: ours})[:2] == (76, [1])
+    assert conclusion("died", {0: waiting, 1: rank_facts(gone=True)}, {0: lost})[:2] == (75, [1])
+
+
+def test_a_heartbeat_is_read_whole_or_not_at_all(tmp_path):
+    heart = Heartbeat(tmp_path / "beat", 3)
+    assert read_beat(tmp_path / "beat") is None, "nothing said yet"
+    begin(heart)
+    try:
+        reached("step.begin", 7)
+        beat = read_beat(tmp_path / "beat")
+        assert isinstance(beat, Beat) and (beat.rank, beat.step, beat.pid, beat.point) == (
+            3,
+            7,
+            os.getpid(),
+            "step.begin",
+        )
+        raw = bytearray((tmp_path / "beat").read_bytes())
+        for i in range(0, len(raw), 7):
+            torn = raw.copy()
+            torn[i] ^= 255
+            (tmp_path / "torn").write_bytes(torn)
+            assert read_beat(tmp_path / "torn") is None
+    finally:
+        begin(None)
+
+
+def test_the_watchdog_leaves_with_the_last_rank(tmp_path):
+    """A rank that is done is no incident, and a rank that never came is not waited for."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    heart = Heartbeat(tmp_path / "rank-00000.beat", 0)
+    heart.write(0.0, "done", "")
+    watchdog = Watchdog(tmp_path, tmp_path / "run", 1, 1)
+    child.wait()
+    watchdog._look()
+    watchdog.beats = {0: Beat(child.pid, 0, 1, 0.0, 0.0, "done", "")}
+    watchdog._look = lambda: None
+    watchdog.watch()
+    assert not (tmp_path / "run").exists()
