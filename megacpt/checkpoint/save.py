@@ -69,12 +69,12 @@ def save(
         with together(group):
             if dist.get_rank() == 0:
                 _begin(partial, needed)
-        with together(group):
             points.reached("save.staged", state.step)
-            writer = CheckedWriter(partial)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.save(tensors, storage_writer=writer, process_group=group)
+        writer = CheckedWriter(partial)
+        with together(group), warnings.catch_warnings():  # what fails inside, fails on all ranks: it has collectives
+            warnings.simplefilter("ignore")
+            dcp.save(tensors, storage_writer=writer, process_group=group)
+        with together(group):
             points.reached("save.after_shards", state.step, lambda: partial)
             check_items(partial, writer.written)
         with together(group):
@@ -105,7 +105,7 @@ class NotOnAll(Exception):
 
 @contextmanager
 def together(group: dist.ProcessGroup | None):
-    """A part of the work that succeeds or fails on all ranks."""
+    """A part of the work that succeeds or fails on all ranks. It holds no collective, or one rank would leave the others there."""
     problem = None
     try:
         yield
