@@ -114,10 +114,12 @@ def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = N
     except dcp.api.CheckpointException as error:  # the same on all ranks
         causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{directory}: {causes}") from None
-    except (RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and not alone:  # a rank is gone: that says nothing of the checkpoint
             raise
-        raise CheckpointError(f"{directory}: {error}") from None
+        raise CheckpointError(f"{directory}: cannot be read ({type(error).__name__}: {error}).") from None
 
 
 class StoredModel:
