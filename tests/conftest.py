@@ -7,7 +7,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of them
 
-import json
 import sys
 from pathlib import Path
 
@@ -46,75 +45,25 @@ def mesh():
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A byte-level BPE tokenizer of 400 entries, EOS 0, as a Hugging Face directory."""
-    from samples import TEXTS
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from samples import make_tokenizer
 
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|end_of_text|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tokenizer_dir) -> Path:
     """Folder with prepared domains `a` and `b`."""
-    from samples import TEXTS
+    from samples import make_data
 
-    from megacpt.data.prepare import Options, prepare
-
-    directory = tmp_path_factory.mktemp("prepared")
-    for name, texts in (("a", TEXTS[::2]), ("b", TEXTS[1::2])):
-        with open(directory / f"{name}.jsonl", "w") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        prepare([str(directory / f"{name}.jsonl")], str(directory / name), Options(str(tokenizer_dir)), workers=1)
-    return directory
+    return make_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
 
 
 @pytest.fixture
 def recipe_file(tmp_path, prepared, tokenizer_dir):
     """Writes a tiny recipe and returns its path; keyword arguments replace whole sections."""
-    import tomli_w
-    from samples import tiny_config
+    from samples import write_recipe
 
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-
-    def write(**sections) -> str:
-        recipe = {
-            "run": {"name": "t", "directory": str(tmp_path / "run"), "seed": 3},
-            "model": {"config": str(tmp_path / "config.json"), "tokenizer": str(tokenizer_dir)},
-            "parallel": {"micro_batch_tokens": 128},
-            "packing": {"directory": str(tmp_path / "packing")},
-            "log": {"peak_tflops": 1.0},
-            "health": {"watchdog": False},
-            "data": {name: {"paths": [str(prepared / name)], "holdout_documents": 5} for name in "ab"},
-            "validation": [{"domains": ["a", "b"], "every_tokens": 1024}],
-            "stages": [
-                {
-                    "name": "s",
-                    "tokens": 2048,
-                    "seq_len": 64,
-                    "batch_tokens": 256,
-                    "mixture": {"a": 0.7, "b": 0.3},
-                    "lr": {"shape": "wsd", "peak": 1e-3, "min": 1e-4, "warmup_tokens": 512, "decay_tokens": 512},
-                }
-            ],
-        } | sections
-        path = tmp_path / "recipe.toml"
-        path.write_text(tomli_w.dumps(recipe))
-        return str(path)
-
-    return write
+    return lambda **sections: write_recipe(tmp_path, prepared, tokenizer_dir, **sections)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,9 @@
 """Text, shapes and ranks that tests share."""
 
 import copy
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 _random = random.Random(0)
@@ -45,3 +47,64 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "eos_token_id": 0,
         "torch_dtype": "float32",
     } | changes
+
+
+def make_tokenizer(directory: Path) -> Path:
+    """A byte-level BPE tokenizer of 400 entries, EOS 0, as a Hugging Face directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def make_data(directory: Path, tokenizer: Path) -> Path:
+    """Prepared domains `a` and `b` in a folder."""
+    from megacpt.data.prepare import Options, prepare
+
+    for name, texts in (("a", TEXTS[::2]), ("b", TEXTS[1::2])):
+        with open(directory / f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        prepare([str(directory / f"{name}.jsonl")], str(directory / name), Options(str(tokenizer)), workers=1)
+    return directory
+
+
+def write_recipe(directory: Path, prepared: Path, tokenizer: Path, **sections: Any) -> str:
+    """The path of a tiny recipe; keyword arguments replace whole sections."""
+    import tomli_w
+
+    (directory / "config.json").write_text(json.dumps(tiny_config()))
+    recipe = {
+        "run": {"name": "t", "directory": str(directory / "run"), "seed": 3},
+        "model": {"config": str(directory / "config.json"), "tokenizer": str(tokenizer)},
+        "parallel": {"micro_batch_tokens": 128},
+        "packing": {"directory": str(directory / "packing")},
+        "log": {"peak_tflops": 1.0},
+        "health": {"watchdog": False},
+        "data": {name: {"paths": [str(prepared / name)], "holdout_documents": 5} for name in "ab"},
+        "validation": [{"domains": ["a", "b"], "every_tokens": 1024}],
+        "stages": [
+            {
+                "name": "s",
+                "tokens": 2048,
+                "seq_len": 64,
+                "batch_tokens": 256,
+                "mixture": {"a": 0.7, "b": 0.3},
+                "lr": {"shape": "wsd", "peak": 1e-3, "min": 1e-4, "warmup_tokens": 512, "decay_tokens": 512},
+            }
+        ],
+    } | sections
+    path = directory / "recipe.toml"
+    path.write_text(tomli_w.dumps(recipe))
+    return str(path)
