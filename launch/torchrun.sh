@@ -40,6 +40,8 @@ if [ "$nnodes" = 1 ]; then
     rendezvous=(--standalone)
 else
     : "${RENDEZVOUS:?set RENDEZVOUS=first-host:port when NNODES is above 1}"
+    # Restarts in place (--max-restarts) meet on a store of their own, not among the keys of the attempt before.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
     rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=${RUN_ID:-megacpt}")
 fi
 exec "${PYTHON:-python}" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${rendezvous[@]}" \

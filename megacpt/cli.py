@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megacpt import __version__
 from megacpt.errors import ConfigError, MegacptError
+from megacpt.log import printable
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(run(sys.argv[1:] if arguments is None else arguments))
     except MegacptError as error:
-        print(f"megacpt: {error}", file=sys.stderr)
+        print(f"megacpt: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output has left
         os._exit(0)

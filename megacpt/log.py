@@ -12,7 +12,12 @@ def is_rank0() -> bool:
 def info(message: str) -> None:
     """One line, with the time, from rank 0 only."""
     if is_rank0():
-        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+        print(f"[{time.strftime('%H:%M:%S')}] {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Without what could command a terminal: names in files and recipes are other people's text."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def warn(message: str) -> None:

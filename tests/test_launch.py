@@ -90,7 +90,8 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     stand_ins = {
-        "srun": 'shift; exec "$@"',  # one node: this one
+        "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # one node: this one
+        "sinfo": "echo localhost idle",
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$*" >> {tmp_path}/scontrol.log; fi',
     }
     for name, body in stand_ins.items():

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
 
@@ -44,6 +46,9 @@ class Manifest:
     files: dict[str, int]
     """Bytes by name."""
     items: Items
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def directory_name(step: int) -> str:
@@ -109,22 +114,21 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']}; this version reads {FORMAT}.")
+            raise CheckpointError(f"{path}: format {content['format']!r}; this version reads {FORMAT}.")
         crc = content.pop("crc32")
         if crc != _crc(content):
-            raise CheckpointError(
-                f"{path}: CRC32 is {_crc(content):08x}, it says {crc:08x} of itself: the file is damaged."
-            )
-        for name, size in content["files"].items():
+            raise CheckpointError(f"{path}: its CRC32 is {_crc(content)}, it says {crc!r}: the file is damaged.")
+        del content["format"]
+        manifest = _MANIFEST.validate_json(json.dumps(content), strict=True)
+        for name, size in manifest.files.items():
             file = directory / name
             if not _is_plain(name) or not file.is_file() or file.is_symlink():
                 raise CheckpointError(f"{file}: is missing or no plain file of this folder, but {MANIFEST} lists it.")
             if file.stat().st_size != size:
                 raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes, {MANIFEST} says {size:,}.")
-        items = {name: [(int(a), int(b), int(c)) for a, b, c in rows] for name, rows in content["items"].items()}
-        if items.keys() - content["files"].keys():
+        if manifest.items.keys() - manifest.files.keys():
             raise CheckpointError(f"{path}: has items of files that it does not list.")
-        return Manifest(State(**content["state"]), content["facts"], content["files"], items)
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing: the save was not finished.") from None
     except CheckpointError:

@@ -131,12 +131,12 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def share(text: str) -> str:
-    """Rank 0's text, on all ranks, by the rendezvous that they met at."""
+def share(name: str, text: str) -> str:
+    """Rank 0's text, on all ranks, by the rendezvous that they met at. Once for each name."""
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
-        store.set("megacpt/shared", text)
-    return store.get("megacpt/shared").decode()
+        store.set(f"megacpt/{name}", text)
+    return store.get(f"megacpt/{name}").decode()
 
 
 def restart_process_group(device: torch.device, generation: str, timeout_seconds: float) -> None:

@@ -20,7 +20,7 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import MegacptError
+from megacpt.errors import ConfigError, MegacptError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.config import config_of, config_of_stage, frozen_names
 from megacpt.optim.schedule import rate_of_step
@@ -45,8 +45,10 @@ def train(recipe: Recipe) -> str:
     stop = StopRequest()
     try:
         start_process_group(device, recipe.health.start_timeout_seconds)
-        watch.joined(share(time.strftime("%Y%m%d-%H%M%S")))
+        watch.joined(share("attempt", time.strftime("%Y%m%d-%H%M%S")))
         directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
+        if problem := share("directory", directory.make()):
+            raise ConfigError([problem])
         try:
             status = _train(recipe, directory, device, stop)
         except BaseException as error:

@@ -1,6 +1,5 @@
 """Promises 1, 3 and 9: saves that fail, disks that are full, data that is not what it was."""
 
-import errno
 import json
 import os
 import shutil
@@ -84,12 +83,22 @@ def test_the_last_save_must_succeed(recipe_file, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(recipe_file, tmp_path):
-    """As root every folder can be written, so a file stands where the folder should be."""
+    """As root every folder can be written, so a file stands where a folder should be: of the checkpoints, of the run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").write_text("in the way")
     codes, errors = run_ranks(1, recipe_file(), [f"--run.directory={run}"])
-    assert codes == [75] and f"{run}/checkpoints" in errors[0] and errno.errorcode[errno.ENOTDIR]
+    assert codes == [75] and f"{run}/checkpoints" in errors[0]
+    (tmp_path / "file").write_text("in the way")
+    codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/file/run"])
+    assert codes == [2, 2] and all(f"{tmp_path}/file/run cannot be written" in error for error in errors)
+
+
+def test_names_command_no_terminal(capsys):
+    from megacpt import log
+
+    log.info("domain \x1b[2J\x1b]0;title\x07 of \u202efdp")
+    assert "\\x1b[2J\\x1b]0;title\\x07 of \\x202efdp" in capsys.readouterr().err
 
 
 def test_what_cannot_be_removed_is_no_failed_save(recipe_file, tmp_path):
