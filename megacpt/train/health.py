@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megacpt.config.recipe import Health
 from megacpt.errors import ReplicaError
+from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW, local
 from megacpt.parallel.mesh import Mesh
 
@@ -41,9 +42,7 @@ def remember(accepted: list[Measured], loss: float, norm: float, rules: Health) 
 
 
 def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
-    """By name of each tensor that this rank holds a part of: the sum of its bits as integers, int64 scalars on the device. Any single
-    flipped bit changes it."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """By name of each tensor that this rank holds a part of: a checksum of its bits, int64 scalars on the device."""
     sums = {}
     for kind, tensors in (
         ("model", optimizer.parameters),
@@ -51,45 +50,68 @@ def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
         ("exp_avg_sq", optimizer.exp_avg_sq),
     ):
         for name, tensor in tensors.items():
-            part = local(tensor).detach()
-            sums[f"{kind}.{name}"] = part.view(kinds[part.element_size()]).sum(dtype=torch.int64)
+            sums[f"{kind}.{name}"] = checksum(local(tensor).detach())
     return sums
 
 
-def check_replicas(optimizer: AdamW, mesh: Mesh, step: int) -> None:
-    """Compares what several ranks hold alike: everything over dp_replicate, and over tp what it replicates. Collective.
+_PIECE = 1 << 22
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The bits of the elements as integers, each times an odd number of its place, summed modulo 2^64. An odd factor can be undone, so any
+    change of one element is seen; changes of several cancel out only by chance."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.contiguous().view(-1).view(kinds[tensor.element_size()])
+    places = 2 * torch.arange(min(_PIECE, bits.numel()), device=bits.device) + 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for begin in range(0, bits.numel(), _PIECE):
+        piece = bits[begin : begin + _PIECE].long()
+        total = total * 0x9E3779B1 + (piece * places[: len(piece)]).sum()
+    return total
+
+
+def check_replicas(optimizer: AdamW, model: Llama, step: int) -> None:
+    """Compares what several ranks hold alike: everything over dp_replicate, over tp what it replicates, and the two copies of tied
+    embeddings at a pipeline's ends. Collective.
 
     Raises:
         ReplicaError: on all ranks, naming tensors and the ranks that differ from the others.
     """
-    sums, problems = weight_sums(optimizer), []
-    for axis in ("dp_replicate", "tp"):
-        size = mesh.groups[axis].size()
-        names = [name for name in sums if axis == "dp_replicate" or _is_replicated(optimizer, name)]
-        if size == 1 or not names:
-            continue
-        mine = torch.stack([sums[name] for name in names])
-        everyone = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(everyone, mine, group=mesh.groups[axis])
-        table = torch.stack(everyone)
-        if (table == table[0]).all():
-            continue
-        ranks = dist.get_process_group_ranks(mesh.groups[axis])
-        for i, name in enumerate(names):
-            found = table[:, i].tolist()
-            common, count = Counter(found).most_common(1)[0]
-            odd = [ranks[j] for j, value in enumerate(found) if value != common]
-            if odd and 2 * count > size:
-                problems.append(f"{name}: rank {', '.join(map(str, odd))} differs from the other {count} of {ranks}")
-            elif odd:
-                problems.append(f"{name}: ranks {ranks} differ, and none is in the majority")
-    if dist.get_world_size() > 1:
+    mesh, sums = model.mesh, weight_sums(optimizer)
+    replicated = [name for name in sums if _is_replicated(optimizer, name)]
+    tied = [name for name in sums if name.endswith(".model.embed_tokens.weight")]
+    shared = [(mesh.groups["dp_replicate"], list(sums)), (mesh.groups["tp"], replicated)]
+    if mesh.ends is not None and model.config.tie_word_embeddings and model.plan.splits_ends and tied:
+        shared.append((mesh.ends, tied))
+    problems = [problem for group, names in shared for problem in _differences(sums, names, group)]
+    if dist.get_world_size() > 1 and _any(bool(problems), mesh):
         everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        if _any(bool(problems), mesh):
-            dist.all_gather_object(everywhere, problems)
-            problems = sorted({problem for some in everywhere for problem in some})
+        dist.all_gather_object(everywhere, problems)
+        problems = sorted({problem for some in everywhere for problem in some})
     if problems:
         raise ReplicaError(step, problems)
+
+
+def _differences(sums: dict[str, Tensor], names: list[str], group: dist.ProcessGroup) -> list[str]:
+    """One line for each of some tensors that is not the same on all ranks of a group."""
+    if group.size() == 1 or not names:
+        return []
+    mine = torch.stack([sums[name] for name in names])
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    table = torch.stack(everyone)
+    if (table == table[0]).all():
+        return []
+    ranks, problems = dist.get_process_group_ranks(group), []
+    for i, name in enumerate(names):
+        found = table[:, i].tolist()
+        common, count = Counter(found).most_common(1)[0]
+        odd = [ranks[j] for j, value in enumerate(found) if value != common]
+        if odd and 2 * count > len(found):
+            problems.append(f"{name}: rank {', '.join(map(str, odd))} differs from the other {count} of {ranks}")
+        elif odd:
+            problems.append(f"{name}: ranks {ranks} differ, and none is in the majority")
+    return problems
 
 
 def _any(flag: bool, mesh: Mesh) -> bool:

@@ -38,6 +38,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        """What this rank heard."""
+        self.agreed = False
+        """Whether any rank heard something, as all know."""
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -185,7 +188,7 @@ def saved(run: Run, number: int, wait: bool = True) -> None:
     """
     state, tensors = state_of(run, number), tensors_of(run.optimizer.parameters, run.optimizer)
     with slow_phase(run, "save"):
-        check_replicas(run.optimizer, run.model.mesh, number)
+        check_replicas(run.optimizer, run.model, number)
         if run.recipe.checkpoint.asynchronous:
             stall = run.saver.start(run.directory.checkpoints, tensors, state, run.facts)
             log.info(f"saving step {number} behind the training, {stall:.2f} s to copy")

@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> str:
         except BaseException as error:
             directory.failed(error)
             raise
-        directory.status(status, 0, signal=stop.signal)
+        directory.status(status, 0, signal=stop.signal or ("on another rank" if stop.agreed else None))
         dist.destroy_process_group()
     except BaseException as error:
         watch.failed(error)
@@ -231,7 +231,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         if number % 100 == 0:
             gc.collect()
         if number % recipe.health.checksum_every_steps == 0:
-            check_replicas(run.optimizer, mesh, number)
+            check_replicas(run.optimizer, run.model, number)
         if sets and _due(recipe, step):
             validated(run, sets, number, stage)
         if mixture_is_due(run, step):
@@ -239,7 +239,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             waiting.close()
             waiting = _rows(run, index, number + 1, until)
         snapshot(run, step)
-        run.stopping = stop > 0
+        run.stopping = run.stop.agreed = stop > 0
         if failed:
             run.saver.wait()
         told_of_saves(run, number, agreed=failed > 0)

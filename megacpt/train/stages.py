@@ -9,7 +9,7 @@ from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, save, tensors_of
 from megacpt.config.clock import Step
 from megacpt.config.decisions import adjusted, baseline_of, groups_of, weight_changes
-from megacpt.errors import GateError
+from megacpt.errors import GateError, SaveError
 from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
@@ -145,7 +145,11 @@ def snapshot(run: Run, step: Step) -> None:
     folder = snapshots_of(run, step.stage)
     with slow_phase(run, "save"):
         tensors, keep = tensors_of(run.optimizer.parameters, None), lambda: prune(folder, stage.average.last, None)
-        save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
+        try:
+            save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
+        except SaveError as error:  # one snapshot less in the average
+            run.directory.event("save_failed", step.number, step.tokens_after, error=str(error))
+            log.warn(str(error))
 
 
 def average_stage(run: Run, index: int, number: int) -> None:

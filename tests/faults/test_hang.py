@@ -82,14 +82,15 @@ def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_pat
         while not all((tmp_path / f"in{rank}").exists() for rank in (0, 1)):
             time.sleep(0.01)
         time.sleep(0.2)  # rank 0 is inside
-        os.kill(pids[0], asked)
+        os.kill(pids[0 if asked == signal.SIGTERM else 1], asked)
         time.sleep(0.2)
         (tmp_path / "go").touch()
 
     codes, _ = run_ranks(2, recipe_file(), [f"--run.directory={run}"], prepare=slow, during=ask)
     assert codes == [0, 0]
-    assert (status(run)["status"], status(run)["exit_code"], status(run)["signal"]) == ("preempted", 0, asked.name)
-    assert len(rows(run)) in (3, 4) and events(run, "stopped")[0]["signal"] == asked.name
+    heard = asked.name if asked == signal.SIGTERM else "on another rank"
+    assert (status(run)["status"], status(run)["exit_code"], status(run)["signal"]) == ("preempted", 0, heard)
+    assert len(rows(run)) in (3, 4) and len(events(run, "stopped")) == 1
     assert (run / f"checkpoints/step-{len(rows(run)):08d}/manifest.json").exists()
     assert run_ranks(2, recipe_file(), [f"--run.directory={run}"])[0] == [0, 0]
     same(run, whole)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megacpt.checkpoint.load import StoredModel
 from megacpt.config.recipe import Health
-from megacpt.train.health import limits, remember
+from megacpt.train.health import checksum, limits, remember
 
 NAN = "nan:rank=1,point=before_update,step="
 
@@ -155,10 +155,18 @@ def test_a_spike_is_skipped_in_a_run(recipe_file, tmp_path):
     assert rows(tmp_path / "run")[5]["skipped"] == "spike"
 
 
-@pytest.mark.parametrize("layout", ["--parallel.data_replicate=2", "--parallel.tensor=2"])
+@pytest.mark.parametrize("layout", ["--parallel.data_replicate=2", "--parallel.tensor=2", "--parallel.pipeline=2"])
 def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
-    """One bit of a weight that two ranks hold alike turns on rank 1 in step 3: named before the next save, which is not made."""
+    """One bit of a weight that two ranks hold alike turns on rank 1 in step 3: named before the next save, which is not made. Under
+    pipeline it is the copy of the tied embeddings."""
     name = "model.norm.weight"
+    if "pipeline" in layout:
+        from samples import tiny_config
+
+        name = "model.embed_tokens.weight"
+        path = recipe_file()
+        (tmp_path / "config.json").write_text(json.dumps(tiny_config(tie_word_embeddings=True)))
+        recipe_file = lambda: path
 
     def flip():
         from megacpt.train import loop
@@ -169,7 +177,7 @@ def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
             calls.append(1)
             if len(calls) == 3 and torch.distributed.get_rank() == 1:
                 with torch.no_grad():
-                    optimizer.parameters[name]._local_tensor.view(torch.int32)[0] ^= 1
+                    optimizer.parameters[name]._local_tensor.view(-1).view(torch.int32)[3] ^= 1
             return step(model, optimizer, *args, **kwargs)
 
         loop.train_step = flipped
@@ -182,6 +190,20 @@ def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
     clean = tmp_path / "clean"
     run_ranks(2, recipe_file(), [f"--run.directory={clean}", layout])
     assert exact(run) == exact(clean) and weights(run, 8) == weights(clean, 8)
+
+
+@given(st.data())
+def test_a_checksum_sees_any_bit_and_any_exchange(data):
+    """The twin is the plain sum, which sees no exchange."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    tensor = torch.randn(data.draw(st.integers(2, 300)), generator=torch.Generator().manual_seed(1)).to(dtype)
+    bits = tensor.clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    bits[data.draw(st.integers(0, len(bits) - 1))] ^= 1 << data.draw(st.integers(0, 8 * bits.element_size() - 2))
+    assert checksum(bits.view(dtype)) != checksum(tensor)
+    exchanged = tensor.clone()
+    exchanged[[0, 1]] = exchanged[[1, 0]]
+    assert torch.equal(exchanged, tensor) or checksum(exchanged) != checksum(tensor)
+    assert exchanged.view(bits.dtype).sum() == tensor.view(bits.dtype).sum()
 
 
 def test_three_replicas_name_the_odd_one(recipe_file, tmp_path):
