@@ -207,29 +207,30 @@ def _kernel(
     weight, grad, exp_avg, exp_avg_sq, scale, size, beta1, beta2, rest1, rest2, rate, root, eps, keep, start, columns, stride, key,
     ROUND_WEIGHT: tl.constexpr, ROUND_AVG: tl.constexpr, ROUND_SQ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     divisor = tl.load(scale)
-    inside = tl.where(divisor < float("inf"), at, size) < size  # nor for nan: then nothing is read or written
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) / divisor
-    m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
-    v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * keep
-    w -= rate * m / (tl.sqrt(v) * root + eps)
-    if ROUND_WEIGHT or ROUND_AVG or ROUND_SQ:
-        begin = tl.program_id(0).to(tl.int64) * BLOCK
-        lane = (begin % columns).to(tl.int32) + tl.arange(0, BLOCK)  # division by element in 32 bits
-        index = start + (begin // columns + lane // columns) * stride + lane % columns
-        low = index.to(tl.uint32)
-        noise = _mix(_mix(low ^ key.to(tl.uint32)) ^ (index >> 32).to(tl.uint32))
-        if ROUND_WEIGHT:
-            w = _rounded_up(w, noise, 1)
-        if ROUND_AVG:
-            m = _rounded_up(m, noise, 2)
-        if ROUND_SQ:
-            v = _rounded_up(v, noise, 3)
-    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
-    tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
-    tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
+    if divisor < float("inf"):  # neither for nan: then nothing is read or written
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) / divisor
+        m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
+        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * keep
+        w -= rate * m / (tl.sqrt(v) * root + eps)
+        if ROUND_WEIGHT or ROUND_AVG or ROUND_SQ:
+            begin = tl.program_id(0).to(tl.int64) * BLOCK
+            lane = (begin % columns).to(tl.int32) + tl.arange(0, BLOCK)  # division by element in 32 bits
+            index = start + (begin // columns + lane // columns) * stride + lane % columns
+            low = index.to(tl.uint32)
+            noise = _mix(_mix(low ^ key.to(tl.uint32)) ^ (index >> 32).to(tl.uint32))
+            if ROUND_WEIGHT:
+                w = _rounded_up(w, noise, 1)
+            if ROUND_AVG:
+                m = _rounded_up(m, noise, 2)
+            if ROUND_SQ:
+                v = _rounded_up(v, noise, 3)
+        tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+        tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
+        tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
 
 
 @jit
