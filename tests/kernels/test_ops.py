@@ -266,7 +266,40 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
     assert gradients + 2 * chunk <= peak(chunk) <= allowed < peak(4 * chunk)
 
 
-_the_same_bits_however_a_tensor_is_cut(backend):
+@pytest.mark.parametrize("divisor", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "backend, moments",
+    [
+        ("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float64),
+        ("triton", torch.float32), ("triton", torch.bfloat16), ("apex", torch.float32),
+    ],
+)  # fmt: skip
+def test_a_divisor_that_is_not_finite_changes_nothing(backend, moments, divisor, monkeypatch):
+    """To the bit, whatever the gradients hold; with a finite one the same call changes all."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton (Linux)")
+    if backend == "apex":
+        from types import SimpleNamespace
+
+        from megacpt_kernels import adamw as module
+
+        def adam(size, flag, lists, *rest):
+            for tensor in (*lists[1], *lists[2], *lists[3]):
+                tensor.add_(1)
+
+        monkeypatch.setattr(module, "find_apex", lambda device: SimpleNamespace(multi_tensor_adam=adam))
+    wide = torch.float64 if moments == torch.float64 else torch.float32
+    weights, first, second = ([torch.rand(1030).to(kind)] for kind in (wide, moments, moments))
+    before = [x[0].clone() for x in (weights, first, second)]
+    for scale, same in ((divisor, True), (2.0, False)):
+        grads = [torch.full((1030,), float("nan") if same else 1.0, dtype=wide)]
+        inverse = torch.tensor(scale, dtype=torch.float64)
+        adamw_(weights, grads, first, second, 0.1, (0.9, 0.95), 1e-8, 0.1, 3, inverse, backend=backend)
+        assert all(torch.equal(old, new) == same for old, (new,) in zip(before, (weights, first, second), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stochastic_rounding_has_the_same_bits_however_a_tensor_is_cut(backend):
     """A matrix whole, by rows, and by columns: weights and moments in bfloat16. Another seed gives other bits; so does another name."""
     if backend == "triton":
         pytest.importorskip("triton", reason="needs Triton (Linux)")
