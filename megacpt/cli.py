@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=call, takes_overrides=recipe)
         return sub
 
+    for verbs_of in (_data_verbs, _run_verbs, _model_verbs):
+        verbs_of(verb)
+    return parser
+
+
+def _data_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Text, tokens, vocabularies."""
     p = verb("prepare", _prepare, "Tokenize jsonl, parquet or plain text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
     p.add_argument("inputs", nargs="*", metavar="INPUT", help="files or folders; .gz and .zst too")
     p.add_argument("--tokenizer", help="Hugging Face directory, tokenizer.json or sentencepiece .model")
@@ -79,68 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         help="gigatoken is optional; its ids are checked on the first thousand documents of each worker",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output")
-
-    p = verb("check", _check, "Validate a recipe and print the resolved run.", recipe=True)
-    p.add_argument("recipe")
-    p.add_argument("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
-    p.add_argument("--no-files", action="store_true", help="do not read model files and data")
-    p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
-
-    p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
-    p.add_argument("recipe")
-    p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
-
-    p = verb(
-        "inspect", _inspect, "Show the exact global batch of a step, with what the run has decided so far.", recipe=True
-    )
-    p.add_argument("recipe")
-    p.add_argument("--step", type=int, required=True, help="step number, from 1")
-    p.add_argument("--decode", action="store_true", help="print the text of every document in the batch")
-    p.add_argument("--output", metavar="FILE.npz", help="write the arrays")
-
-    p = verb("train", _train, "Train; resumes by itself when the run directory holds a checkpoint.", recipe=True)
-    p.add_argument("recipe")
-    _dtype(p)
-
-    p = verb("assess", _assess, "Anneal from a checkpoint with and without candidate data, and compare.", recipe=True)
-    p.add_argument(
-        "recipe", help="model.pretrained is the checkpoint's export, the last stage's mixture the default mix"
-    )
-    p.add_argument(
-        "--candidates", required=True, metavar="A,B", help="domains of [data] that are not in the default mix"
-    )
-    p.add_argument("--tokens", required=True, help="length of each annealing, for example 40B")
-    p.add_argument("--directory", required=True, metavar="DIR", help="recipes and runs go there; a second call goes on")
-    p.add_argument("--share", type=float, default=0.3, help="of the candidate (default: 0.3)")
-    p.add_argument(
-        "--launch", metavar="COMMAND", help='what starts megacpt, for example "torchrun --nproc-per-node 8 -m megacpt"'
-    )
-
-    p = verb("score", _score, "Mean loss of every document of a prepared set with a model.")
-    p.add_argument("model", metavar="MODEL_DIR")
-    p.add_argument("prefix", metavar="PREFIX")
-    p.add_argument("--output", required=True, metavar="FILE.jsonl")
-    p.add_argument("--seq-len", type=int, default=8192, help="window of long documents (default: 8192)")
-    p.add_argument("--micro-batch-tokens", type=int, help="tokens at once (default: one window)")
-    for axis in ("tensor", "context", "pipeline"):
-        p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{axis} parallelism, under torchrun")
-    _dtype(p)
-
-    p = verb(
-        "evaluate", _evaluate, "Validation loss by domain, needle, multiple choice of a model or run.", recipe=True
-    )
-    p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
-    p.add_argument("recipe")
-    p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
-    p.add_argument("--output", metavar="FILE.json")
-    _dtype(p)
-
-    p = verb("export", _export, "Write a checkpoint as a complete Hugging Face directory.")
-    p.add_argument("run", metavar="RUN_DIR")
-    p.add_argument("--output", required=True, metavar="DIR")
-    p.add_argument("--step", type=int, help="default: the newest sound checkpoint")
-    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
-    p.add_argument("--average", action="store_true", help="the average that a stage made, in place of a checkpoint")
 
     p = verb("topics", _topics, "Train a classifier of topics from labelled documents, label others with it.")
     actions = p.add_subparsers(dest="action", required=True, metavar="train|label")
@@ -195,23 +140,30 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", nargs="*", default=[], metavar="TEXT", help="files on which characters a token are reported"
     )
 
-    p = verb("average", _average, "Write the mean of some checkpoints as a Hugging Face directory.")
-    p.add_argument("run", metavar="RUN_DIR")
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--steps", metavar="A,B,C", help="these checkpoints")
-    which.add_argument("--last", type=int, metavar="K", help="the K newest")
-    p.add_argument("--output", required=True, metavar="DIR")
-    p.add_argument(
-        "--decay",
-        choices=["mean", "linear", "cosine", "1-sqrt"],
-        default="mean",
-        help="equal weights, or those that stand for a decay of the learning rate over the checkpoints (default: mean)",
-    )
-    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
 
-    p = verb("checkpoint", _checkpoint, "List the checkpoints of a run, or verify every byte of them.")
-    p.add_argument("action", choices=["list", "verify"])
-    p.add_argument("run", metavar="RUN_DIR")
+def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """What a recipe describes."""
+    p = verb("check", _check, "Validate a recipe and print the resolved run.", recipe=True)
+    p.add_argument("recipe")
+    p.add_argument("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
+    p.add_argument("--no-files", action="store_true", help="do not read model files and data")
+    p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
+
+    p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
+    p.add_argument("recipe")
+    p.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+
+    p = verb(
+        "inspect", _inspect, "Show the exact global batch of a step, with what the run has decided so far.", recipe=True
+    )
+    p.add_argument("recipe")
+    p.add_argument("--step", type=int, required=True, help="step number, from 1")
+    p.add_argument("--decode", action="store_true", help="print the text of every document in the batch")
+    p.add_argument("--output", metavar="FILE.npz", help="write the arrays")
+
+    p = verb("train", _train, "Train; resumes by itself when the run directory holds a checkpoint.", recipe=True)
+    p.add_argument("recipe")
+    _dtype(p)
 
     p = verb(
         "supervise",
@@ -225,12 +177,72 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--min-nodes", type=int, default=1, metavar="N", help="on Slurm: go on with as few as this")
     p.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
 
+    p = verb("checkpoint", _checkpoint, "List the checkpoints of a run, or verify every byte of them.")
+    p.add_argument("action", choices=["list", "verify"])
+    p.add_argument("run", metavar="RUN_DIR")
+
+    p = verb("assess", _assess, "Anneal from a checkpoint with and without candidate data, and compare.", recipe=True)
+    p.add_argument(
+        "recipe", help="model.pretrained is the checkpoint's export, the last stage's mixture the default mix"
+    )
+    p.add_argument(
+        "--candidates", required=True, metavar="A,B", help="domains of [data] that are not in the default mix"
+    )
+    p.add_argument("--tokens", required=True, help="length of each annealing, for example 40B")
+    p.add_argument("--directory", required=True, metavar="DIR", help="recipes and runs go there; a second call goes on")
+    p.add_argument("--share", type=float, default=0.3, help="of the candidate (default: 0.3)")
+    p.add_argument(
+        "--launch", metavar="COMMAND", help='what starts megacpt, for example "torchrun --nproc-per-node 8 -m megacpt"'
+    )
+
     p = verb(
         "doctor", _doctor, "Versions, devices, backends, NCCL, disk; under torchrun, the speed of every parallel axis."
     )
     for axis in ("tensor", "context", "pipeline", "data-replicate"):
         p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="degree of the layout whose axes are timed")
-    return parser
+
+
+def _model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """What comes of a run."""
+    p = verb("score", _score, "Mean loss of every document of a prepared set with a model.")
+    p.add_argument("model", metavar="MODEL_DIR")
+    p.add_argument("prefix", metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="FILE.jsonl")
+    p.add_argument("--seq-len", type=int, default=8192, help="window of long documents (default: 8192)")
+    p.add_argument("--micro-batch-tokens", type=int, help="tokens at once (default: one window)")
+    for axis in ("tensor", "context", "pipeline"):
+        p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{axis} parallelism, under torchrun")
+    _dtype(p)
+
+    p = verb(
+        "evaluate", _evaluate, "Validation loss by domain, needle, multiple choice of a model or run.", recipe=True
+    )
+    p.add_argument("model", metavar="MODEL_DIR|RUN_DIR")
+    p.add_argument("recipe")
+    p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+    p.add_argument("--output", metavar="FILE.json")
+    _dtype(p)
+
+    p = verb("export", _export, "Write a checkpoint as a complete Hugging Face directory.")
+    p.add_argument("run", metavar="RUN_DIR")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--step", type=int, help="default: the newest sound checkpoint")
+    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
+    p.add_argument("--average", action="store_true", help="the average that a stage made, in place of a checkpoint")
+
+    p = verb("average", _average, "Write the mean of some checkpoints as a Hugging Face directory.")
+    p.add_argument("run", metavar="RUN_DIR")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--steps", metavar="A,B,C", help="these checkpoints")
+    which.add_argument("--last", type=int, metavar="K", help="the K newest")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument(
+        "--decay",
+        choices=["mean", "linear", "cosine", "1-sqrt"],
+        default="mean",
+        help="equal weights, or those that stand for a decay of the learning rate over the checkpoints (default: mean)",
+    )
+    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], help="default: what was imported")
 
 
 def _dtype(parser: argparse.ArgumentParser) -> None:

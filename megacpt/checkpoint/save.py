@@ -272,9 +272,18 @@ def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> li
 
 
 def remove(checkpoints: Path, step: int) -> None:
-    """Never half a checkpoint under its name."""
+    """Its manifest first: half a checkpoint is none."""
     directory = checkpoints / directory_name(step)
-    doomed = checkpoints / f".tmp-removed-{directory.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    sync_directory(directory)
+    shutil.rmtree(directory)
+
+
+def mend(checkpoints: Path) -> None:
+    """What a kill left: a checkpoint that was about to be replaced comes back, unfinished ones go. One process, before others look."""
+    for old in checkpoints.glob(".tmp-old-step-*"):
+        final = checkpoints / old.name.removeprefix(".tmp-old-")
+        if not final.exists():
+            os.rename(old, final)
+    for left in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)

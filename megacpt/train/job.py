@@ -177,14 +177,15 @@ def state_of(run: Run, number: int) -> State:
     )
 
 
-def saved(run: Run, number: int, wait: bool = True) -> None:
+def saved(run: Run, number: int, wait: bool = True, must: bool = True) -> None:
     """Saves the state after a step.
 
     Args:
         wait: until it is published, with `checkpoint.asynchronous` too.
+        must: the run cannot go on without it.
     Raises:
         ReplicaError: if ranks hold different weights; nothing is saved then.
-        SaveError: with `wait`, if it was not saved. Without, training goes on and tries again later.
+        SaveError: with `must`, if it was not saved. Without, training goes on and tries again later.
     """
     state, tensors = state_of(run, number), tensors_of(run.optimizer.parameters, run.optimizer)
     with slow_phase(run, "save"):
@@ -197,7 +198,7 @@ def saved(run: Run, number: int, wait: bool = True) -> None:
         else:
             run.saver.now(run.directory.checkpoints, tensors, state, run.facts)
     run.saved_at, run.saved_decisions, run.retry_at = number, len(run.decisions), None
-    told_of_saves(run, number, wait or not run.recipe.checkpoint.asynchronous, wait)
+    told_of_saves(run, number, wait or not run.recipe.checkpoint.asynchronous, must)
 
 
 def told_of_saves(run: Run, number: int, agreed: bool, must: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megacpt import log, points
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name
-from megacpt.checkpoint.save import tensors_of
+from megacpt.checkpoint.save import mend, tensors_of
 from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
@@ -47,7 +47,7 @@ def train(recipe: Recipe) -> str:
         start_process_group(device, recipe.health.start_timeout_seconds)
         watch.joined(share("attempt", time.strftime("%Y%m%d-%H%M%S")))
         directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
-        if problem := share("directory", directory.make()):
+        if problem := share("directory", _made(directory)):
             raise ConfigError([problem])
         try:
             status = _train(recipe, directory, device, stop)
@@ -63,6 +63,17 @@ def train(recipe: Recipe) -> str:
         stop.close()
     watch.done()
     return status
+
+
+def _made(directory: RunDirectory) -> str:
+    """The run's folder, without what a kill left. Returns what is wrong with it, or nothing."""
+    try:
+        if directory.write:
+            directory.make()
+            mend(directory.checkpoints)
+    except OSError as error:
+        return f"run.directory: {directory.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
+    return ""
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:
@@ -246,7 +257,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         last = number == until or run.stopping
         due = number % recipe.checkpoint.every_steps == 0 or number == run.retry_at
         if due or run.stopping or (last and number in _final(run, stage)):
-            saved(run, number, wait=last)
+            saved(run, number, wait=last, must=run.stopping or number == run.clock.num_steps)
         points.reached("step.end")
         if run.stopping:
             return number

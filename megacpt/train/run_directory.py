@@ -27,18 +27,12 @@ class RunDirectory:
         self.useful_seconds = 0.0
         """Of steps whose updates the weights hold."""
 
-    def make(self) -> str:
-        """Makes the folder if this rank writes. Returns what is wrong with it, or nothing."""
-        if not self.write:
-            return ""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as error:
-            return f"run.directory: {self.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
-        return ""
+    def make(self) -> None:
+        """Makes the folder and writes into it. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        probe = self.path / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
 
     def begin(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Writes the resolved recipe and run.json with status running; counts the attempt."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
 from megacpt.checkpoint.manifest import State, list_steps, newest_sound, verify
-from megacpt.checkpoint.save import prune, save, tensors_of
+from megacpt.checkpoint.save import mend, prune, save, tensors_of
 from megacpt.errors import CheckpointError
 from megacpt.optim.adamw import AdamW
 
@@ -109,6 +109,19 @@ def test_retention(saved, mesh):
     assert prune(saved, 1, 2) == [1, 3] and list_steps(saved) == [2, 4, 5, 6], "nothing goes for one that is not whole"
     (saved / "step-00000006").rmdir()
     assert prune(saved, 1, None) == [2, 4] and list_steps(saved) == [5]
+
+
+def test_what_a_kill_left_is_mended(saved):
+    """Killed between the two renames of a step that is saved again: the one that was there is there again."""
+    (saved / "step-00000003").rename(saved / ".tmp-old-step-00000003")
+    (saved / ".tmp-step-00000007").mkdir()
+    (saved / ".tmp-removed-step-00000001").mkdir()
+    mend(saved)
+    assert newest_sound(saved, deep=True)[1].step == 3
+    assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
+    shutil.copytree(saved / "step-00000003", saved / ".tmp-old-step-00000003")
+    mend(saved)
+    assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
 
 
 class Bomb:
