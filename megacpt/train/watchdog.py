@@ -72,9 +72,9 @@ def start(run: Path, enabled: bool) -> Watch:
     rank = int(os.environ.get("RANK", "0"))
     if not enabled:
         return Watch(run, None, rank)
-    parent = os.getppid() if "RANK" in os.environ else os.getpid()
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    folder = _private_folder() / f"{parent}-{restart}-{zlib.crc32(str(run.resolve()).encode()):08x}"
+    common = f"{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # to the ranks of a node
+    name = common if "RANK" in os.environ else f"{os.getpid()}-{time.monotonic_ns()}"
+    folder = _private_folder() / f"{name}-{zlib.crc32(str(run.resolve()).encode()):08x}"
     folder.mkdir(mode=0o700, exist_ok=True)
     stack = open(folder / f"rank-{rank:05d}.stack", "w")
     faulthandler.register(DUMP, file=stack, all_threads=True, chain=False)
@@ -170,7 +170,8 @@ class Watchdog:
             if kind := self._kind():
                 self._incident(kind)
                 return
-            if not alive and (self.beats or time.monotonic() - begin > 60):
+            over = all(beat.phase == "done" for beat in self.beats.values()) or not alive
+            if over and (self.beats or time.monotonic() - begin > 60):
                 return
             time.sleep(LOOK_SECONDS)
 

@@ -246,3 +246,48 @@ def test_the_watchdog_leaves_with_the_last_rank(tmp_path):
     watchdog._look = lambda: None
     watchdog.watch()
     assert not (tmp_path / "run").exists()
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from megacpt.points import Heartbeat
+heart = Heartbeat(Path(sys.argv[1]) / f"rank-{int(sys.argv[2]):05d}.beat", int(sys.argv[2]))
+heart.step = int(sys.argv[4])
+heart.write(float(sys.argv[3]), "step", "after_forward")
+time.sleep(100)
+"""
+
+
+def test_nodes_tell_each_other(tmp_path):
+    """Two nodes with a watchdog and a rank each, that share nothing but the run directory: one rank is silent, both end, run.json names
+    the one that came least far."""
+    import threading
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"status": "running", "attempt": 3}))
+    children, threads = [], []
+    for rank, budget, step in ((0, 1000.0, 7), (1, 0.5, 6)):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        (folder / "attempt").write_text("attempt-3")
+        words = [sys.executable, "-c", RANK, str(folder), str(rank), str(budget), str(step)]
+        children.append(subprocess.Popen(words))
+        while not (beat := read_beat(folder / f"rank-{rank:05d}.beat")) or not beat.pid:
+            time.sleep(0.05)
+        watchdog = Watchdog(folder, run, 1, 2)
+        watchdog.node = f"node{rank}"
+        threads.append(threading.Thread(target=watchdog.watch))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [child.wait(10) for child in children] == [-signal.SIGUSR2, -signal.SIGUSR2], (
+        "no handler there: the first signal ends them"
+    )
+    found = status(run)
+    assert (found["status"], found["exit_code"], found["suspects"], found["attempt"]) == ("hung", 75, [1], 3)
+    folder, _ = evidence(run)
+    assert sorted(p.name for p in folder.glob("node-*.json")) == ["node-node0.json", "node-node1.json"]
+    assert all(json.loads(p.read_text())["ranks"] for p in folder.glob("node-*.json"))
