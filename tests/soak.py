@@ -24,15 +24,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "faults"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 STEPS, EVERY, ROUND = 100, 4, 25
-STEP_POINTS = ["step.begin", "after_forward", "after_backward", "before_update", "step.end"]
-SAVE_POINTS = [
-    "save.staged",
-    "save.after_shards",
-    "save.before_manifest",
-    "save.before_rename",
-    "save.after_rename",
-    "save.before_prune",
-]
 KINDS = {
     "kill one rank": 5, "kill all ranks": 2, "kill in a save": 4, "stop request": 3, "hang": 2, "stopped process": 1, "lock held": 1,
     "disk full": 3, "bit in a save": 2, "bit in a checkpoint": 2, "not finite": 3,
@@ -41,15 +32,19 @@ KINDS = {
 
 def plan(chance: random.Random, folder: Path, ranks: int) -> tuple[list[tuple[str, str]], str]:
     """([(kind, fault)], the faults that are not once) of a round."""
+    from megacpt.points import POINTS
+
+    save_points = [point for point in POINTS if point.startswith("save.")]
+    step_points = [point for point in POINTS if point not in (*save_points, "evaluate")]
     faults, lasting, used = [], [], set()
     for i in range(ROUND):
         kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
         step = chance.choice([s for s in range(2, STEPS) if s not in used])
         used.add(step)
         save = -(-step // EVERY) * EVERY
-        rank, point = chance.randrange(ranks), chance.choice(STEP_POINTS)
-        saving = chance.choice(SAVE_POINTS)
-        anywhere = saving in SAVE_POINTS[:2]
+        rank, point = chance.randrange(ranks), chance.choice(step_points)
+        saving = chance.choice(save_points)
+        anywhere = saving in save_points[:2]
         once = f",once={folder}/{i}"
         text = {
             "kill one rank": f"kill:rank={rank},point={point},step={step}{once}",
