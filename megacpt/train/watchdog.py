@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt import points
-from megacpt.errors import MegacptError
+from megacpt.errors import ConfigError, MegacptError
 from megacpt.points import POINTS, Beat, Heartbeat, read_beat
 
 INCIDENTS = "incidents"
@@ -100,7 +100,12 @@ def _private_folder() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     info = path.lstat()
     if path.is_symlink() or info.st_uid != os.getuid() or info.st_mode & 0o022:
-        return Path(tempfile.mkdtemp(prefix="megacpt-"))
+        raise ConfigError(
+            [
+                f"{path}: belongs to somebody else, or others can write it. Remove it, or set TMPDIR to a folder of your own."
+            ],
+            "the environment",
+        )
     return path
 
 

@@ -291,3 +291,22 @@ def test_nodes_tell_each_other(tmp_path):
     folder, _ = evidence(run)
     assert sorted(p.name for p in folder.glob("node-*.json")) == ["node-node0.json", "node-node1.json"]
     assert all(json.loads(p.read_text())["ranks"] for p in folder.glob("node-*.json"))
+
+
+def test_heartbeats_lie_where_nobody_else_writes(tmp_path, monkeypatch):
+    import tempfile
+
+    from megacpt.errors import ConfigError
+    from megacpt.train.watchdog import _private_folder
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = _private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700 and _private_folder() == folder
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="others can write it"):
+        _private_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    with pytest.raises(ConfigError, match="Remove it, or set TMPDIR"):
+        _private_folder()
