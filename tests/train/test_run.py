@@ -449,7 +449,7 @@ def late(path: str, flags: list[str], slow: str) -> str:
 
 @pytest.mark.parametrize("slow, ends", [("step", False), ("save", True)])
 def test_each_phase_has_its_own_timeout(recipe_file, slow, ends):
-    flags = ["--health.step_timeout_seconds=1", "--validation=[]", "--checkpoint.every_steps=2", "--parallel.tensor=2"]
+    flags = ["--health.step_timeout_seconds=1", "--validation=[]", "--checkpoint.every_steps=8", "--parallel.tensor=2"]
     found = on_ranks(2, late, recipe_file(), flags, slow)
     assert (found[0] == "done") == ends, found
     assert ends or "imed out" in found[0] or "imeout" in found[0], found[0]
