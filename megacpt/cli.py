@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -268,8 +269,9 @@ def _checked(options, recipe, world_size: int) -> None:
     from megacpt.plan.check import check
 
     report = check(recipe, world_size)
-    if report.problems and int(os.environ.get("RANK", "0")):
-        sys.exit(ConfigError.exit_code)  # every rank finds the same; rank 0 says it
+    if report.problems and int(os.environ.get("RANK", "0")):  # every rank finds the same; rank 0 says it
+        time.sleep(10)  # torchrun ends all when the first leaves, and rank 0 may not have said it yet
+        sys.exit(ConfigError.exit_code)
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     for warning in report.warnings:
