@@ -56,8 +56,11 @@ def train_step(
     points.reached("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite() & norm.isfinite()
-    flags = torch.tensor([False, *asks], device=norm.device, dtype=norm.dtype)
-    flags[0] = (~fine).to(norm.dtype)
+    flags = torch.zeros(1 + len(asks), device=norm.device, dtype=norm.dtype)
+    flags[0].copy_(~fine)
+    for i, ask in enumerate(asks, 1):
+        if ask:  # filled there: a copy from the host would wait for all that is queued
+            flags[i].fill_(1.0)
     if dist.get_world_size() > 1:  # one rank's doubt is everyone's
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     scale = inverse_clip(norm, update.clip_norm, flags[0] > 0)
