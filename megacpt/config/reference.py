@@ -40,6 +40,7 @@ _TABLES = {  # heading by model
     "OnFail": "on_fail (in a stage)",
     "Average": "average (in a stage)",
     "Kernels": "[kernels]",
+    "Health": "[health]",
     "Log": "[log]",
     "Profile": "[profile]",
 }

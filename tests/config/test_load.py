@@ -160,8 +160,10 @@ def test_every_shipped_recipe_is_valid():
 
 
 def test_the_schema_and_the_reference_page_are_of_this_version():
-    from megacpt.config.reference import page, schema
+    from megacpt.config.reference import _TABLES, page, schema
 
+    sections = {name for name, model in schema()["$defs"].items() if "properties" in model}
+    assert sections == set(_TABLES), "a section that the page does not show"
     assert (ROOT / "docs/recipe.md").read_text() == page(), "run python -m megacpt.config.reference"
     assert json.loads((ROOT / "docs/recipe.schema.json").read_text()) == schema(), (
         "run python -m megacpt.config.reference"
