@@ -80,22 +80,27 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = _Unpickler(file).load()
+            self._check(metadata)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # a damaged pickle can raise anything, and hold anything
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from None
-        if not isinstance(metadata, dcp.metadata.Metadata):
-            raise CheckpointError(f"{path}: is not the metadata of a checkpoint, but {type(metadata).__name__}.")
+        metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def _check(self, metadata: Any) -> None:
+        """It is what it says, and names only files that the manifest lists."""
+        kinds = dcp.metadata.TensorStorageMetadata, dcp.metadata.BytesStorageMetadata
+        if not isinstance(metadata, dcp.metadata.Metadata) or not all(
+            isinstance(name, str) and isinstance(entry, kinds) for name, entry in metadata.state_dict_metadata.items()
+        ):
+            raise CheckpointError(f"is not the metadata of a checkpoint, but {type(metadata).__name__}.")
         known = {name for name, _ in self.sums}
         for info in metadata.storage_data.values():
             if info.relative_path not in known or (Path(self.path) / info.relative_path).is_symlink():
                 raise CheckpointError(
-                    f"{path}: names the file {info.relative_path!r} outside its folder, or not in its manifest."
+                    f"names the file {info.relative_path!r} outside its folder, or not in its manifest."
                 )
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
 
 def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = None) -> None:
@@ -139,6 +144,11 @@ class StoredModel:
         entry = self.metadata.get(name)
         if entry is None:
             raise CheckpointError(f"{self.directory}: holds no tensor {name.removeprefix('model.')}.")
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        except Exception as error:  # forged: a size or a type that is none
+            raise CheckpointError(
+                f"{self.directory}: {name} cannot be read ({type(error).__name__}: {error})."
+            ) from None
         load(self.directory, {name: tensor}, self.reader)
         return tensor

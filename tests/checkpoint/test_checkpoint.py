@@ -154,6 +154,10 @@ def test_metadata_that_leaves_its_folder_is_refused(saved):
         forge(path, pickle.dumps(metadata))
         with pytest.raises(CheckpointError, match="outside its folder"):
             SafeReader(path).read_metadata()
+    metadata.storage_data = None  # found by the fuzz
+    forge(path, pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SafeReader(path).read_metadata()
     forge(path, b"rubbish")
     with pytest.raises(CheckpointError, match="cannot be read"):
         SafeReader(path).read_metadata()
