@@ -187,7 +187,8 @@ def _cause(fault: Fault, subject: Callable[[], Any] | None) -> None:
 
 
 def _spoil(action: str, subject: Any) -> None:
-    """A number that is none, or one flipped bit, in a tensor or in this rank's file of a folder."""
+    """One flipped bit in this rank's file of a folder, or a number that is none in a tensor."""
+    assert (action == "flip") == isinstance(subject, Path), f"{action} cannot be done to {type(subject).__name__}"
     if isinstance(subject, Path):
         file = next(subject.glob(f"__{os.environ.get('RANK', '0')}_*"))
         with open(file, "r+b") as opened:
@@ -198,12 +199,4 @@ def _spoil(action: str, subject: Any) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         return
-    import torch
-
-    with torch.no_grad():
-        flat = subject.view(-1)[:1]
-        if action == "nan":
-            flat.fill_(float("nan"))
-        else:
-            bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-            bits ^= 1 << 10
+    subject.detach().view(-1)[:1].fill_(float("nan"))

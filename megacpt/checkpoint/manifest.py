@@ -85,7 +85,7 @@ def _write(directory: Path, manifest: Manifest) -> None:
     content = {"format": FORMAT, **asdict(manifest)}
     partial = directory / f".{MANIFEST}.tmp"
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"crc32": _crc(content), **content}, file, indent=None)
+        json.dump({"crc32": _crc(content), **content}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, directory / MANIFEST)
