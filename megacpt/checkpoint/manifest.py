@@ -189,14 +189,12 @@ def decisions_of_run(run_directory: Path) -> list[dict[str, Any]]:
     return list(found[1].decisions) if found else []
 
 
-def newest_sound(
-    checkpoints: Path, bad: Iterable[int] = (), deep: bool = False
-) -> tuple[Path, State, list[str]] | None:
-    """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any.
+def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, State, list[str]] | None:
+    """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any. Sizes and the small
+    files are compared; the shards by who reads them.
 
     Args:
         bad: steps that were found damaged when they were read.
-        deep: compare all checksums, not only sizes and those of the small files.
     """
     complaints = []
     for step in reversed(list_steps(checkpoints)):
@@ -204,8 +202,6 @@ def newest_sound(
         try:
             if step in bad:
                 raise CheckpointError(f"{directory}: was damaged when it was read.")
-            if deep:
-                return directory, verify(directory), complaints
             manifest = read_manifest(directory)
             small = {name: rows for name, rows in manifest.items.items() if not name.endswith(".distcp")}
             check_items(directory, small)
