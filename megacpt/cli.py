@@ -148,6 +148,13 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("recipe")
     p.add_argument("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
     p.add_argument("--no-files", action="store_true", help="do not read model files and data")
+    p.add_argument(
+        "--device-memory",
+        type=float,
+        default=79.1,
+        metavar="GIB",
+        help="of one card, which every stage must fit (default: 79.1, an 80 GB card; an H200 has 139.8)",
+    )
     p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
     p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
@@ -348,7 +355,7 @@ def _check(options) -> int:
         *(p.tensor * p.context * p.pipeline * p.data_replicate * (p.data_shard or 1) for p in recipe.layouts.values())
     )
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", least))
-    report = check(recipe, world_size, files=not options.no_files)
+    report = check(recipe, world_size, not options.no_files, options.device_memory)
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))

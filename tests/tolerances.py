@@ -17,6 +17,9 @@ ATTENTION = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3}
 ADAMW = {torch.float32: 5e-7, torch.float64: 1e-13}
 """Weights after five updates, against torch.optim.AdamW."""
 
+MEMORY_FORMULA = 0.02
+"""Peak memory of a step by formula, relative to the counted one."""
+
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b|| in float64."""

@@ -31,7 +31,8 @@ class Model(Section):
     config: str | None = None
     """config.json of a model to train from scratch."""
     architecture: str | None = None
-    """Named shape to train from scratch: llama3.2-1b, llama3.2-3b, llama3.1-8b, llama3.1-70b, llama3.1-405b."""
+    """Named shape to train from scratch: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama3.1-70b,
+    llama3.1-405b."""
     expect: str | None = None
     """Named shape that `pretrained` must have. `check --no-files` then checks the layout against it."""
     tokenizer: str | None = None

@@ -354,6 +354,7 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
 
 
 def _llama3(hidden: int, ffn: int, layers: int, heads: int, factor: float, tied: bool) -> dict[str, Any]:
+    """A Llama 3.1 or 3.2 of this size."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -381,10 +382,11 @@ def _llama3(hidden: int, ffn: int, layers: int, heads: int, factor: float, tied:
     }
 
 
-# Llama 3 paper, Table 3; scaling factors from the models' config.json (32 for 3.2).
+# Llama 3 paper, Table 3; scaling factors from the models' config.json (32 for 3.2; Llama 3 itself has none).
 ARCHITECTURES = {
     "llama3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
     "llama3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
+    "llama3-8b": _llama3(4096, 14336, 32, 32, 8.0, False) | {"max_position_embeddings": 8192, "rope_scaling": None},
     "llama3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, False),
     "llama3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
     "llama3.1-405b": _llama3(16384, 53248, 126, 128, 8.0, False),

@@ -1,7 +1,6 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, then the resolved run as text.
 Imports no torch and no numpy; answers in a fraction of a second."""
 
-import math
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -11,7 +10,7 @@ from megacpt.config.load import nearest
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
-from megacpt.config.stage import Parallel
+from megacpt.config.stage import Parallel, Stage
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, read_manifest
 from megacpt.data.questions import read_task
@@ -26,9 +25,10 @@ from megacpt.model.config import (
     ruled_theta,
     shape_problems,
 )
-from megacpt.model.stage import StagePlan, plan_stages, stage_weights
+from megacpt.model.stage import plan_stages, stage_weights
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.pipeline.simulate import simulate
+from megacpt.plan.memory import RESERVE_GIB, Job, Peak, peak, rank_parameters, remedies
 from megacpt.plan.picture import schedule_picture
 
 
@@ -41,11 +41,12 @@ class Report:
     lines: list[str] = field(default_factory=list)
 
 
-def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
-    """Rules of the recipe, of the model's shape and of the data together.
+def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float | None = None) -> Report:
+    """Rules of the recipe, of the model's shape, of the data and of the card's memory together.
 
     Args:
         files: False leaves out what would be read from disk, and says so.
+        card_gib: memory of one card, which every stage must fit; None asks for no limit.
     """
     report = Report(problems=problems_of(recipe, world_size))
     config = _model(recipe, report, files)
@@ -58,9 +59,10 @@ def check(recipe: Recipe, world_size: int, files: bool = True) -> Report:
     if config:
         _model_rules(recipe, config, report)
     pipeline = _pipeline(recipe, world_size, config, report)
+    memory = [] if report.problems else _memory(recipe, world_size, config, card_gib, report)
     if not report.problems:
         _resolved(recipe, world_size, config, tokens, report)
-        report.lines[-1:-1] = pipeline
+        report.lines[-1:-1] = pipeline + memory
     return report
 
 
@@ -194,26 +196,47 @@ def _pipeline_of(
     return lines
 
 
-def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vocab_multiple: int) -> list[int]:
-    """Parameters that each pipeline rank computes with, on one tensor rank, before FSDP shards them."""
-    last, totals = len(plan.layers) - 1, [0] * plan.ranks
-    for name, shape in config.shapes().items():
-        if name == "model.embed_tokens.weight":
-            stages = {0, last} if config.tie_word_embeddings else {0}
-        elif ".layers." in name:
-            layer = int(name.split(".")[2])
-            stages = {next(stage for stage, layers in enumerate(plan.layers) if layer in layers)}
-        else:
-            stages = {last}
-        size = math.prod(shape)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            size = config.padded_vocab(vocab_multiple) * shape[1]
-        repeated = ("k_proj" in name or "v_proj" in name) and parallel.tensor > config.num_key_value_heads
-        if len(shape) == 2 and not repeated:
-            size //= parallel.tensor
-        for rank in {plan.placement[stage] for stage in stages}:
-            totals[rank] += size
-    return totals
+def _memory(
+    recipe: Recipe, world_size: int, config: LlamaConfig | None, card_gib: float | None, report: Report
+) -> list[str]:
+    """A line for each stage that needs other memory than the one before it; stages that do not fit go to the problems."""
+    if config is None:
+        report.warnings.append("the model's shape is not known here: the memory of a step was not estimated.")
+        return []
+    lines: list[str] = []
+    for stage in recipe.stages:
+        job, need = fullest_step(recipe, stage, world_size, config)
+        line = f"at most {need.gib:.1f} GiB on pipeline rank {need.rank} ({need})"
+        if not lines or not lines[-1].endswith(line):
+            lines.append(f"memory of a card from stage {stage.name} on: {line}")
+        if card_gib is not None and need.gib + RESERVE_GIB > card_gib:
+            report.problems.append(over_memory(stage.name, job, need, card_gib))
+    return lines
+
+
+def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: LlamaConfig) -> tuple[Job, Peak]:
+    """The step of a stage, over its batch ramp, that needs most memory, and its need."""
+    parallel = recipe.parallel_of(stage)
+    layout = resolve_layout(parallel, world_size)
+    widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
+    state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
+    counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
+    jobs = [
+        Job(config, parallel, layout, stage.seq_len, count, recipe.reduction(parallel), recipe.model.vocab_multiple,
+            widths[recipe.precision.compute], state)
+        for count in counts
+    ]  # fmt: skip
+    return max(((job, peak(job)) for job in jobs), key=lambda found: found[1].gib)
+
+
+def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> str:
+    """What to say of a stage that does not fit its cards."""
+    fitting = remedies(job, card_gib)
+    out = f"It fits with {'; or '.join(fitting)}." if fitting else "Share the model or the sequence over more ranks."
+    return (
+        f"stages.{stage}: pipeline rank {need.rank} needs {need.gib:.1f} GiB ({need}), and {RESERVE_GIB:g} GiB are left free for CUDA "
+        f"and NCCL; a card has {card_gib:g} GiB (--device-memory). {out}"
+    )
 
 
 def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:

@@ -12,7 +12,8 @@ from megacpt.cli import run
 from megacpt.config.load import load_recipe
 from megacpt.model.config import ARCHITECTURES, config_of
 from megacpt.model.stage import plan_stages
-from megacpt.plan.check import check, rank_parameters
+from megacpt.plan.check import check
+from megacpt.plan.memory import rank_parameters
 
 
 @pytest.mark.parametrize(
