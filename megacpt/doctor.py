@@ -80,7 +80,16 @@ def report() -> list[str]:
 def operations_checked(device: str) -> list[str]:
     """Runs the operations that this machine would train with on a few tokens, values checked, against float64 on the CPU."""
     import torch
-    from megacpt_kernels import Documents, attention, embedding, linear_cross_entropy, rms_norm, rope_qk, swiglu
+    from megacpt_kernels import (
+        Documents,
+        attention,
+        embedding,
+        label_weights,
+        linear_cross_entropy,
+        rms_norm,
+        rope_qk,
+        swiglu,
+    )
 
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -98,7 +107,9 @@ def operations_checked(device: str) -> list[str]:
         "swiglu": lambda to: swiglu(to(table), to(table)),
         "rope_qk": lambda to: rope_qk(to(q), to(k), to(angles.cos()), to(angles.sin()), to(positions), check=True)[0],
         "attention": lambda to: attention(to(q), to(k), to(v), Documents.of([0, 3], 8, to(ids).device), check=True),
-        "linear_cross_entropy": lambda to: linear_cross_entropy(to(table), to(table), to(ids), 0, 8, 1.0, check=True),
+        "linear_cross_entropy": lambda to: linear_cross_entropy(
+            to(table), to(table), to(ids), 0, 8, label_weights(to(ids)), check=True
+        ),
     }
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     here = lambda x: x.to(device, dtype if x.dtype == torch.float64 else x.dtype)

@@ -1,5 +1,7 @@
 """What the layout comparison must see: each function breaks one thing on the rank that calls it."""
 
+from dataclasses import replace
+
 
 def replicated() -> None:
     """tp: gradients of norms and of repeated key heads are not summed."""
@@ -21,7 +23,12 @@ def local_count() -> None:
     import megacpt.train.step as step
 
     original = step.accumulate
-    step.accumulate = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
+
+    def local(model, batches, counts, reduce):
+        labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        return original(model, batches, replace(counts, weight=labels), reduce)
+
+    step.accumulate = local
 
 
 def tied() -> None:
@@ -86,9 +93,9 @@ def mean_of_means() -> None:
 
     original = run._Gradients.__init__
 
-    def each_alone(self, model, schedule, micro_batches, scale, every):
+    def each_alone(self, model, schedule, micro_batches, objective, scale, every):
         labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches[:1]))
-        original(self, model, schedule, micro_batches, 1 / (labels * len(micro_batches)), every)
+        original(self, model, schedule, micro_batches, objective, 1 / (labels * len(micro_batches)), every)
 
     run._Gradients.__init__ = each_alone
 

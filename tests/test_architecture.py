@@ -14,6 +14,7 @@ ROOMS = [
     "config",
     "data",
     "parallel",
+    "objective",
     "model",
     "optim",
     "checkpoint",

@@ -2,7 +2,7 @@
 
 from megacpt_kernels.adamw import adamw_
 from megacpt_kernels.attention import Documents, attention
-from megacpt_kernels.cross_entropy import cross_entropy_
+from megacpt_kernels.cross_entropy import cross_entropy_, label_weights
 from megacpt_kernels.embedding import embedding
 from megacpt_kernels.grad_norm import grad_norm
 from megacpt_kernels.linear_cross_entropy import linear_cross_entropy, linear_lse
@@ -18,6 +18,7 @@ __all__ = [
     "cross_entropy_",
     "embedding",
     "grad_norm",
+    "label_weights",
     "linear_cross_entropy",
     "linear_lse",
     "rms_norm",

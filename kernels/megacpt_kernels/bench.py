@@ -30,6 +30,7 @@ from megacpt_kernels import (
     cross_entropy_,
     embedding,
     grad_norm,
+    label_weights,
     linear_cross_entropy,
     linear_lse,
     rms_norm,
@@ -361,7 +362,7 @@ def _rows_of_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         exact = few.double().requires_grad_()
         want = F.cross_entropy(exact, ids, reduction="none")
         (grad,) = torch.autograd.grad(want.sum() * 0.5, exact)
-        nll, _ = cross_entropy_(few, ids, 0, s.vocab, 0.5)
+        nll, _ = cross_entropy_(few, ids, 0, s.vocab, label_weights(ids, 0.5))
         return _error((nll, few), (want.detach(), grad))
 
     def plain() -> Tensor:
@@ -378,9 +379,11 @@ def _rows_of_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         x = logits.detach().requires_grad_()
         return torch.autograd.grad(compiled(x), x)[0]
 
-    ours = lambda scale: lambda: cross_entropy_(logits, target, 0, s.vocab, scale)
+    ours = lambda weights: lambda: cross_entropy_(logits, target, 0, s.vocab, weights)
     shape = f"{s.tokens}x{s.vocab}"
-    runs = {"ours": ours(1e-3), "eager": plain, "compiled": plain_compiled} | ({"liger": liger} if peer else {})
+    runs = {"ours": ours(label_weights(target, 1e-3)), "eager": plain, "compiled": plain_compiled} | (
+        {"liger": liger} if peer else {}
+    )
     yield Row("cross_entropy_", "forward", shape, {"ours": ours(None)}, size, check=checked)
     yield Row("cross_entropy_", "both", shape, runs, 3 * size, check=checked)
 
@@ -405,12 +408,17 @@ def _rows_of_linear_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         def checked(x=x, target=target) -> float:
             few = x[:64]
             a, w = few.detach().requires_grad_(), weight.detach().requires_grad_()
-            got = torch.autograd.grad(linear_cross_entropy(a, w, target[:64], 0, s.vocab, 1.0), (a, w))
+            weights = torch.linspace(-1, 1, len(few), device=device)
+            got = torch.autograd.grad(linear_cross_entropy(a, w, target[: len(few)], 0, s.vocab, weights), (a, w))
             b, v = few.double().requires_grad_(), weight.double().requires_grad_()
-            return _error(got, torch.autograd.grad(F.cross_entropy(b @ v.t(), target[:64], reduction="sum"), (b, v)))
+            nll = F.cross_entropy(b @ v.t(), target[: len(few)], reduction="none")
+            return _error(got, torch.autograd.grad((weights * nll).sum(), (b, v)))
 
         shape = f"{tokens}x{s.hidden}x{s.vocab}"
-        ours = lambda a, w, target=target: linear_cross_entropy(a, w, target, 0, s.vocab, 1e-4)
+        weights = label_weights(target)
+        ours = lambda a, w, target=target, weights=weights: linear_cross_entropy(
+            a, w, target, 0, s.vocab, weights, scale=1e-4
+        )
         runs = {"ours": run(ours)}
         if tokens == s.tokens:
             runs["eager"] = run(lambda a, w, target=target: F.cross_entropy((a @ w.t()).float(), target))

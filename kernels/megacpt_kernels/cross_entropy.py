@@ -21,26 +21,29 @@ def cross_entropy_(
     target: Tensor,
     vocab_start: int,
     valid: int,
-    grad_scale: float | None,
+    grad_weights: Tensor | None,
     gather: Callable[[Tensor], Tensor] = lambda statistics: statistics[None],
     z_loss: float = 0.0,
     backend: str = "auto",
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods, and, with `grad_scale`, their gradient written over `logits`.
+    """Negative log-likelihoods, and, with `grad_weights`, the gradient of their weighted sum written over `logits`.
 
     Args:
         logits: [t, v], this rank's columns; overwritten.
         target: int64 [t], global ids, -100 for tokens without label.
         vocab_start: global id of column 0. valid: columns that are real; the padding behind gets no probability.
-        grad_scale: factor of the gradient, or None for none.
+        grad_weights: float32 or float64 [t], of any sign, the same on all ranks of the vocabulary: the gradient is that of
+            sum_t grad_weights[t] nll[t]. Not read where there is no label. None for no gradient.
         gather: [3, t] of this rank -> [ranks, 3, t], over the ranks of the vocabulary.
-        z_loss: weight of lse^2, which is added to the loss (PaLM, Chowdhery et al. 2022, section 5).
+        z_loss: weight of lse^2, which is added to each nll (PaLM, Chowdhery et al. 2022, section 5).
         check: also look at the values of the targets (waits for the device).
     Returns:
-        (nll [t], 0 where ignored; lse [t]), at least fp32.
+        (nll [t] without weights, 0 where ignored; lse [t]), at least fp32.
     """
     _check(logits, target, valid)
+    if grad_weights is not None:
+        check_weights(grad_weights, target)
     fast, column = use_triton(backend, logits), target - vocab_start
     if check:
         check_targets(target, column, valid, gather)
@@ -49,9 +52,9 @@ def cross_entropy_(
     lse, hits = combined(gather(statistics))
     has_label = target != IGNORE
     nll = torch.where(has_label, lse - hits + z_loss * lse.square(), torch.zeros_like(lse))
-    if grad_scale is not None:
-        factor = has_label * (grad_scale * (1 + 2 * z_loss * lse))
-        hit = has_label.to(lse.dtype) * grad_scale
+    if grad_weights is not None:
+        hit = torch.where(has_label, grad_weights.to(lse.dtype), torch.zeros_like(lse))
+        factor = hit * (1 + 2 * z_loss * lse)
         if fast:
             _gradient_triton_(logits, column, valid, lse, factor, hit)
         else:
@@ -82,6 +85,21 @@ def _check(logits: Tensor, target: Tensor, valid: int) -> None:
     if not logits.is_contiguous():
         raise ValueError(f"logits have strides {logits.stride()}; they are written over, so they must be contiguous.")
     same_device(logits=logits, target=target)
+
+
+def label_weights(target: Tensor, weight: float = 1.0) -> Tensor:
+    """float32 [t]: `weight` where a label is, else 0. The token weights of a plain sum or mean."""
+    return (target != IGNORE).float() * weight
+
+
+def check_weights(weights: Tensor, target: Tensor) -> None:
+    """Raises ValueError if these cannot be the weights of the tokens that `target` [t] labels."""
+    if weights.shape != target.shape or weights.dtype not in (torch.float32, torch.float64) or weights.requires_grad:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} {weights.dtype}{', with a gradient' * weights.requires_grad}, target "
+            f"{tuple(target.shape)}: there is one weight a token, float32 or float64, and none gets a gradient (detach them)."
+        )
+    same_device(weights=weights, target=target)
 
 
 def check_targets(target: Tensor, column: Tensor, valid: int, gather: Callable[[Tensor], Tensor]) -> None:

@@ -2,10 +2,11 @@
 
 Shapes: t local tokens, T = t * ranks, h hidden, v vocabulary rows of this rank.
 
-The loss is a sum times a scale that is known beforehand (1 / the step's global count of labels), so each chunk's gradient is taken
-right after its forward and the logits are never kept or computed twice: 6 T h v FLOPs instead of 8. A chunk takes the same tokens
-from every rank: while one is multiplied the next one's tokens are gathered, and its input gradients are summed over the ranks while
-the weight's gradient is computed. `linear_lse` needs no gradient and on a GPU no logits either: they stay on the chip.
+The loss is a sum of log-likelihoods with weights that are known beforehand, so each chunk's gradient is taken right after its forward
+and the logits are never kept or computed twice: 6 T h v FLOPs instead of 8. Every loss on log-probabilities has such a gradient,
+sum_t w_t grad nll_t with w_t = -dL/dlog p_t; what w_t depends on, `linear_lse` gives before, without a gradient. A chunk takes the same
+tokens from every rank: while one is multiplied the next one's tokens are gathered, and its input gradients are summed over the ranks
+while the weight's gradient is computed. `linear_lse` needs no gradient and on a GPU no logits either: they stay on the chip.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacpt_kernels.backend import block_of, jit, multiprocessors, operation, same_device, tl, triton, use_triton
-from megacpt_kernels.cross_entropy import check_targets, combined, cross_entropy_
+from megacpt_kernels.cross_entropy import IGNORE, check_targets, check_weights, combined, cross_entropy_
 
 LSE = dict(M=128, N=128, K=64, num_warps=8, num_stages=3)
 """Tile of `linear_lse`: tokens, vocabulary rows, hidden."""
@@ -57,24 +58,29 @@ def linear_cross_entropy(
     target: Tensor,
     vocab_start: int,
     valid: int,
-    scale: float,
+    token_weights: Tensor,
     ranks: Ranks = ALONE,
     *,
+    scale: float = 1.0,
     z_loss: float = 0.0,
     chunk_logits: int | None = None,
     backend: str = "auto",
     check: bool = False,
 ) -> Tensor:
-    """scale * sum of the negative log-likelihoods, the same on all ranks. At least fp32.
+    """scale * sum_t token_weights[t] * (nll_t + z_loss * lse_t^2) over the labels, the same on all ranks. At least fp32.
 
     Args:
         x: [t, h]. weight: [v, h]. target: int64 [T], rank by rank, the same on all; -100 without label.
         vocab_start: id of row 0. valid: rows that are real.
+        token_weights: float32 or float64 [T], in the order of `target`, the same on all ranks; of any sign, 0 for no loss and no
+            gradient, not read where there is no label. They get no gradient.
+        scale: what all weights share, as 1 / the step's total: it multiplies the sum, so that weights of 1 stay exact.
         chunk_logits: most logits of this rank at once; default 2^29 on a GPU, what stays in cache on a CPU.
     """
     _check(x, weight, target, ranks)
+    check_weights(token_weights, target)
     return _LinearCrossEntropy.apply(
-        x, weight, target, vocab_start, valid, scale, ranks, z_loss, chunk_logits, backend, check
+        x, weight, target, vocab_start, valid, token_weights, ranks, scale, z_loss, chunk_logits, backend, check
     )
 
 
@@ -127,24 +133,26 @@ def _chunk(weight: Tensor, chunk_logits: int | None) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, target: Tensor, vocab_start: int, valid: int, scale: float, ranks: Ranks, z_loss: float,
-        chunk_logits: int | None, backend: str, check: bool,
+        ctx, x: Tensor, weight: Tensor, target: Tensor, vocab_start: int, valid: int, token_weights: Tensor, ranks: Ranks, scale: float,
+        z_loss: float, chunk_logits: int | None, backend: str, check: bool,
     ) -> Tensor:  # fmt: skip
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weights = torch.where(target != IGNORE, token_weights.to(wide), 0.0).view(ranks.size, -1)
         loss, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
         step = max(1, _chunk(weight, chunk_logits) // ranks.size)
         pieces, targets, dpieces = x.split(step), target.view(ranks.size, -1).split(step, 1), dx.split(step)
         one = len(pieces) == 1
         dweight = None if one else torch.zeros(weight.shape, dtype=wide, device=x.device)
         gathered, summed = ranks.start_gather(pieces[0]), None
-        for i, ids in enumerate(targets):
+        for i, (ids, given) in enumerate(zip(targets, weights.split(step, 1), strict=True)):
+            ids, given = ids.flatten(), given.flatten()
             tokens = gathered.wait()
             gathered = ranks.start_gather(pieces[i + 1]) if i + 1 < len(pieces) else None
             logits = F.linear(tokens, weight)
             nll, _ = cross_entropy_(
-                logits, ids.flatten(), vocab_start, valid, scale, ranks.gather_statistics, z_loss, backend, check
+                logits, ids, vocab_start, valid, given * scale, ranks.gather_statistics, z_loss, backend, check
             )
-            loss += nll.sum()
+            loss += torch.where(given != 0, given * nll, 0.0).sum()
             if summed is not None:
                 dpieces[i - 1].copy_(summed.wait())
             summed = ranks.start_scatter_sum(logits @ weight)
@@ -159,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return *((saved * grad).to(saved.dtype) for saved in ctx.saved_tensors), *[None] * 9
+        return *((saved * grad).to(saved.dtype) for saved in ctx.saved_tensors), *[None] * 10
 
 
 def _add_product_(total: Tensor, logits: Tensor, tokens: Tensor) -> None:

@@ -75,7 +75,7 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
 
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
-    from megacpt.data.loader import Batch
+    from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
     from megacpt.model.hf import initialize
@@ -109,7 +109,8 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
         at = np.arange(TOKENS)[None]
         batches.append(Batch(tokens, np.roll(tokens, -1, 1), at, np.array([0]), np.array([0, 1]), [""]))
     counts = watch(mesh)
-    accumulate(model, batches, MICRO_BATCHES * TOKENS * layout.data, "step")
+    labels, rows = MICRO_BATCHES * TOKENS * layout.data, MICRO_BATCHES * layout.data
+    accumulate(model, batches, StepCounts(labels, labels, rows), "step")
     grad_norm(model.counted_parameters(), mesh)
     wanted = expected(config, parallel, layout, plan, mesh)
     found = {key: value for key, value in counts.items() if value[0]}

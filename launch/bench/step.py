@@ -186,7 +186,7 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     import torch
 
     from megacpt.config.layout import Layout
-    from megacpt.data.loader import Batch
+    from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model
     from megacpt.model.config import parse_config
     from megacpt.model.hf import initialize
@@ -207,7 +207,8 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     labels[ends - 1] = -100
     batch = Batch(ids[None], labels[None], positions[None], starts, np.array([0, len(starts)]), [""])
     update = Update(1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0)
-    return lambda: train_step(model, optimizer, [batch], int((labels >= 0).sum()), "step", update)
+    count = int((labels >= 0).sum())
+    return lambda: train_step(model, optimizer, [batch], StepCounts(count, count, len(starts)), "step", update)
 
 
 def transformers_step(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:

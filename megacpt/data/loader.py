@@ -35,6 +35,8 @@ class Batch:
         document_starts: int64, places in the flattened rows at which documents begin; the first is 0.
         row_offsets: int64 [rows + 1], the documents of row i are document_starts[row_offsets[i]:row_offsets[i + 1]].
         domain: name of each row's domain, "" for a filler row.
+        weights: float32 [rows, seq_len], how heavy each label is in the loss; None: all alike, 1. Not read without a label.
+        item: int32 [documents], the item that each document belongs to, numbered from 0 in the batch; None: each is its own.
     """
 
     tokens: np.ndarray
@@ -43,6 +45,8 @@ class Batch:
     document_starts: np.ndarray
     row_offsets: np.ndarray
     domain: list[str]
+    weights: np.ndarray | None = None
+    item: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,26 @@ class StageData:
             pairs += sum(n * (n + 1) // 2 for n in [*lengths, rest])
         return labels, pairs
 
+    def count_items(self, picks: Sequence[Pick]) -> int:
+        """Documents of some rows that have a label, from the index alone."""
+        return sum(length > 1 for pick in picks for _, _, length in self.indices[pick.domain].row(pick.row))
+
     def batch(self, picks: Sequence[Pick | None]) -> Batch:
         rows = [(self.indices[pick.domain], pick.domain, pick.row) if pick else None for pick in picks]
         return make_batch(rows, self.seq_len, self.pad_id, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What the sums of a step may be divided by: its totals over all ranks, known before the first micro-batch.
+
+    Attributes:
+        labels: tokens with a label. weight: the sum of their weights. items: those with a label.
+    """
+
+    labels: int
+    weight: float
+    items: int
 
 
 @dataclass(frozen=True)
@@ -215,8 +236,7 @@ class StepData:
     """One step as one data rank sees it."""
 
     micro_batches: list[Batch]
-    num_labels: int
-    """Labels of the whole step, over all ranks: the loss is divided by it."""
+    counts: StepCounts
     num_pairs: int
     """Visible pairs of query and key of the whole step."""
 
@@ -227,7 +247,8 @@ def load_step(
     picks = data.picks(first_sequence, num_rows)
     dealt = deal(num_rows, data_ranks, rows_per_micro_batch, rank)
     batches = [data.batch([picks[row] if row is not None else None for row in rows]) for rows in dealt]
-    return StepData(batches, *data.count(picks))
+    labels, pairs = data.count(picks)
+    return StepData(batches, StepCounts(labels, float(labels), data.count_items(picks)), pairs)
 
 
 def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Iterator[StepData]:

@@ -16,7 +16,8 @@ from megacpt.model.config import LlamaConfig, RopeConfig
 from megacpt.model.rope import RopeTables
 from megacpt.model.stage import StagePlan
 from megacpt.parallel.context import ContextPlan, Gather, context_attention
-from megacpt.parallel.cross_entropy import linear_cross_entropy, token_losses
+from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs, token_losses
+from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.tensor import (
     COLUMN,
@@ -51,6 +52,7 @@ class Inputs:
     Attributes:
         tokens: int64 [T]. labels: int64 [T], -100 without. positions: int32 [T].
         plan: documents, and under context parallelism whose keys. longest: rows of the rotary tables that are needed.
+        weights: float32 [T], how heavy each label is in the loss. items: what the documents belong to.
     """
 
     tokens: Tensor
@@ -58,6 +60,8 @@ class Inputs:
     positions: Tensor
     plan: ContextPlan
     longest: int
+    weights: Tensor
+    items: Items
 
 
 Rotary = tuple[Tensor, Tensor, Tensor]
@@ -238,10 +242,18 @@ class Llama(nn.Module):
             x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x
 
-    def loss(self, x: Tensor, inputs: Inputs, scale: float) -> Tensor:
-        """scale * sum of the token losses, a scalar, from the last stage's [t, h]. The last stage must have run."""
+    def loss(self, x: Tensor, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
+        """scale * sum of the token losses, each times its weight [T], a scalar, from the last stage's [t, h]. The last stage must have
+        run."""
         group, size = self.mesh.tensor_group, self.config.vocab_size
-        return linear_cross_entropy(x, self._head(), inputs.labels, size, group, scale, self.options.operations)
+        return linear_cross_entropy(
+            x, self._head(), inputs.labels, size, group, weights, scale, self.options.operations
+        )
+
+    def log_probs(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """Log-probability of each label [T], 0 without one. No gradient."""
+        group, size = self.mesh.tensor_group, self.config.vocab_size
+        return log_probs(x, self._head(), inputs.labels, size, group, self.options.operations)
 
     def token_losses(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(loss of each token [T], 0 without label; whether its label is the most probable). No gradient."""

@@ -10,24 +10,34 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megacpt import points
-from megacpt.data.loader import Batch
+from megacpt.data.loader import Batch, StepCounts
 from megacpt.model.inputs import to_inputs
 from megacpt.model.llama import Inputs, Llama
+from megacpt.objective.base import Objective
+from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.parallel import fsdp
 from megacpt.parallel.pipeline.runtime import execute
 from megacpt.parallel.pipeline.schedule import Action, Schedule
 from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
 
 
-def accumulate(model: Llama, micro_batches: Sequence[Batch], num_labels: int, reduce: str) -> Tensor:
-    """Accumulates the gradients of the step's mean loss. Returns the loss, a scalar on the device, summed over ranks.
+def accumulate(
+    model: Llama,
+    micro_batches: Sequence[Batch],
+    counts: StepCounts,
+    reduce: str,
+    objective: Objective = NEXT_TOKEN,
+) -> Tensor:
+    """Accumulates the gradients of the step's loss. Returns the objective's sums, the loss first, [len(objective.sums)] on the device,
+    summed over ranks and divided by the step's normaliser.
 
     Args:
-        num_labels: of the whole step over all ranks; each micro-batch's sum is divided by it.
+        counts: of the whole step over all ranks; each micro-batch's sums are divided by what the objective makes of them.
         reduce: "step" reduces gradients with a stage's last micro-batch, "micro_batch" with each.
     """
     schedule = model.plan.schedule(len(micro_batches))
-    work = _Gradients(model, schedule, micro_batches, 1.0 / max(1, num_labels), reduce == "micro_batch")
+    scale = 1.0 / objective.normalizer(counts)
+    work = _Gradients(model, schedule, micro_batches, objective, scale, reduce == "micro_batch")
     execute(schedule, work, model.mesh)
     fsdp.finish(model, list(model.model.layers.values()), model.sharding)
     sum_replicated_gradients(list(model.parameters()), model.mesh.tensor_group)
@@ -82,15 +92,21 @@ class _Work:
 
 class _Gradients(_Work):
     def __init__(
-        self, model: Llama, schedule: Schedule, micro_batches: Sequence[Batch], scale: float, every_micro_batch: bool
+        self,
+        model: Llama,
+        schedule: Schedule,
+        micro_batches: Sequence[Batch],
+        objective: Objective,
+        scale: float,
+        every_micro_batch: bool,
     ):
         super().__init__(model, schedule, micro_batches.__getitem__)
         mine = schedule.ranks[model.mesh.pipeline_rank]
         self.split = any(action.kind == "W" for action in mine)
         self.left = Counter(action.stage for action in mine if action.kind in "BW")
-        self.scale, self.every_micro_batch = scale, every_micro_batch
+        self.objective, self.scale, self.every_micro_batch = objective, scale, every_micro_batch
         wide = torch.float64 if model.compute == torch.float64 else torch.float32
-        self.total = torch.zeros((), dtype=wide, device=model.mesh.device)
+        self.total = torch.zeros(len(objective.sums), dtype=wide, device=model.mesh.device)
         self.graphs: dict[tuple[int, int], tuple] = {}
         self.later: dict[tuple[int, int], Later] = {}
         if every_micro_batch:
@@ -120,12 +136,18 @@ class _Gradients(_Work):
             self._sync(action.stage)
         x, out = self.graphs.pop((action.stage, action.micro_batch))
         if action.stage == self.last_stage:
-            loss = self.model.loss(out, self.inputs_of(action.micro_batch), self.scale)
-            self.total += loss.detach()
-            loss.backward()
+            self._loss(out, self.inputs_of(action.micro_batch)).backward()
         else:
             torch.autograd.backward([out], [received])
         return None if x is None else x.grad
+
+    def _loss(self, out: Tensor, inputs: Inputs) -> Tensor:
+        """What has the gradient of the micro-batch's loss; adds its sums to the step's."""
+        log_p = self.model.log_probs(out, inputs) if self.objective.needs_log_probs else None
+        weighted = self.objective.weights(log_p, inputs, self.model.mesh.context_group)
+        loss = self.model.loss(out, inputs, weighted.weights, self.scale)
+        self.total += loss.detach() if weighted.sums is None else weighted.sums * self.scale
+        return loss
 
     def _weights(self, action: Action, received: None) -> None:
         self._sync(action.stage)

@@ -24,17 +24,21 @@ def linear_cross_entropy(
     target: Tensor,
     vocab_size: int,
     group: dist.ProcessGroup,
+    token_weights: Tensor,
     scale: float,
     backend: str = "auto",
 ) -> Tensor:
-    """scale * sum of the negative log-likelihoods of this rank's T tokens. At least fp32.
+    """scale * sum of the negative log-likelihoods of this rank's T tokens, each times its weight. At least fp32.
 
     Args:
         x: [t, h], the final norm's output. weight: [v, h], this rank's rows of the head.
         target: int64 [T], -100 without label. vocab_size: the true size; padding rows get no probability.
+        token_weights: float32 or float64 [T], the same on all tp ranks; 0 for no loss and no gradient.
     """
     columns = _columns(weight._local_tensor, vocab_size, group)
-    return head_and_loss(x, replicated(weight), target, *columns, scale, _ranks(group), backend=backend)
+    return head_and_loss(
+        x, replicated(weight), target, *columns, token_weights, _ranks(group), scale=scale, backend=backend
+    )
 
 
 @torch.no_grad()
@@ -43,11 +47,26 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood of each token [T], at least fp32, 0 without label; whether its label is the most probable, bool [T]).
     No gradient, no logits on a GPU."""
-    local = weight._local_tensor
-    columns = _columns(local, vocab_size, group)
-    lse, logit, largest = linear_lse(x, local, target, *columns, _ranks(group), backend=backend)
+    lse, logit, largest = _label_logits(x, weight, target, vocab_size, group, backend)
     has_label = target != IGNORE
     return torch.where(has_label, lse - logit, torch.zeros_like(lse)), has_label & (logit >= largest)
+
+
+@torch.no_grad()
+def log_probs(
+    x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, backend: str = "auto"
+) -> Tensor:
+    """The log-probability of each label [T], at least fp32, 0 without label; the same on all tp ranks. No gradient, no logits on a GPU."""
+    lse, logit, _ = _label_logits(x, weight, target, vocab_size, group, backend)
+    return torch.where(target != IGNORE, logit - lse, torch.zeros_like(lse))
+
+
+def _label_logits(
+    x: Tensor, weight: DTensor, target: Tensor, vocab_size: int, group: dist.ProcessGroup, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_lse`, over the vocabulary of all tp ranks."""
+    local = weight._local_tensor
+    return linear_lse(x, local, target, *_columns(local, vocab_size, group), _ranks(group), backend=backend)
 
 
 def _ranks(group: dist.ProcessGroup) -> Ranks:

@@ -207,7 +207,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         update = _update_of(recipe, step, lr, frozen, limits(run.accepted, recipe.health))
         asks = (run.stop.signal is not None, run.saver.failed)
         reduction = recipe.reduction(layout)
-        measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.num_labels, reduction, update, asks)
+        measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.counts, reduction, update, asks)
         loss, norm, skipped, stop, failed = measured.tolist()  # the step's one wait for the device
         seconds = time.monotonic() - begin
         if number == first:

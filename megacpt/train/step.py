@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacpt import points
-from megacpt.data.loader import Batch
+from megacpt.data.loader import Batch, StepCounts
 from megacpt.model.llama import Llama
 from megacpt.model.run import accumulate
 from megacpt.optim.adamw import AdamW
@@ -39,7 +39,7 @@ def train_step(
     model: Llama,
     optimizer: AdamW,
     micro_batches: Sequence[Batch],
-    num_labels: int,
+    counts: StepCounts,
     reduce: str,
     update: Update,
     asks: Sequence[bool] = (),
@@ -48,9 +48,10 @@ def train_step(
     skipped, and whether any rank asked each of the things it may ask.
 
     Args:
+        counts: of the whole step, over all ranks.
         asks: this rank's.
     """
-    loss = accumulate(model, micro_batches, num_labels, reduce)
+    loss = accumulate(model, micro_batches, counts, reduce)[0]
     for name in update.frozen & optimizer.parameters.keys():
         optimizer.parameters[name].grad = None
     points.reached("before_update", subject=lambda: _first_gradient(optimizer))

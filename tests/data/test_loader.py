@@ -62,6 +62,8 @@ def test_counts_come_from_the_index_alone(stage_data):
     batch = stage_data.batch(picks)
     lengths = np.diff([*batch.document_starts, batch.tokens.size])
     assert stage_data.count(picks) == ((batch.labels >= 0).sum(), (lengths * (lengths + 1) // 2).sum())
+    documents = np.split(batch.labels.reshape(-1), batch.document_starts[1:])
+    assert stage_data.count_items(picks) == sum((labels >= 0).any() for labels in documents) < len(documents)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
@@ -84,9 +86,9 @@ def test_the_step_does_not_depend_on_ranks_or_micro_batches(stage_data, ranks, p
         if name
     }
     assert rows == {tuple(r) for r in whole.micro_batches[0].tokens.tolist()}
-    assert {part.num_labels for part in parts} == {whole.num_labels}
+    assert {part.counts for part in parts} == {whole.counts}
     labels = sum((b.labels >= 0).sum() for part in parts for b in part.micro_batches)
-    assert labels == whole.num_labels
+    assert labels == whole.counts.labels == whole.counts.weight
 
 
 def test_a_token_outside_the_vocabulary_is_named(stage_data):
@@ -125,7 +127,7 @@ def test_prefetch_keeps_the_order_and_raises_what_went_wrong():
         return StepData([], n, 0)
 
     ready = prefetch(make, range(1, 9))
-    assert [next(ready).num_labels for _ in range(3)] == [1, 2, 3]
+    assert [next(ready).counts for _ in range(3)] == [1, 2, 3]
     with pytest.raises(DataError, match="four"):
         next(ready)
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="needs Triton (Linux)")
 pytest.importorskip("liger_kernel", reason="needs liger-kernel (the dev extra)")
 import triton
 import triton.language as tl
-from megacpt_kernels import add_rms_norm, cross_entropy_, linear_cross_entropy, rms_norm, rope_qk, swiglu
+from megacpt_kernels import add_rms_norm, cross_entropy_, label_weights, linear_cross_entropy, rms_norm, rope_qk, swiglu
 from megacpt_kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before the first import")
@@ -89,7 +89,7 @@ def test_cross_entropy():
     loss = theirs(x)
     loss.backward()
     mine = logits.detach().clone()
-    nll, _ = cross_entropy_(mine, target, 0, 50, 1.0, backend="triton")
+    nll, _ = cross_entropy_(mine, target, 0, 50, label_weights(target), backend="triton")
     assert difference(nll.sum(), loss) <= BOUND and difference(mine, x.grad) <= BOUND
 
 
@@ -98,5 +98,5 @@ def test_linear_cross_entropy():
 
     target = torch.tensor([0, 49, -100, 3, 7, 7, 1, -100, 20])
     theirs = lambda x, w: LigerFusedLinearCrossEntropyFunction.apply(x, w, target, None, None, -100, 0.0, 0.0, "sum")[0]
-    ours = lambda x, w: linear_cross_entropy(x, w, target, 0, 50, 1.0, backend="triton")
+    ours = lambda x, w: linear_cross_entropy(x, w, target, 0, 50, label_weights(target), backend="triton")
     agree(ours, theirs, [random(9, 16), random(50, 16, seed=1)])

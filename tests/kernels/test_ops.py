@@ -14,6 +14,7 @@ from megacpt_kernels import (
     cross_entropy_,
     embedding,
     grad_norm,
+    label_weights,
     linear_cross_entropy,
     linear_lse,
     rms_norm,
@@ -155,10 +156,10 @@ def test_a_named_backend_that_is_missing_is_an_error():
         Documents.of([0, 5, 5], 9)
 
 
-def loss_reference(logits, target, valid, scale):
+def loss_reference(logits, target, valid):
     logits = logits.clone()
     logits[:, valid:] = -math.inf
-    return F.cross_entropy(logits, target, reduction="none", ignore_index=-100), scale
+    return F.cross_entropy(logits, target, reduction="none", ignore_index=-100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,15 +167,16 @@ def loss_reference(logits, target, valid, scale):
 def test_cross_entropy(valid, dtype):
     logits = (3 * random(9, 23, dtype=dtype).detach()).requires_grad_()
     target = torch.tensor([0, valid - 1, -100, 5, 7, -100, 1, 2, 3])
+    weights = torch.tensor([0.37, -1.5, math.nan, 0.0, 2.0, 1.0, 1e-3, -0.25, 1.0])  # not read without a label
     exact = logits.detach().double().requires_grad_()
-    want = loss_reference(exact, target, valid, 0.37)[0]
-    (want.sum() * 0.37).backward()
+    want = loss_reference(exact, target, valid)
+    (want * weights.nan_to_num(0.0).double()).sum().backward()
     buffer = logits.detach().clone()
-    nll, lse = cross_entropy_(buffer, target, 0, valid, 0.37)
+    nll, lse = cross_entropy_(buffer, target, 0, valid, weights)
     assert difference(nll, want) <= 1e-6 and nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert difference(lse, exact[:, :valid].logsumexp(-1)) <= 1e-6
     assert difference(buffer, exact.grad) <= KERNEL[dtype]
-    assert not buffer[:, valid:].any() and not buffer[target == -100].any()
+    assert not buffer[:, valid:].any() and not buffer[target == -100].any() and not buffer[3].any()
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -185,7 +187,8 @@ def test_cross_entropy_over_shards_is_that_of_the_whole(shards):
     logits, width, valid = random(6, 8 * shards).detach(), 8, 8 * shards - 5
     target = torch.tensor([0, 7, 8, valid - 1, -100, 3])
     whole = logits.clone()
-    want = cross_entropy_(whole, target, 0, valid, 0.5)
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, 3.0])
+    want = cross_entropy_(whole, target, 0, valid, weights)
     barrier, box, results = threading.Barrier(shards), {}, {}
 
     def work(rank: int) -> None:
@@ -196,7 +199,7 @@ def test_cross_entropy_over_shards_is_that_of_the_whole(shards):
 
         part = logits[:, rank * width : (rank + 1) * width].clone()
         local_valid = max(0, min(width, valid - rank * width))
-        results[rank] = (part, *cross_entropy_(part, target, rank * width, local_valid, 0.5, gather))
+        results[rank] = (part, *cross_entropy_(part, target, rank * width, local_valid, weights, gather))
 
     threads = [threading.Thread(target=work, args=(r,)) for r in range(shards)]
     [t.start() for t in threads]
@@ -215,7 +218,8 @@ def test_gradcheck():
     assert check(lambda q, k: rope_qk_(q * 1, k * 1, cos, sin, positions), random(3, 2, 4), random(3, 1, 4, seed=1))
     assert check(lambda table: embedding(torch.tensor([1, 3, 1, 7]), table, 1), random(3, 4))
     target = torch.tensor([0, 5, -100, 2, 4])
-    loss = lambda x, w: linear_cross_entropy(x, w, target, 0, 6, 0.3, z_loss=0.1)
+    weights = torch.tensor([1.0, -0.5, 7.0, 0.0, 0.25])
+    loss = lambda x, w: linear_cross_entropy(x, w, target, 0, 6, weights, scale=0.3, z_loss=0.1)
     assert check(loss, random(5, 4), random(7, 4, seed=1))
     documents = Documents.of([0, 2, 3], 6)
     assert check(
@@ -226,18 +230,20 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [None, 64 * 23])
 def test_linear_cross_entropy_and_linear_lse(chunk, dtype):
-    """150 tokens in chunks of 64 (or one): loss, both gradients, log-sum-exp and target logits."""
+    """150 tokens in chunks of 64 (or one), weights of both signs: loss, both gradients, log-sum-exp and target logits."""
     inputs = [random(150, 12, dtype=dtype), random(23, 12, dtype=dtype, seed=1)]
     target = torch.randint(0, 20, (150,), generator=torch.Generator().manual_seed(3))
     target[40:50] = -100
     exact = wide(inputs)
     logits = (exact[0] @ exact[1].t())[:, :20]
-    want = F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) * 0.01
+    weights = random_weights(150)
+    nll = F.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+    want = (nll * weights.double()).sum() * 0.01
     want.backward()
-    loss = linear_cross_entropy(*inputs, target, 0, 20, 0.01, chunk_logits=chunk)
+    loss = linear_cross_entropy(*inputs, target, 0, 20, weights, scale=0.01, chunk_logits=chunk)
     loss.backward()
-    bound = KERNEL[dtype] if dtype != torch.float64 else 1e-6  # the scale is a Python float, sums differ in order only
-    assert abs(loss.item() / want.item() - 1) <= max(bound, 1e-6)
+    size = (nll * weights.double()).abs().sum().item() * 0.01  # terms cancel: the error is on their scale
+    assert abs(loss.item() - want.item()) <= max(KERNEL[dtype], 1e-13) * size
     for got, reference in zip(inputs, exact, strict=True):
         assert difference(got.grad, reference.grad) <= (2 * KERNEL[dtype] if dtype == torch.bfloat16 else KERNEL[dtype])
     lse, hit, largest = linear_lse(inputs[0].detach(), inputs[1].detach(), target, 0, 20)
@@ -246,6 +252,63 @@ def test_linear_cross_entropy_and_linear_lse(chunk, dtype):
     assert difference(lse, logits.logsumexp(-1)) <= KERNEL[dtype]
     assert difference(largest, logits.amax(-1)) <= KERNEL[dtype]
     assert difference(hit[labelled], picked[labelled]) <= KERNEL[dtype] and not hit[~labelled].any()
+
+
+def random_weights(count):
+    """float32 [count], a third of them 0, of both signs."""
+    weights = random(count, seed=5).detach().float()
+    weights[::3] = 0
+    return weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_weight_for_all_is_a_scale_to_the_bit(dtype):
+    """Weights of 1 with a scale, and weights that are all that scale: the same gradients; and only labels count."""
+    x, w = random(150, 12, dtype=dtype), random(23, 12, dtype=dtype, seed=1)
+    target = torch.randint(0, 20, (150,), generator=torch.Generator().manual_seed(3))
+    target[40:50] = -100
+    found = []
+    scale = 2.0**-7  # exact in every type
+    for weights, factor in (
+        (torch.ones(150), scale),
+        (label_weights(target), scale),
+        (label_weights(target, scale), 1.0),
+    ):
+        loss = linear_cross_entropy(x, w, target, 0, 20, weights, scale=factor, chunk_logits=64 * 23)
+        found.append((loss, *torch.autograd.grad(loss, (x, w))))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_of_weight_zero_is_a_token_without_label(dtype):
+    """To the bit, z-loss included: no loss, no gradient of its hidden state, none in the head."""
+    x, w, weights = random(150, 12, dtype=dtype), random(23, 12, dtype=dtype, seed=1), random_weights(150)
+    target = torch.randint(0, 20, (150,), generator=torch.Generator().manual_seed(3))
+    hidden = torch.where(weights == 0, -100, target)
+    found = []
+    for ids, given in ((target, weights), (hidden, torch.where(weights == 0, math.nan, weights))):
+        loss = linear_cross_entropy(x, w, ids, 0, 20, given, z_loss=0.1, chunk_logits=64 * 23)
+        found.append((loss, *torch.autograd.grad(loss, (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and not found[0][1][::3].any()
+
+
+@pytest.mark.parametrize("broken", ["moved", "ignored"])
+def test_the_comparison_sees_wrong_weights(broken, monkeypatch):
+    """Twins: weights that belong to the token before, and a gradient that takes none."""
+    x, w, weights = random(150, 12), random(23, 12, seed=1), random_weights(150)
+    target = torch.randint(0, 20, (150,), generator=torch.Generator().manual_seed(3))
+    run = lambda given: torch.autograd.grad(linear_cross_entropy(x, w, target, 0, 23, given), (x, w))
+    want = torch.autograd.grad((F.cross_entropy(x @ w.t(), target, reduction="none") * weights).sum(), (x, w))
+    assert max(difference(a, b) for a, b in zip(run(weights), want, strict=True)) <= KERNEL[torch.float64]
+    if broken == "ignored":
+        module = sys.modules["megacpt_kernels.linear_cross_entropy"]
+        original = module.cross_entropy_
+        plain = lambda logits, ids, start, valid, given, *rest: original(
+            logits, ids, start, valid, given * 0 + 1, *rest
+        )
+        monkeypatch.setattr(module, "cross_entropy_", plain)
+    got = run(weights.roll(1) if broken == "moved" else weights)
+    assert min(difference(a, b) for a, b in zip(got, want, strict=True)) > 1e-3
 
 
 def test_memory_of_the_loss_is_one_chunk_of_logits():
@@ -257,8 +320,9 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
         x = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
         target = torch.empty(131072, dtype=torch.int64, device="meta")
+        weights = torch.empty(131072, device="meta")
         how = dict(chunk_logits=chunk, backend="triton")
-        return peak_of(lambda: linear_cross_entropy(x, weight, target, 0, 128256, 1.0, **how))
+        return peak_of(lambda: linear_cross_entropy(x, weight, target, 0, 128256, weights, **how))
 
     chunk = 1 << 29
     gradients = 2 * 131072 * 4096 + 4 * 128256 * 4096
@@ -399,6 +463,18 @@ BAD = {
     ),
     "int64 .t.": lambda: cross_entropy_(random(3, 5).detach(), torch.tensor([0, 1, 2]).int(), 0, 5, None),
     "x and weight have one type": lambda: linear_lse(random(2, 4).float(), random(3, 4), torch.tensor([0, 1]), 0, 3),
+    "weights .2,. torch.float32, target .3,.: there is one weight a token": lambda: linear_cross_entropy(
+        random(3, 4), random(5, 4), torch.tensor([0, 1, 2]), 0, 5, torch.ones(2)
+    ),
+    "weights .3,. torch.bfloat16, target": lambda: linear_cross_entropy(
+        random(3, 4), random(5, 4), torch.tensor([0, 1, 2]), 0, 5, torch.ones(3).bfloat16()
+    ),
+    "with a gradient, target .3,.: .* detach them": lambda: linear_cross_entropy(
+        random(3, 4), random(5, 4), torch.tensor([0, 1, 2]), 0, 5, random(3)
+    ),
+    "weights .1,. torch.int64": lambda: cross_entropy_(
+        random(3, 5).detach(), torch.tensor([0, 1, 2]), 0, 5, torch.ones(1).long()
+    ),
     "token ids 0 to 12; the vocabulary has 0 to 9": lambda: embedding(torch.tensor([0, 12]), random(10, 2), check=10),
     "shared|cannot share 2 key heads": lambda: attention(
         random(4, 3, 8), random(4, 2, 8), random(4, 2, 8), Documents.of([0], 4)

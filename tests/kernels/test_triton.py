@@ -15,6 +15,7 @@ from megacpt_kernels import (
     attention,
     cross_entropy_,
     embedding,
+    linear_cross_entropy,
     linear_lse,
     rms_norm,
     rope_qk,
@@ -171,12 +172,15 @@ def test_cross_entropy(rows, columns, valid, z_loss, dtype):
     lse = exact[:, :valid].logsumexp(-1)
     want = torch.nn.functional.cross_entropy(exact[:, :valid], target, reduction="none", ignore_index=-100)
     want = want + (target != -100) * z_loss * lse.square()
-    (want.sum() * 0.37).backward()
-    nll, found = cross_entropy_(fenced.tensor, target, 0, valid, 0.37, z_loss=z_loss, backend="triton")
-    assert fenced.whole()
+    weights = Fenced(random(rows, seed=2))
+    weights.tensor[::3] = 0
+    (want * weights.tensor.double()).sum().backward()
+    nll, found = cross_entropy_(fenced.tensor, target, 0, valid, weights.tensor, z_loss=z_loss, backend="triton")
+    assert fenced.whole() and weights.whole()
     assert difference(nll, want) <= 1e-6 and difference(found, lse) <= 1e-6
     assert difference(fenced.tensor, exact.grad) <= KERNEL[dtype]
     assert not fenced.tensor[:, valid:].any() and not fenced.tensor[target == -100].any()
+    assert not fenced.tensor[::3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,9 +200,11 @@ def test_cross_entropy_over_shards(dtype):
         collect(rank, "triton")
     together = torch.stack(statistics)
     exact = whole.double()[:, :valid].requires_grad_()
-    torch.nn.functional.cross_entropy(exact, target, reduction="sum", ignore_index=-100).backward()
+    weights = random(6, seed=3)
+    nll = torch.nn.functional.cross_entropy(exact, target, reduction="none", ignore_index=-100)
+    (nll * weights.double()).sum().backward()
     for rank in range(3):
-        cross_entropy_(parts[rank], target, rank * width, local[rank], 1.0, lambda own: together, backend="triton")
+        cross_entropy_(parts[rank], target, rank * width, local[rank], weights, lambda own: together, backend="triton")
     found = torch.cat(parts, 1)
     assert difference(found[:, :valid], exact.grad) <= KERNEL[dtype] and not found[:, valid:].any()
 
@@ -332,6 +338,28 @@ def test_linear_lse(rows, width, valid, hidden, dtype):
     assert difference(lse, logits.logsumexp(-1)) <= 2e-6
     assert difference(hit, logits.gather(1, target[:, None]).squeeze(1)) <= 2e-6
     assert difference(largest, logits.amax(-1) if valid else largest) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [None, 64 * 9])
+def test_linear_cross_entropy(chunk, dtype):
+    """Weights of both signs and zeros, in one chunk and in two; loss and both gradients."""
+    x, weight, target, weights = (
+        random(75, 12, dtype=dtype),
+        random(9, 12, dtype=dtype, seed=1),
+        integers(8, 75),
+        random(75),
+    )
+    target[7:12], weights[::3] = -100, 0
+    given = [t.detach().clone().requires_grad_() for t in (x, weight)]
+    exact = [t.double().detach().requires_grad_() for t in (x, weight)]
+    loss = linear_cross_entropy(*given, target, 0, 8, weights, z_loss=1e-2, chunk_logits=chunk, backend="triton")
+    logits = (exact[0] @ exact[1].t())[:, :8]
+    nll = torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+    want = (weights * (target != -100)).double() * (nll + 1e-2 * logits.logsumexp(-1).square())
+    assert abs(loss.item() - want.sum().item()) <= KERNEL[dtype] * want.abs().sum().item()
+    found, expected = torch.autograd.grad(loss, given), torch.autograd.grad(want.sum(), exact)
+    assert max(difference(a, b) for a, b in zip(found, expected, strict=True)) <= 2 * KERNEL[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

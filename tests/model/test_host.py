@@ -31,7 +31,7 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
     """One whole step: forward, backward, norm, clip, update."""
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
-    from megacpt.data.loader import Batch
+    from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
     from megacpt.model.hf import initialize
@@ -59,7 +59,12 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
         step.inverse_clip = lambda norm, bound, skip: original(norm, bound, skip) if norm.item() > bound else None
     with Watch():
         loss, *_ = train_step(
-            model, optimizer, [batch, batch], 2 * TOKENS, "step", Update(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
+            model,
+            optimizer,
+            [batch, batch],
+            StepCounts(2 * TOKENS, 2 * TOKENS, 6),
+            "step",
+            Update(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0),
         )
     return bool(torch.isfinite(loss))
 

@@ -10,7 +10,7 @@ import transformers
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 from tolerances import PARITY, difference
 
-from megacpt.data.loader import IGNORE, Batch
+from megacpt.data.loader import IGNORE, Batch, StepCounts
 from megacpt.model.build import build_model
 from megacpt.model.config import parse_config
 from megacpt.model.hf import fill_shard
@@ -103,7 +103,7 @@ def compare(
     expected = torch.cat(losses)
     (expected.sum() / labels).backward()
     got = losses_of(model, change(batch))[torch.from_numpy(batch.labels[0]) >= 0]
-    accumulate(model, [change(batch)], labels, "step")
+    accumulate(model, [change(batch)], StepCounts(labels, labels, 1), "step")
     gradients = dict(theirs.named_parameters())
     found = {"nll": difference(got, expected)}
     for name, parameter in model.named_parameters():
@@ -178,7 +178,7 @@ def test_activation_checkpointing_gives_the_same_gradients(mesh, mode):
     for checkpointing in ("none", mode):
         model.set_activation_checkpointing(checkpointing)
         model.zero_grad()
-        accumulate(model, [batch], 1, "step")
+        accumulate(model, [batch], StepCounts(1, 1, 1), "step")
         grads.append([p.grad._local_tensor.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

@@ -27,6 +27,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
 
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+    from megacpt.data.loader import StepCounts
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
@@ -74,7 +75,8 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
         return result
 
     run._Gradients.run = observed
-    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], MICRO_BATCHES * TOKENS, "step")
+    counts = StepCounts(MICRO_BATCHES * TOKENS, MICRO_BATCHES * TOKENS, MICRO_BATCHES)
+    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts, "step")
     assert max(expected) == peak_in_flight(plan.schedule(MICRO_BATCHES).ranks[mesh.pipeline_rank])
     return alive, expected[1:], held
 

@@ -215,7 +215,7 @@ def filled_row() -> tuple[int, float, float]:
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.data.loader import Batch
+    from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model
     from megacpt.model.config import parse_config
     from megacpt.model.hf import initialize
@@ -235,7 +235,7 @@ def filled_row() -> tuple[int, float, float]:
     positions = np.concatenate([np.arange(12), np.arange(52)])[None]
     batch = Batch(tokens, labels, positions, np.array([0, 12]), np.array([0, 2]), [""])
     mine = int((to_inputs(batch, mesh).labels >= 0).sum())
-    loss = accumulate(model, [batch], 11, "step")
+    loss = accumulate(model, [batch], StepCounts(11, 11, 1), "step")
     return mine, loss.item(), grad_norm(model.counted_parameters(), mesh).item()
 
 

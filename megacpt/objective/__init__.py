@@ -1,0 +1,1 @@
+"""What is minimised: pure functions from log-probabilities to a weight a token."""
