@@ -16,7 +16,9 @@ def to_inputs(batch: Batch, mesh: Mesh) -> Inputs:
     plan = make_plan(batch.document_starts, batch.tokens.size, mesh.layout.context, mesh.context_rank, mesh.device)
     move = lambda array: torch.from_numpy(array.reshape(-1)[plan.tokens]).to(mesh.device, non_blocking=True)
     positions, labels = move(batch.positions.astype(np.int32)), move(batch.labels)
-    weights = label_weights(labels) if batch.weights is None else move(batch.weights)
+    weights = label_weights(labels)
+    if batch.weights is not None:
+        weights = torch.where(weights > 0, move(batch.weights), weights)
     return Inputs(move(batch.tokens), labels, positions, plan, batch.tokens.shape[1], weights, _items(batch, plan))
 
 

@@ -52,7 +52,7 @@ class Inputs:
     Attributes:
         tokens: int64 [T]. labels: int64 [T], -100 without. positions: int32 [T].
         plan: documents, and under context parallelism whose keys. longest: rows of the rotary tables that are needed.
-        weights: float32 [T], how heavy each label is in the loss. items: what the documents belong to.
+        weights: float32 [T], how heavy each label is in the loss, 0 without. items: what the documents belong to.
     """
 
     tokens: Tensor

@@ -26,7 +26,7 @@ class Targets(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """float32 [T], as the data gives them: 1 where a label is, unless it says otherwise."""
+        """float32 [T], as the data gives them, 1 unless it says otherwise; 0 without label."""
         ...
 
     @property
