@@ -22,13 +22,13 @@ ITEMS = [[0, 3, 0, 2, 1], [0], [1, 0, 0, 1], [0, 1, 2, 3, 3, 2, 1, 4]]
 @dataclass(frozen=True)
 class Focal:
     """sum over items of f(m) / items, m the weighted mean log-probability of an item's labels, f(m) = -(1 - e^m)^2 m: items that are
-    learnt count less (Lin et al. 2017, arXiv 1708.02002, equation 5, for items in place of classes)."""
+    learnt count less (Lin et al. 2017, arXiv 1708.02002, equation 4, for items in place of classes)."""
 
     sums: ClassVar[tuple[str, ...]] = ("loss", "mean_log_prob")
     needs_log_probs: ClassVar[bool] = True
 
     def normalizer(self, counts) -> float:
-        return float(counts.items)
+        return float(counts.items or 1)
 
     def weights(self, log_p: Tensor | None, targets, group):
         from megacpt.objective.base import Weighted
@@ -36,9 +36,7 @@ class Focal:
 
         assert log_p is not None
         given = targets.weights.double()
-        total = room.item_sums(given, targets.items, group).clamp(
-            min=1e-300
-        )  # an item without weight has mean 0 and loss 0
+        total = room.item_sums(given, targets.items, group).clamp(min=1e-300)  # without weight: mean 0, loss 0
         mean = room.item_sums(given * log_p, targets.items, group) / total
         slope = focal_slope(mean) / total
         sums = torch.stack([focal(mean).sum(), mean.sum()])
@@ -80,13 +78,14 @@ def batches(with_items: bool) -> list[Any]:
     return made
 
 
-def counts_of(made: list[Any], item_of) -> Any:
+def counts_of(made: list[Any]) -> Any:
     """The step's totals, from the batches themselves."""
     from megacpt.data.loader import StepCounts
 
     labels = sum(int((batch.labels >= 0).sum()) for batch in made)
     weight = sum(float(weights_of(batch).sum()) for batch in made)
-    return StepCounts(labels, weight, sum(len(np.unique(item_of(batch)[batch.labels[0] >= 0])) for batch in made))
+    items = sum(len(np.unique(items_of(batch)[batch.labels[0] >= 0])) for batch in made)
+    return StepCounts(labels, weight, items)
 
 
 def weights_of(batch) -> np.ndarray:
@@ -103,7 +102,7 @@ def items_of(batch) -> np.ndarray:
 
 def of_autograd(model, name: str, made: list[Any]) -> tuple[list[float], dict[str, Tensor]]:
     """The sums and every gradient, by autograd through log-softmax of transformers' model, document by document."""
-    counts, loss, extra = counts_of(made, items_of), torch.zeros((), dtype=torch.float64), 0.0
+    counts, loss, extra = counts_of(made), torch.zeros((), dtype=torch.float64), 0.0
     for batch in made:
         tokens, labels = torch.from_numpy(batch.tokens[0]), torch.from_numpy(batch.labels[0])
         edges = [*batch.document_starts.tolist(), SEQ_LEN]
@@ -155,7 +154,7 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             fill_shard(parameter, config.shapes()[key], lambda box, key=key: weights[key][box])
-    counts = counts_of(made, items_of)
+    counts = counts_of(made)
     sums = run.accumulate(model, made[mesh.data_rank :: mesh.layout.data], counts, reduce, objective)
     shards = {}
     for key, parameter in model.named_parameters():

@@ -146,7 +146,9 @@ class _Gradients(_Work):
         log_p = self.model.log_probs(out, inputs) if self.objective.needs_log_probs else None
         weighted = self.objective.weights(log_p, inputs, self.model.mesh.context_group)
         loss = self.model.loss(out, inputs, weighted.weights, self.scale)
-        self.total += loss.detach() if weighted.sums is None else weighted.sums * self.scale
+        sums = loss.detach().view(1) if weighted.sums is None else weighted.sums * self.scale
+        assert sums.shape == self.total.shape, f"{tuple(sums.shape)} sums for the names {self.objective.sums}"
+        self.total += sums
         return loss
 
     def _weights(self, action: Action, received: None) -> None:

@@ -330,6 +330,32 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
     assert gradients + 2 * chunk <= peak(chunk) <= allowed < peak(4 * chunk)
 
 
+def test_weights_add_no_pass_over_the_logits():
+    """On pretended tensors, what touches one of the size of the logits: a product, a pass for statistics, one for the gradient, two
+    products. The weights themselves are 4 bytes a token."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    pytest.importorskip("triton", reason="needs Triton (Linux)")
+    tokens, vocab, hidden, seen = 256, 512, 64, []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            tensors = [t for t in (*args, *(out if isinstance(out, (tuple, list)) else [out])) if torch.is_tensor(t)]
+            if any(t.numel() == tokens * vocab for t in tensors) and not function.is_view:
+                seen.append(function.name().split("::")[1].split(".")[0])
+            return out
+
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    x, weight = make(tokens, hidden).requires_grad_(), make(vocab, hidden).requires_grad_()
+    with Count():
+        given = make(tokens, dtype=torch.float32)
+        linear_cross_entropy(
+            x, weight, make(tokens, dtype=torch.int64), 0, vocab, given, z_loss=0.1, backend="triton"
+        ).backward()
+    assert seen == ["mm", "cross_entropy_statistics", "cross_entropy_gradient_", "mm", "mm"], seen
+
+
 @pytest.mark.parametrize("divisor", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "backend, moments",
