@@ -155,6 +155,7 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="GIB",
         help="of one card, which every stage must fit (default: 79.1, an 80 GB card; an H200 has 139.8)",
     )
+    p.add_argument("--timeline", action="store_true", help="print what happens after which step")
     p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
     p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
@@ -359,6 +360,11 @@ def _check(options) -> int:
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    if options.timeline:
+        from megacpt.config.clock import Clock
+        from megacpt.config.timeline import folded, timeline
+
+        print("\n".join(folded(timeline(recipe, Clock(recipe)), recipe)))
     if options.schedule_picture:
         Path(options.schedule_picture).write_text(
             schedule_svg(recipe, world_size, files=not options.no_files), encoding="utf-8"
