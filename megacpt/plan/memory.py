@@ -305,6 +305,8 @@ def _alternatives(job: Job) -> Iterable[tuple[str, Job]]:
         yield 'optimizer.state_dtype = "bfloat16"', replace(job, state=2)
     if job.reduce == "step":
         yield 'precision.reduce = "micro_batch"', replace(job, reduce="micro_batch")
+    wider = replace(job.layout, data_shard=2 * job.layout.data_shard)
+    yield f"{wider.world_size} GPUs", replace(job, layout=wider, micro_batches=-(-job.micro_batches // 2))
 
 
 def _smaller_micro_batch(job: Job) -> int | None:
