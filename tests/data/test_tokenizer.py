@@ -1,0 +1,387 @@
+"""Tokenizers as people have them, made here: the ids, BOS and EOS of transformers' AutoTokenizer, or a refusal that says why; and growth
+that moves no id, in every layout of tokenizer.json and beside every sentencepiece model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from samples import TEXTS
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from megacpt.cli import run
+from megacpt.data import vocabulary
+from megacpt.data.tokenizer import Tokenizer as Ours
+from megacpt.errors import ConfigError
+
+PROBES = [
+    *TEXTS[:20],
+    "Hello World",
+    "  two leading spaces",
+    "def f(x):\n    if x:\n\treturn  1\n\n\n    # done  ",
+    "\tindented\t\ttabs",
+    "\n\nnewlines\n",
+    "中文 text, ñ and 🙂",
+    "a<|im_start|>user\nhi<|im_end|> b<|im_end|><|im_end|>",
+    "<|im_start|>",
+    "x<s> y</s>z",
+    " ",
+    "",
+]
+CHINESE = ["中文分词模型的训练与扩展", "模型的训练需要大量的中文文本", "扩展词表以后中文文本更短"] * 20
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+
+
+def byte_bpe(texts=TEXTS, size=400, special=()) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def with_template(tokenizer: Tokenizer, bos: str) -> Tokenizer:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return tokenizer
+
+
+def folder(path: Path, tokenizer: Tokenizer | None = None, **files) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        tokenizer.save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def pieces(path: Path, texts=TEXTS, size=420, **changes) -> int:
+    """A sentencepiece model in a folder. Returns its number of pieces."""
+    import sentencepiece
+
+    path.mkdir(parents=True, exist_ok=True)
+    options = {
+        "vocab_size": size,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    } | changes
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
+        model_prefix=str(path / "tokenizer"),
+        **options,
+    )
+    (path / "tokenizer.vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model")).vocab_size()
+
+
+def llama3(path: Path) -> Path:
+    """Llama 3's layout: special tokens stand behind the vocabulary, as added tokens only."""
+    tokenizer = byte_bpe()
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_{i}|>" for i in range(10))])
+    with_template(tokenizer, "<|begin_of_text|>")
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    folder(path, tokenizer, tokenizer_config=FAST | names)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+def inside(path: Path) -> Path:
+    """Special tokens are the vocabulary's first entries."""
+    tokenizer = with_template(byte_bpe(special=["<s>", "</s>"]), "<s>")
+    return folder(path, tokenizer, tokenizer_config=FAST | {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def both(path: Path) -> Path:
+    """Some inside, some behind; one of them is no special token."""
+    tokenizer = byte_bpe(special=["<s>", "</s>"])
+    tokenizer.add_tokens(["<think>", AddedToken("<|im_end|>", special=True)])
+    return folder(path, with_template(tokenizer, "<s>"), tokenizer_config=FAST | {"eos_token": "<|im_end|>"})
+
+
+def with_gaps(path: Path) -> Path:
+    """Ids that nothing has, in the middle and before the added tokens."""
+    folder(path, byte_bpe(special=["</s>"]), tokenizer_config=FAST | {"eos_token": "</s>"})
+    content = json.loads((path / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    last = max(entries, key=entries.get)
+    entries[last] += 7
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+def string_merges(path: Path) -> Path:
+    """The older form: merges as "left right"."""
+    inside(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+def eos_in_the_map(path: Path) -> Path:
+    """EOS is named by special_tokens_map.json alone, while a name that one would guess is there too."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>"])
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    return folder(path, tokenizer, tokenizer_config=FAST, special_tokens_map={"eos_token": "<|im_end|>"})
+
+
+def eos_in_the_map_as_a_table(path: Path) -> Path:
+    tokenizer = byte_bpe(special=["<|end_of_text|>"])
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    table = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return folder(path, tokenizer, tokenizer_config=FAST, special_tokens_map={"eos_token": table})
+
+
+def added_beside(path: Path) -> Path:
+    """tokenizer_config.json's added_tokens_decoder names tokens that tokenizer.json lacks."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>"])
+    number = tokenizer.get_vocab_size()
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    more = {str(number): {"content": "<|im_start|>", **flags}, str(number + 1): {"content": "<|im_end|>", **flags}}
+    return folder(path, tokenizer, tokenizer_config=FAST | {"eos_token": "<|im_end|>", "added_tokens_decoder": more})
+
+
+def without_a(path: Path) -> Path:
+    """DNA: no letter a, no unknown token."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5, "N": 6}, []))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    with_template(tokenizer, "<s>")
+    return folder(path, tokenizer, tokenizer_config=FAST | {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def llama2(path: Path) -> Path:
+    pieces(path)
+    return folder(path, tokenizer_config=LLAMA)
+
+
+def llama2_legacy(path: Path) -> Path:
+    pieces(path)
+    return folder(path, tokenizer_config=LLAMA | {"legacy": True})
+
+
+def without_prefix(path: Path) -> Path:
+    pieces(path)
+    return folder(path, tokenizer_config=LLAMA | {"add_prefix_space": False})
+
+
+def chatml_on_llama2(path: Path) -> Path:
+    """added_tokens.json beside a sentencepiece model; EOS is one of them."""
+    number = pieces(path)
+    named = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    added = {"<|im_start|>": number, "<|im_end|>": number + 1}
+    return folder(
+        path, tokenizer_config=LLAMA | {"eos_token": "<|im_end|>"}, added_tokens=added, special_tokens_map=named
+    )
+
+
+def vicuna(path: Path) -> Path:
+    """One padding token behind the pieces; EOS stays the model's."""
+    number = pieces(path)
+    return folder(path, tokenizer_config=LLAMA, added_tokens={"<pad>": number})
+
+
+def user_defined(path: Path) -> Path:
+    pieces(path, user_defined_symbols=["<|user|>", "<|im_end|>"])
+    return folder(path, tokenizer_config=LLAMA)
+
+
+def whitespace_pieces(path: Path) -> Path:
+    pieces(path, texts=[*TEXTS, "        x\n    y\n" * 30], allow_whitespace_only_pieces=True)
+    return folder(path, tokenizer_config=LLAMA)
+
+
+JSON = [
+    llama3, inside, both, with_gaps, string_merges, eos_in_the_map, eos_in_the_map_as_a_table, added_beside, without_a,
+]  # fmt: skip
+SENTENCEPIECE = [
+    llama2, llama2_legacy, without_prefix, chatml_on_llama2, vicuna, user_defined, whitespace_pieces
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [*JSON, *SENTENCEPIECE])
+def test_ids_are_those_of_transformers(make, tmp_path):
+    import transformers
+
+    path = make(tmp_path / "t")
+    ours, theirs = Ours(path), transformers.AutoTokenizer.from_pretrained(path)
+    for text in PROBES:
+        assert ours.encode_batch([text])[0] == theirs(text, add_special_tokens=False).input_ids, text
+    assert ours.eos_id == theirs.eos_token_id
+    whole = theirs("A").input_ids
+    assert ours.bos_id == (whole[0] if whole[0] != theirs("A", add_special_tokens=False).input_ids[0] else None)
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+
+
+def test_the_comparison_sees_an_added_token_that_is_spelled_out(tmp_path):
+    """The twin: without added_tokens.json the ids differ."""
+    import transformers
+
+    path = chatml_on_llama2(tmp_path / "t")
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    (path / "added_tokens.json").unlink()
+    ours = Ours(path)
+    differ = [
+        text for text in PROBES if ours.encode_batch([text])[0] != theirs(text, add_special_tokens=False).input_ids
+    ]
+    assert differ and ours.eos_id is None
+
+
+@pytest.mark.parametrize("make", [llama2, chatml_on_llama2, whitespace_pieces])
+def test_what_sentencepiece_would_say(make, tmp_path):
+    """Beside sentencepiece itself, on texts without control tokens and without a space at the front, where transformers differs from it."""
+    import sentencepiece
+
+    path = make(tmp_path / "t")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    for text in [text for text in PROBES if "<" not in text and text[:1] != " "]:
+        assert Ours(path).encode_batch([text])[0] == reference.encode(text), text
+
+
+def grow(base: Path, tmp_path: Path, most: int | None = None) -> Path:
+    """The base with the Chinese of another tokenizer of its kind."""
+    new = tmp_path / "new"
+    if (base / "tokenizer.model").exists():
+        pieces(new, CHINESE, 330)
+        folder(new, tokenizer_config=LLAMA)
+    else:
+        folder(new, byte_bpe(CHINESE, 330), tokenizer_config=FAST)
+    vocabulary.merge(base, new, tmp_path / "grown", most)
+    return tmp_path / "grown"
+
+
+@pytest.mark.parametrize("make", [m for m in [*JSON, *SENTENCEPIECE] if m is not without_a])
+def test_growth_moves_no_id(make, tmp_path):
+    """All ids of transformers, BOS and EOS, are what they were; old text is cut as before; Chinese is shorter; and transformers and we
+    agree on the grown one."""
+    import transformers
+
+    base = make(tmp_path / "base")
+    grown = grow(base, tmp_path)
+    before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (base, grown))
+    assert {entry: after.get_vocab()[entry] for entry in before.get_vocab()} == before.get_vocab()
+    assert len(after) > len(before)
+    assert (before.bos_token_id, before.eos_token_id) == (after.bos_token_id, after.eos_token_id)
+    assert before("order of data").input_ids == after("order of data").input_ids
+    for text in [text for text in PROBES if not any(letter in text for letter in "中文ñ🙂")]:
+        assert before(text).input_ids == after(text).input_ids, text
+    ours = Ours(grown)
+    for text in [*PROBES, *CHINESE[:3]]:
+        assert ours.encode_batch([text])[0] == after(text, add_special_tokens=False).input_ids, text
+    assert (ours.bos_id, ours.eos_id) == (Ours(base).bos_id, Ours(base).eos_id)
+    assert len(after(CHINESE[0]).input_ids) < len(before(CHINESE[0]).input_ids)
+
+
+def test_growth_that_would_move_an_id_writes_nothing(tmp_path, monkeypatch):
+    """The twin: without the entry of added tokens into the vocabulary, they are counted from its new end."""
+    base = llama3(tmp_path / "base")
+    right = vocabulary._merge_merges
+
+    def forgetful(*arguments):
+        right(*arguments)
+        content = json.loads(arguments[2].read_text())
+        for token in content["added_tokens"]:
+            content["model"]["vocab"].pop(token["content"])
+        arguments[2].write_text(json.dumps(content))
+
+    monkeypatch.setattr(vocabulary, "_merge_merges", forgetful)
+    with pytest.raises(ConfigError, match="begin_of_text.*has id 330 there, but the library reads it as"):
+        grow(base, tmp_path)
+    assert not (tmp_path / "grown").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_every_moved_id_is_seen():
+    class Listed:
+        bos_id = eos_id = None
+
+        def __init__(self, entries):
+            self.entries, self.vocab_size = entries, len(entries)
+
+        def token(self, i):
+            return self.entries[i] if i < len(self.entries) else None
+
+        def id_of(self, entry):
+            return self.entries.index(entry) if entry in self.entries else None
+
+    entries = [f"t{i}" for i in range(5000)]
+    assert vocabulary.moved_ids(Listed(entries), Listed([*entries, "new"])) == []
+    swapped = entries.copy()
+    swapped[4321] = "other"
+    (problem,) = vocabulary.moved_ids(Listed(entries), Listed(swapped))
+    assert "1 of 5000 ids" in problem and "4321: 't4321', now 'other'" in problem
+
+
+def test_a_file_whose_added_tokens_moved_is_refused(tmp_path):
+    """What an older growth made: entries of the vocabulary stand where the added tokens were, and the template still names them."""
+    path = llama3(tmp_path / "t")
+    content = json.loads((path / "tokenizer.json").read_text())
+    for i in range(50):
+        content["model"]["vocab"][f"new{i}"] = 412 + i
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="begin_of_text"):
+        Ours(path)
+
+
+def test_a_template_that_names_another_bos_is_refused(tmp_path):
+    tokenizer = byte_bpe(special=["<s>", "</s>", "<other>"])
+    with_template(tokenizer, "<other>")
+    path = folder(tmp_path / "t", tokenizer, tokenizer_config=FAST | {"bos_token": "<s>"})
+    with pytest.raises(ConfigError, match="begins a text with id 2, which is '<other>'; '<s>' has id 0"):
+        Ours(path)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda p: (p / "added_tokens.json").write_text('{"<|x|>": 5}'), "has id 5, which is the piece"),
+        (lambda p: (p / "added_tokens.json").write_text('{"<|x|>": "many"}'), "added tokens are not understood"),
+        (lambda p: (p / "added_tokens.json").write_text("[1]"), "holds no JSON object"),
+        (lambda p: (p / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'), "T5Tokenizer is not read"),
+        (lambda p: (p / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n"), "not a sentencepiece model"),
+        (lambda p: pieces(p, model_type="unigram"), "is no BPE model"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused(tmp_path, spoil, message):
+    path = llama2(tmp_path / "t")
+    spoil(path)
+    with pytest.raises(ConfigError, match=message):
+        Ours(path)
+
+
+def test_a_trained_sentencepiece_keeps_indentation(tmp_path):
+    """As Llama 2's: what is decoded is the text, and transformers gives the same ids."""
+    import transformers
+
+    text = tmp_path / "t.jsonl"
+    code = "def f(x):\n    if x:\n        return  1\n\n\treturn\t2\n"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*TEXTS, code * 20]))
+    output = tmp_path / "out"
+    run(["vocab", "train", str(text), "--output", str(output), "--type", "sentencepiece", "--vocab-size", "420"])
+    ours, theirs = Ours(output), transformers.AutoTokenizer.from_pretrained(output)
+    for probe in [code, "a  b   c    d", "x\n\n\n  y", "\tz", "    indented"]:
+        ids = ours.encode_batch([probe])[0]
+        assert ids == theirs(probe, add_special_tokens=False).input_ids
+        assert ours.decode(ids) == probe or probe[0] == " "  # one leading space is the decoder's
+    eight = ours.encode_batch(["x\n        y"])[0]
+    assert len(eight) < 8, "runs of spaces have pieces"
+
+
+def test_the_digest_knows_what_side_files_add(tmp_path):
+    path = chatml_on_llama2(tmp_path / "t")
+    whole = Ours(path).sha256
+    shutil.copytree(path, tmp_path / "u")
+    (tmp_path / "u/added_tokens.json").unlink()
+    assert Ours(tmp_path / "u").sha256 != whole
