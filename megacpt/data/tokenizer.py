@@ -22,7 +22,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
+"""All that a folder may hold of a tokenizer."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Of them, those that hold a vocabulary of their own."""
 
 
 class Tokenizer:

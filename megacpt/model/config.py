@@ -205,12 +205,42 @@ def _compare(config: LlamaConfig, expected: LlamaConfig, name: str) -> None:
 
 
 def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeConfig:
-    given = raw.get("rope_parameters")
-    name = "rope_parameters" if given is not None else "rope_scaling"
-    given = dict(given if given is not None else raw.get("rope_scaling") or {})
-    theta = given.pop("rope_theta", raw.get("rope_theta") or 10000.0)
-    kind = given.pop("rope_type", None)
-    kind = given.pop("type", kind) or kind or "default"
+    """Both spellings; where both stand they must say the same, because readers differ in which one they believe."""
+    spellings = {}
+    if raw.get("rope_parameters") is not None:
+        spellings["rope_parameters"] = raw["rope_parameters"]
+    if raw.get("rope_scaling") is not None or not spellings:
+        spellings["rope_scaling"] = raw.get("rope_scaling") or {}
+    wrong = [name for name, given in spellings.items() if not isinstance(given, dict)]
+    if wrong:
+        problems.append(f"{wrong[0]} = {spellings[wrong[0]]!r}: must be an object.")
+        return RopeConfig()
+    theta = raw.get("rope_theta")
+    if theta is None:
+        theta = spellings.get("rope_parameters", {}).get("rope_theta")
+    found = [_parse_spelling(name, given, theta, longest, problems) for name, given in spellings.items()]
+    if not problems and any(other != found[0] for other in found):
+        problems.append(
+            f"rope_parameters {raw['rope_parameters']} and rope_theta {raw.get('rope_theta')} with rope_scaling {raw['rope_scaling']} say "
+            "different things, and readers differ in which one they believe. Remove the one that is not meant."
+        )
+    elif not problems and raw.get("rope_theta") not in (None, found[0].theta):
+        problems.append(
+            f"rope_theta = {raw['rope_theta']!r} and rope_parameters.rope_theta = {found[0].theta!r} differ. Remove the wrong one."
+        )
+    return found[0]
+
+
+def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: int, problems: list[str]) -> RopeConfig:
+    given = dict(given)
+    own_theta = given.pop("rope_theta", None)
+    theta = own_theta if own_theta is not None else 10000.0 if top_theta is None else top_theta
+    kinds = [kind for kind in (given.pop("rope_type", None), given.pop("type", None)) if kind is not None]
+    if len(set(map(str, kinds))) > 1:
+        problems.append(
+            f"{name}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe. Remove one."
+        )
+    kind = kinds[0] if kinds else "default"
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
     if kind not in _ROPE_FIELDS:
@@ -339,16 +369,19 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
     raw.setdefault("architectures", ["LlamaForCausalLM"])
     raw["model_type"] = "llama"
     raw["vocab_size"] = config.vocab_size
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+    for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
+        raw[key] = dtype
     if longest > config.max_position_embeddings or "max_position_embeddings" in raw:
         raw["max_position_embeddings"] = max(longest, config.max_position_embeddings)
     before: list[str] = []
     if _parse_rope(config.raw, config.max_position_embeddings, before) != config.rope:
         rope = {"rope_type": config.rope.type, **config.rope.fields}
-        if "rope_parameters" in raw:
+        new = raw.get("rope_parameters") is not None
+        if new:
             raw["rope_parameters"] = {"rope_theta": config.rope.theta, **rope}
-        else:
+        if not new or "rope_theta" in raw:
             raw["rope_theta"] = config.rope.theta
+        if not new or "rope_scaling" in raw:
             raw["rope_scaling"] = None if config.rope.type == "default" else rope
     return raw
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megacpt.data.tokenizer import TOKENIZER_FILES
+from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError
 from megacpt.model.config import LlamaConfig, export_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -43,7 +43,9 @@ class Weights:
         if index.is_file():
             try:
                 mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+                    raise TypeError("its weight_map is no object of file names")
+            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
                 raise CheckpointError(f"{index}: not an index of safetensors ({error}).") from None
             for file in set(mapping.values()):
                 if Path(file).name != file or file in ("", ".", ".."):
@@ -74,18 +76,30 @@ class Weights:
                 raise CheckpointError(f"{self.directory / file}: damaged ({error}). Download it again.") from None
         return self._open[1]
 
+    def _slice(self, name: str):
+        file = self.file_of[name]
+        try:
+            return self._handle(file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.directory / file}: does not hold {name!r}, which the index places there ({error}). Download both again."
+            ) from None
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         known = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        stored = self._handle(self.file_of[name]).get_slice(name).get_dtype()
+        stored = self._slice(name).get_dtype()
         if stored not in known:
             raise CheckpointError(f"{self.directory}: {name} is stored as {stored}; read are {', '.join(known)}.")
         return known[stored]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        return self._handle(self.file_of[name]).get_slice(name)[box]
+        return self._slice(name)[box]
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check_names(weights: Weights, config: LlamaConfig) -> None:
@@ -101,12 +115,27 @@ def check_names(weights: Weights, config: LlamaConfig) -> None:
         elif weights.shape(name) != shape:
             problems.append(f"{name} is {list(weights.shape(name))}, config.json asks for {list(shape)}")
     for name in weights.file_of:
-        ignorable = name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
-        if name not in expected and not ignorable:
-            problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
+        if name in expected or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if config.tie_word_embeddings and name == HEAD:
+            if not _same(weights, HEAD, EMBEDDING):
+                problems.append(
+                    f"{HEAD} is not {EMBEDDING}, but config.json says that they are tied. To train the head as it is (as transformers "
+                    'does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
+                )
+            continue
+        problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{weights.directory}:\n  " + "\n  ".join(problems[:20]) + more)
+
+
+def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
+    """Whether two tensors hold the same values, some rows at a time."""
+    if other not in weights.file_of or weights.shape(one) != weights.shape(other):
+        return False
+    parts = (slice(begin, begin + rows) for begin in range(0, weights.shape(one)[0], rows))
+    return all(torch.equal(weights.read(one, (part,)), weights.read(other, (part,))) for part in parts)
 
 
 @torch.no_grad()
@@ -156,12 +185,25 @@ def initialize(model: nn.Module, config: LlamaConfig, seed: int) -> None:
         fill_shard(parameter, shape, lambda box, full=full: full[box])
 
 
-def copy_side_files(source: str | Path, target: Path) -> None:
-    """config.json, generation config and tokenizer files, what there is of them."""
+def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Path) -> None:
+    """The model's config.json and generation config, and the tokenizer with all of its files and nothing of another: whoever reads the
+    folder later must find the one that was trained with.
+
+    Args:
+        model: a folder, or None. tokenizer: a folder, or the file in one that was chosen.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for name in SIDE_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, target / name)
+    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+        (target / name).unlink(missing_ok=True)
+    folder = Path(tokenizer)
+    chosen = TOKENIZER_FILES
+    if folder.is_file():
+        folder, own = folder.parent, folder.name
+        chosen = tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES or name == own)
+    for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
 
 def write_pretrained(
@@ -189,7 +231,7 @@ def write_pretrained(
     partial = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy_side_files(side_files, partial)
+    copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     _write_json(partial / "config.json", export_config(config, common, longest))
     if not (partial / "generation_config.json").exists():

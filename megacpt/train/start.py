@@ -230,10 +230,7 @@ def _fill(
         dtypes = dict.fromkeys(config.shapes(), name)
     if directory.write:
         side = directory.path / HUGGING_FACE
-        copy_side_files(recipe.model.tokenizer or recipe.model.pretrained, side)
-        if recipe.model.pretrained and recipe.model.tokenizer:
-            copy_side_files(recipe.model.pretrained, side)
-            copy_side_files(recipe.model.tokenizer, side)
+        copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
         (side / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
         (side / "dtypes.json").write_text(json.dumps(dtypes))
 

@@ -57,6 +57,42 @@ def test_a_changed_rope_is_written_in_the_spelling_it_came_in_and_read_by_transf
     assert (theirs["rope_theta"], theirs["rope_type"], theirs["factor"]) == (123.0, "yarn", 2.0)
 
 
+BOTH = tiny_config(
+    rope_theta=10000.0,
+    rope_scaling={"rope_type": "linear", "factor": 2.0},
+    rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    dtype="float32",
+)
+
+
+@pytest.mark.parametrize("change", [Rope(theta=5e5, factor=8.0), Rope(type="default", theta=7.0)])
+def test_no_spelling_of_an_export_stays_behind(change):
+    """Where config.json holds both, transformers believes the older one: all are written anew."""
+    raw = {key: value for key, value in BOTH.items()}
+    config = change_rope(parse_config(raw, "x"), change)
+    out = export_config(config, "bfloat16", 128)
+    assert parse_config(out, "y").rope == config.rope and out["dtype"] == out["torch_dtype"] == "bfloat16"
+    theirs = transformers.LlamaConfig(**without_names(out)).rope_parameters
+    assert theirs["rope_theta"] == config.rope.theta and theirs["rope_type"] == config.rope.type
+    assert theirs.get("factor") == config.rope.fields.get("factor")
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"rope_theta": 5e5}, "say different things"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "say different things"),
+        ({"rope_scaling": None, "rope_theta": 3.0}, "rope_theta = 3.0 and rope_parameters.rope_theta = 10000.0 differ"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "default"}}, "and type = 'linear' differ"),
+        ({"rope_parameters": "default"}, "rope_parameters = 'default': must be an object"),
+        ({"rope_parameters": None, "rope_scaling": [1]}, "rope_scaling = [1]: must be an object"),
+    ],
+)  # fmt: skip
+def test_spellings_that_contradict_each_other_are_refused(changes, text):
+    assert text in problems(BOTH | changes)
+    assert parse_config(BOTH, "x").rope.fields == {"factor": 2.0}
+
+
 def test_dynamic_scaling_and_unknown_fields_are_refused_with_the_reason():
     text = problems(tiny_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
     assert "depend on the length of the input" in text
@@ -86,6 +122,7 @@ def test_parameter_counts_of_the_named_shapes():
     assert counts == {
         "llama3.2-1b": 1_235_814_400,
         "llama3.2-3b": 3_212_749_824,
+        "llama3-8b": 8_030_261_248,
         "llama3.1-8b": 8_030_261_248,
         "llama3.1-70b": 70_553_706_496,
         "llama3.1-405b": 405_853_388_800,
@@ -100,6 +137,16 @@ def directory(tmp_path):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw))
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     return tmp_path / "hf"
+
+
+def in_one_file(directory) -> dict[str, torch.Tensor]:
+    """Writes the shards as one file, and returns what is in it."""
+    shards = sorted(directory.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for path in [*shards, directory / "model.safetensors.index.json"]:
+        path.unlink()
+    save_file(tensors, directory / "model.safetensors")
+    return tensors
 
 
 def test_import_fills_every_parameter_and_zeroes_the_padding(directory, mesh):
@@ -153,6 +200,72 @@ def test_an_index_that_leaves_its_folder_or_names_what_is_missing_is_refused(dir
     path.write_text("{")
     with pytest.raises(CheckpointError, match="not an index"):
         Weights(directory)
+
+
+@pytest.mark.parametrize(
+    "weight_map, text",
+    [
+        ({"lm_head.weight": "b.safetensors"}, "b.safetensors: does not hold 'lm_head.weight'"),
+        ([], "weight_map is no object of file names"),
+        ({"lm_head.weight": 5}, "weight_map is no object of file names"),
+    ],
+)
+def test_an_index_that_says_what_is_not_so_is_an_error_of_ours(directory, weight_map, text):
+    """A tensor that another shard holds, and a weight_map of other types."""
+    tensors = in_one_file(directory)
+    save_file({"x": torch.zeros(1)}, directory / "b.safetensors")
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    if isinstance(weight_map, dict):
+        weight_map = dict.fromkeys(tensors, "a.safetensors") | weight_map
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError) as error:
+        weights = Weights(directory)
+        check_names(weights, read_config(directory))
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_beside_tied_embeddings(directory, mesh, differs):
+    """The same values are the same model; others would be dropped without a word."""
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = in_one_file(directory)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if differs:
+        tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, directory / "model.safetensors")
+    if not differs:
+        check_names(Weights(directory), read_config(directory))
+        return
+    with pytest.raises(
+        CheckpointError, match=r'lm_head.weight is not model.embed_tokens.weight.*"tie_word_embeddings": false'
+    ):
+        check_names(Weights(directory), read_config(directory))
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    check_names(Weights(directory), read_config(directory))  # the way out
+
+
+def test_an_export_carries_the_tokenizer_that_was_trained_with(directory, tmp_path):
+    """A base with a tokenizer.json, trained with a folder that has only a tokenizer.model, and the other way round; and one file of two."""
+    import made_tokenizers as made
+
+    from megacpt.data.tokenizer import Tokenizer
+    from megacpt.model.hf import copy_side_files
+
+    fast, pieces = made.llama3(tmp_path / "fast"), made.chatml_on_llama2(tmp_path / "pieces")
+    for base, tokenizer in ((fast, pieces), (pieces, fast)):
+        shutil.copy(directory / "config.json", base / "config.json")
+        target = tmp_path / f"export-{tokenizer.name}"
+        target.mkdir()
+        (target / "added_tokens.json").write_text('{"stale": 7}')  # of an earlier start in the same folder
+        copy_side_files(base, tokenizer, target)
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(target), Tokenizer(tokenizer)
+        for text in made.PROBES:
+            assert theirs(text, add_special_tokens=False).input_ids == ours.encode_batch([text])[0]
+        assert theirs.eos_token_id == ours.eos_id and (target / "config.json").exists()
+    shutil.copy(fast / "tokenizer.json", pieces / "tokenizer.json")
+    copy_side_files(fast, pieces / "tokenizer.model", tmp_path / "one")
+    assert {p.name for p in (tmp_path / "one").glob("tokenizer.*")} == {"tokenizer.model"}
 
 
 def test_a_truncated_file_is_named(directory):
