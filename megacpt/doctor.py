@@ -173,11 +173,12 @@ def slowest(everyone: list[dict], size: int, ranks: dict[str, int]) -> list[str]
 
 def _seconds(run: Callable[[], None], device, repeats: int) -> list[float]:
     import torch
-    import torch.distributed as dist
+
+    from megacpt.parallel.mesh import meet
 
     times = []
     for _ in range(repeats + 2):
-        dist.barrier()
+        meet(device)
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
