@@ -209,6 +209,9 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     for axis in ("tensor", "context", "pipeline", "data-replicate"):
         p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="degree of the layout whose axes are timed")
+    p.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the run that is meant (default: those that are here)"
+    )
 
 
 def _model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -613,9 +616,10 @@ def _supervise(options) -> int:
 def _doctor(options) -> None:
     from megacpt.doctor import axes, report
 
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
-        print("\n".join(report()))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("\n".join(report(options.world_size or size)))
+    if size > 1:
         from megacpt.config.stage import Parallel
 
         degrees = {name: getattr(options, name) for name in ("tensor", "context", "pipeline", "data_replicate")}

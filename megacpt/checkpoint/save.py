@@ -218,7 +218,9 @@ class CheckedWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, path: Path):
-        super().__init__(path, sync_files=False, overwrite=True)
+        # Nothing is copied ahead: that is for tensors on a GPU, and makes the thread wait again and again for all that its stream has
+        # to do, of which the training's own is one, though what is saved behind the training lies in host memory.
+        super().__init__(path, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
         self.fs = _SummedFiles()
         self.written: Items = {}
         self.items: Items = {}

@@ -144,6 +144,7 @@ def snapshot(run: Run, step: Step) -> None:
         return
     folder = snapshots_of(run, step.stage)
     with slow_phase(run, "save"):
+        run.saver.wait()  # its thread talks on the group that is used here
         tensors, keep = tensors_of(run.optimizer.parameters, None), lambda: prune(folder, stage.average.last, None)
         try:
             save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
@@ -168,6 +169,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
     last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
     losses = {"last": _losses(run, index)}
     with slow_phase(run, "save"):
+        run.saver.wait()  # its thread talks on the group that is used here
         weights = average_weights(stage.average.decay, len(steps))
         averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights)
         output = run.directory.path / AVERAGES
