@@ -184,11 +184,11 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     problems += [f"{key}: is required, a positive integer." for key in required if raw.get(key) is None]
     numbers = number_problems(raw)
-    rope_numbers = [problem for problem in numbers if problem.startswith("rope_")]
-    problems += [problem for problem in numbers if problem not in rope_numbers]
+    of_rope = [problem for problem in numbers if problem.startswith("rope_") and "finite" not in problem]
+    problems += [problem for problem in numbers if problem not in of_rope]
     if problems:
-        raise ConfigError(problems + rope_numbers, source)
-    problems += rope_numbers
+        raise ConfigError(problems + of_rope, source)
+    problems += of_rope
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     kv_heads = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or hidden // heads
