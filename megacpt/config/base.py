@@ -14,6 +14,7 @@ Tokens = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+ClipNorm = Annotated[float, Field(ge=1e-9)]  # norms over it stay within fp32
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]  # a year: clocks overflow far beyond

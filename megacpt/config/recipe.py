@@ -10,6 +10,7 @@ from pydantic import Field
 
 from megacpt.config.base import (
     Betas,
+    ClipNorm,
     Count,
     DType,
     Name,
@@ -69,7 +70,7 @@ class Optimizer(Section):
     """AdamW's epsilon. float32 holds nothing below 1e-38, and a moment that is 0 is divided by it."""
     weight_decay: NotNegative = 0.1
     """Decoupled decay, on matrices only."""
-    clip_norm: Positive | None = 1.0
+    clip_norm: ClipNorm | None = 1.0
     """Bound of the global gradient norm."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the moments. bfloat16 halves their memory; it is rounded stochastically, with the same bits on every layout. (A run in

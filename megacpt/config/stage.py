@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from megacpt.config.base import (
     Betas,
+    ClipNorm,
     Count,
     Name,
     NotNegative,
@@ -319,7 +320,7 @@ class Stage(Section):
     """As in `[optimizer]`, for this stage."""
     weight_decay: NotNegative | None = None
     """As in `[optimizer]`, for this stage."""
-    clip_norm: Positive | None = None
+    clip_norm: ClipNorm | None = None
     """As in `[optimizer]`, for this stage."""
     freeze: list[str] = []
     """Parameters that this stage does not update: names, or patterns such as "model.layers.*"."""

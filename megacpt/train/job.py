@@ -171,9 +171,9 @@ def validated(run: Run, sets: ValidationSets, number: int, stage: Stage) -> None
 def state_of(run: Run, number: int) -> State:
     stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
     tokens, measured = run.clock.tokens_at(number), [list(pair) for pair in run.accepted]
-    updates = run.optimizer.num_updates
+    updates, missed = run.optimizer.num_updates, dict(run.optimizer.missed)
     return State(
-        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row
+        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row, missed
     )
 
 

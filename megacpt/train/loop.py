@@ -106,7 +106,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     """The model under the layout of another stage, through a checkpoint of the step that is done."""
     stage, before = run.recipe.stages[index], run.model
     old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
-    path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
+    path, counts = run.directory.checkpoints / directory_name(number), (run.optimizer.num_updates, run.optimizer.missed)
     run.saver.wait()
     told_of_saves(run, number, agreed=True)
     if run.saved_at != number:
@@ -119,7 +119,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     allowed(run.recipe, run.phase)
     run.model, run.optimizer = build(run.recipe, stage, config, compute, device)
     load(path, tensors_of(run.optimizer.parameters, run.optimizer))
-    run.optimizer.num_updates = updates
+    run.optimizer.restore(*counts)
     run.open_saver()
     run.facts["layout"] = str(run.model.mesh.layout)
     run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])

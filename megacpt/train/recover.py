@@ -28,9 +28,9 @@ def judged(run: Run, step: Step, loss: float, norm: float, skipped: bool) -> str
         run.skipped_in_row = 0
         remember(run.accepted, loss, norm, rules)
         return None
-    run.optimizer.num_updates -= 1
+    run.optimizer.take_back()
     run.skipped_in_row += 1
-    why = "spike" if abs(loss) < float("inf") and abs(norm) < float("inf") else "not finite"  # false for nan
+    why = "spike" if abs(loss) < float("inf") and abs(norm) < 3e38 else "not finite"  # false for nan; in fp32
     rows = [step.first_sequence, step.first_sequence + step.rows]
     run.directory.event(
         "skipped", step.number, step.tokens_after, why=why, loss=repr(loss), grad_norm=repr(norm), sequences=rows

@@ -220,7 +220,7 @@ def _fill(
     """Weights and moments."""
     if start.state:
         load(start.path, tensors_of(optimizer.parameters, optimizer))
-        optimizer.num_updates = start.state.num_updates
+        optimizer.restore(start.state.num_updates, start.state.missed)
         return
     if start.mode == "pretrained":
         dtypes = load_pretrained(model, config, recipe.model.pretrained)
