@@ -79,4 +79,4 @@ class ReplicaError(MegacptError):
 
 
 class NumbersError(MegacptError):
-    """Losses or gradients stay bad, and going back no longer helps."""
+    """Losses or gradients stay bad and going back no longer helps, or weights are not finite and are not given out."""

@@ -37,6 +37,12 @@ class State:
     accepted: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the steps that a spike is measured by."""
     skipped_in_row: int = 0
+    missed: dict[str, int] = field(default_factory=dict)
+    """By name of each parameter that was ever frozen: how many of the updates passed it by."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= count <= self.num_updates for count in self.missed.values()):
+            raise ValueError(f"missed = {self.missed}: counts from 0 to num_updates = {self.num_updates}")
 
 
 @dataclass(frozen=True)

@@ -258,15 +258,17 @@ def _publish(partial: Path, final: Path) -> None:
 
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
     """Removes what retention does not keep, oldest first. Returns the steps removed. What is not whole counts for nothing, and goes once
-    a newer one is whole."""
-    steps, sound = list_steps(checkpoints), []
+    a newer one is whole. The newest that does not stand in a streak of skipped updates stays: a rollback ends there."""
+    steps, sound, good = list_steps(checkpoints), [], []
     for step in steps:
         try:
-            read_manifest(checkpoints / directory_name(step))
-            sound.append(step)
+            state = read_manifest(checkpoints / directory_name(step)).state
         except CheckpointError:
             continue
-    keep = set(sound[-keep_last:]) | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
+        sound.append(step)
+        if not state.skipped_in_row:
+            good.append(step)
+    keep = {*sound[-keep_last:], *good[-1:]} | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
     removed = [step for step in steps if sound and step < sound[-1] and step not in keep]
     for step in removed:
         remove(checkpoints, step)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
-from megacpt.errors import DataError
+from megacpt.errors import DataError, NumbersError
 from megacpt.evaluate.sequences import score_sequences
 from megacpt.log import info
 from megacpt.model.llama import Llama
@@ -54,6 +54,12 @@ def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tok
     for (document, _, _), (loss, _, predicted) in zip(windows, by_window, strict=True):
         sums[document] += loss
         counts[document] += predicted
+    if bad := np.flatnonzero(~np.isfinite(sums)).tolist():
+        shown = ", ".join(map(str, bad[:10])) + (" …" if len(bad) > 10 else "")
+        raise NumbersError(
+            f"{output}: not written. The loss of {len(bad)} of {data.num_documents} documents is not finite ({shown}): no order follows "
+            f"from it. Score with --dtype float32, or with another model than {model_dir}."
+        )
     if dist.get_rank() != 0:
         return data.num_documents
     partial = output.with_name(output.name + ".tmp")

@@ -26,6 +26,54 @@ _ROPE_FIELDS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+_WHOLE = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Whole numbers from 1 to this."""
+_BETWEEN = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "initializer_range": (1e-30, 1e3),
+    "rope_theta": (1.0, 1e15),
+    "factor": (1.0, 1e6),
+    "original_max_position_embeddings": (1, 2**31 - 1),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "attention_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0.0, 1e6),
+    "mscale_all_dim": (0.0, 1e6),
+}
+
+
+def number_problems(raw: dict[str, Any], where: str = "") -> list[str]:
+    """What is no number in a config.json, wherever it stands (JSON of Python knows NaN and Infinity), and what lies outside the bounds in
+    which a model can be computed."""
+    problems = []
+    for key, value in raw.items():
+        name = f"{where}{key}"
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} = {value}: must be a finite number.")
+        elif isinstance(value, list | dict):
+            inside = value if isinstance(value, dict) else {str(i): item for i, item in enumerate(value)}
+            problems += number_problems(inside, f"{name}.")
+        elif value is None or where not in ("", "rope_scaling.", "rope_parameters."):
+            continue
+        elif most := None if where else _WHOLE.get(key):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                problems.append(f"{name} = {value!r}: must be a positive integer, at most {most}.")
+        elif key in _BETWEEN:
+            low, high = _BETWEEN[key]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                problems.append(f"{name} = {value!r}: must be a number from {low:g} to {high:g}.")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -133,12 +181,14 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     for key, only in refused.items():
         if raw.get(key, only) not in (only, None):
             problems.append(f"{key} = {raw[key]!r}: only {only!r} is trained.")
-    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in integers:
-        if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
-            problems.append(f"{key} = {raw.get(key)!r}: must be a positive integer.")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    problems += [f"{key}: is required, a positive integer." for key in required if raw.get(key) is None]
+    numbers = number_problems(raw)
+    of_rope = [problem for problem in numbers if problem.startswith("rope_") and "finite" not in problem]
+    problems += [problem for problem in numbers if problem not in of_rope]
     if problems:
-        raise ConfigError(problems, source)
+        raise ConfigError(problems + of_rope, source)
+    problems += of_rope
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     kv_heads = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or hidden // heads
@@ -160,10 +210,10 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         heads,
         kv_heads,
         head_dim,
-        float(raw.get("rms_norm_eps", 1e-6)),
+        float(raw.get("rms_norm_eps") or 1e-6),
         longest,
         bool(raw.get("tie_word_embeddings", False)),
-        float(raw.get("initializer_range", 0.02)),
+        float(raw.get("initializer_range") or 0.02),
         rope,
         raw,
     )
@@ -301,6 +351,8 @@ def change_rope(
                 ],
                 "the recipe",
             )
+        if own.head_dim < 4:
+            raise ConfigError([f"rope.rule = {rule!r}: has no value for head_dim = {own.head_dim}."], "the recipe")
         return replace(config, rope=replace(config.rope, theta=ruled_theta(rule, own, seq_len)))
     theta, kind = given.pop("theta", config.rope.theta), given.pop("type", config.rope.type)
     fields = {**(config.rope.fields if kind == config.rope.type else {}), **given}

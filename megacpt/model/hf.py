@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
-from megacpt.errors import CheckpointError
+from megacpt.errors import CheckpointError, NumbersError
 from megacpt.model.config import LlamaConfig, export_config
+from megacpt.parallel.finite import not_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -140,17 +142,37 @@ def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, config: LlamaConfig, directory: str | Path) -> dict[str, str]:
-    """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero.
+    """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero. Collective.
 
     Returns:
         The stored type of each tensor, for an export that gives it back.
+    Raises:
+        CheckpointError: if names, shapes or types are not the model's, or, on all ranks, if a value is not finite.
     """
     weights = Weights(directory)
     check_names(weights, config)
     true_shapes = config.shapes()
     for name, parameter in model.named_parameters():
         fill_shard(parameter, true_shapes[name], lambda box, name=name: weights.read(name, box))
+    if names := not_finite(dict(model.named_parameters())):
+        raise CheckpointError(_told_of_values(weights, names, next(model.parameters()).dtype))
     return {name: weights.dtype(name) for name in true_shapes}
+
+
+def _told_of_values(weights: Weights, names: list[str], dtype: torch.dtype) -> str:
+    """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
+    lines: list[str] = []
+    if dist.get_rank() == 0:
+        for name in names[:20]:
+            bad = int((~weights.read(name, (slice(None),)).to(dtype).isfinite()).sum())
+            lines.append(f"{weights.file_of[name]}: {name} holds {bad:,} values that are not finite in {dtype}")
+    told = ["\n  ".join(lines)]
+    dist.broadcast_object_list(told, src=0)
+    more = f"\n  … and {len(names) - 20} more tensors" if len(names) > 20 else ""
+    return (
+        f"{weights.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
+        "Download it again, or take an earlier checkpoint of that model."
+    )
 
 
 def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> None:
@@ -224,6 +246,7 @@ def write_pretrained(
         longest: the longest row that was trained.
     Raises:
         CheckpointError: if `output` exists.
+        NumbersError: if a value is not finite in the type that it is written in. Nothing is left under `output`.
     """
     output = Path(output)
     if output.exists():
@@ -238,18 +261,39 @@ def write_pretrained(
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
     shards = _plan_shards(config, dtypes, max_shard_bytes)
-    weight_map, total = {}, 0
+    weight_map, total, problems = {}, 0, []
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: read(name).to(DTYPES[dtypes[name]]).contiguous() for name in names}
+        tensors = {}
+        for name in names:
+            whole = read(name)
+            tensors[name] = whole.to(DTYPES[dtypes[name]]).contiguous()
+            problems += _not_written(name, whole, tensors[name])
+        if problems:  # all of them are told; nothing is written any more
+            continue
         save_file(tensors, partial / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if problems:
+        shutil.rmtree(partial, ignore_errors=True)
+        more = f"\n  … and {len(problems) - 20} more tensors" if len(problems) > 20 else ""
+        raise NumbersError(f"{output} was not written:\n  " + "\n  ".join(problems[:20]) + more)
     if len(shards) > 1:
         _write_json(
             partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     os.rename(partial, output)
+
+
+def _not_written(name: str, whole: Tensor, cast: Tensor) -> list[str]:
+    """Why a tensor cannot be given out: values that are not finite, or not in its new type."""
+    if cast.numel() == 0 or torch.stack(cast.aminmax()).isfinite().all():
+        return []
+    bad, before = (int((~x.isfinite()).sum()) for x in (cast, whole))
+    if before:
+        return [f"{name}: {before:,} values are not finite. Export an earlier step (megacpt checkpoint list)."]
+    most = f"{torch.finfo(cast.dtype).max:g}"
+    return [f"{name}: {bad:,} values are above {most}, the most that {cast.dtype} holds. Write it as --dtype bfloat16."]
 
 
 def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:

@@ -23,9 +23,12 @@ from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, vali
 from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import set_timeout
-from megacpt.train.health import Measured, check_replicas
+from megacpt.train.health import Measured, check_finite, check_replicas
 from megacpt.train.metrics import TensorBoard, resident_gib
-from megacpt.train.run_directory import RunDirectory
+from megacpt.train.run_directory import RunDirectory, plain_numbers
+
+SNAPSHOTS = "snapshots"
+"""Folder of a run with the weights that averages are made of."""
 
 
 class StopRequest:
@@ -107,7 +110,8 @@ class Run:
         self.orders = mixtures(self.recipe, self.clock, self.decisions)
 
     def decide(self, decision: Decision, number: int) -> None:
-        """Adds a decision to the run's state and the events."""
+        """Adds a decision to the run's state and the events. What was measured and is no number is null in it."""
+        decision = plain_numbers(decision)
         self.decisions.append(decision)
         self.reckon()
         more = {key: value for key, value in decision.items() if key not in ("kind", "step")}
@@ -171,9 +175,9 @@ def validated(run: Run, sets: ValidationSets, number: int, stage: Stage) -> None
 def state_of(run: Run, number: int) -> State:
     stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
     tokens, measured = run.clock.tokens_at(number), [list(pair) for pair in run.accepted]
-    updates = run.optimizer.num_updates
+    updates, missed = run.optimizer.num_updates, dict(run.optimizer.missed)
     return State(
-        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row
+        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row, missed
     )
 
 
@@ -184,11 +188,12 @@ def saved(run: Run, number: int, wait: bool = True, must: bool = True) -> None:
         wait: until it is published, with `checkpoint.asynchronous` too.
         must: the run cannot go on without it.
     Raises:
-        ReplicaError: if ranks hold different weights; nothing is saved then.
+        ReplicaError, NumbersError: if ranks hold different weights, or some that are not finite; nothing is saved then.
         SaveError: with `must`, if it was not saved. Without, training goes on and tries again later.
     """
     state, tensors = state_of(run, number), tensors_of(run.optimizer.parameters, run.optimizer)
     with slow_phase(run, "save"):
+        check_finite(run.optimizer, number)
         check_replicas(run.optimizer, run.model, number)
         if run.recipe.checkpoint.asynchronous:
             stall = run.saver.start(run.directory.checkpoints, tensors, state, run.facts)

@@ -20,13 +20,13 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.errors import ConfigError, MegacptError, NumbersError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.config import config_of, config_of_stage, frozen_names
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
 from megacpt.train import watchdog
-from megacpt.train.health import Stragglers, check_replicas, limits
+from megacpt.train.health import Stragglers, check_finite, check_replicas, limits
 from megacpt.train.job import Run, StopRequest, allowed, saved, told_of_saves, validated
 from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
@@ -106,7 +106,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     """The model under the layout of another stage, through a checkpoint of the step that is done."""
     stage, before = run.recipe.stages[index], run.model
     old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
-    path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
+    path, counts = run.directory.checkpoints / directory_name(number), (run.optimizer.num_updates, run.optimizer.missed)
     run.saver.wait()
     told_of_saves(run, number, agreed=True)
     if run.saved_at != number:
@@ -119,7 +119,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     allowed(run.recipe, run.phase)
     run.model, run.optimizer = build(run.recipe, stage, config, compute, device)
     load(path, tensors_of(run.optimizer.parameters, run.optimizer))
-    run.optimizer.num_updates = updates
+    run.optimizer.restore(*counts)
     run.open_saver()
     run.facts["layout"] = str(run.model.mesh.layout)
     run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])
@@ -171,11 +171,28 @@ def _stages(run: Run) -> str:
             index += 1
     finally:
         profiler.close()
+    if number == run.clock.num_steps:
+        _look_back(run)
     if sets and run.validated_at != number and number == run.clock.num_steps:
         validated(run, sets, number, stage)
     if run.saved_at != number or run.saved_decisions != len(run.decisions):  # also stop_at_step = 0: the imported model
         saved(run, number)
     return "finished" if number == run.clock.num_steps else "preempted"
+
+
+def _look_back(run: Run) -> None:
+    """At the run's end: were updates made?
+
+    Raises:
+        NumbersError: if none was.
+    """
+    if run.optimizer.num_updates == 0:
+        raise NumbersError(
+            f"all {run.clock.num_steps} updates of the run were skipped: it has changed nothing. Look at the data that events.jsonl names, "
+            "at the learning rate and at the model's config.json, and begin a new run."
+        )
+    if run.skipped_in_row:
+        log.warn(f"the last {run.skipped_in_row} updates of the run were skipped: evaluate the model before it is used")
 
 
 def _is_settled(run: Run, index: int, number: int) -> bool:
@@ -242,6 +259,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         if number % 100 == 0:
             gc.collect()
         if number % recipe.health.checksum_every_steps == 0:
+            check_finite(run.optimizer, number)
             check_replicas(run.optimizer, run.model, number)
         if sets and _due(recipe, step):
             validated(run, sets, number, stage)
@@ -256,6 +274,8 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         told_of_saves(run, number, agreed=failed > 0)
         last = number == until or run.stopping
         due = number % recipe.checkpoint.every_steps == 0 or number == run.retry_at
+        if due and run.skipped_in_row:  # what is wrong may be the weights: it is saved once an update is made again
+            due, run.retry_at = False, number + 1
         if due or run.stopping or (last and number in _final(run, stage)):
             saved(run, number, wait=last, must=run.stopping or number == run.clock.num_steps)
         points.reached("step.end")

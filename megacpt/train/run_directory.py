@@ -1,6 +1,7 @@
 """What a run leaves behind: recipe.toml, run.json, metrics.jsonl, events.jsonl, tb/. Only rank 0 writes."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ class RunDirectory:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(plain_numbers(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Drops rows after a step, and a last line that a kill left unfinished."""
@@ -86,6 +87,15 @@ class RunDirectory:
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
         self.useful_seconds = useful_seconds(self.path)
+
+
+def plain_numbers(value: Any) -> Any:
+    """With null for inf and nan: JSON has no word for them, and readers in other languages stop at Python's."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -120,7 +130,8 @@ def read_status(directory: Path) -> dict[str, Any]:
 def write_status(directory: Path, content: dict[str, Any]) -> None:
     """run.json, in one act."""
     partial = directory / f"run.json.{os.getpid()}.tmp"
-    partial.write_text(json.dumps({"time": time.time(), **content}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(plain_numbers({"time": time.time(), **content}), indent=1, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, directory / "run.json")
 
 

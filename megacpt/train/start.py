@@ -31,7 +31,9 @@ from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import plan_stages
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.agreement import agree
+from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import build_mesh, picture
+from megacpt.train.health import named_tensors
 from megacpt.train.job import Run, StopRequest
 from megacpt.train.metrics import TensorBoard, peak_flops
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
@@ -220,7 +222,9 @@ def _fill(
     """Weights and moments."""
     if start.state:
         load(start.path, tensors_of(optimizer.parameters, optimizer))
-        optimizer.num_updates = start.state.num_updates
+        if names := not_finite(named_tensors(optimizer)):
+            raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
+        optimizer.restore(start.state.num_updates, start.state.missed)
         return
     if start.mode == "pretrained":
         dtypes = load_pretrained(model, config, recipe.model.pretrained)

@@ -11,7 +11,7 @@ from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 
 import megacpt.model.hf as hf
 from megacpt.config.stage import Rope
-from megacpt.errors import CheckpointError, ConfigError
+from megacpt.errors import CheckpointError, ConfigError, NumbersError
 from megacpt.model.build import build_model
 from megacpt.model.config import ARCHITECTURES, change_rope, export_config, parse_config, read_config
 from megacpt.model.hf import Weights, check_names, load_pretrained
@@ -366,3 +366,129 @@ def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
     with pytest.raises(ConfigError, match="scaled already"):
         scaled = parse_config(ARCHITECTURES["llama3.1-8b"], "t")
         config_of_stage(scaled, [make(262144, Rope(rule="ntk"))], 0)
+
+
+NUMBERS = (
+    "rms_norm_eps", "rope_theta", "initializer_range", "head_dim", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings", "hidden_size", "attention_dropout", "something_else",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("key", [*NUMBERS, *ROPE_LLAMA3, "attention_factor", "beta_fast"])
+def test_no_number_of_a_config_is_inf_or_nan(key, value, tmp_path):
+    """Wherever it stands, read or carried through: Python's JSON knows Infinity and NaN."""
+    if key in NUMBERS:
+        raw, name = tiny_config(**{key: value}), key
+    else:
+        raw, name = tiny_config(rope_scaling=(ROPE_LLAMA3 | {key: value})), f"rope_scaling.{key}"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=f"{name} = {value}"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 0},
+        {"rms_norm_eps": -1e-5},
+        {"rms_norm_eps": 1e-300},
+        {"rope_theta": 0},
+        {"rope_theta": 1e-300},
+        {"head_dim": 0},
+        {"head_dim": -8},
+        {"num_key_value_heads": 0},
+        {"num_hidden_layers": 10**12},
+        {"vocab_size": 10**400},
+        {"max_position_embeddings": 0},
+        {"max_position_embeddings": True},
+        {"initializer_range": 0.0},
+        {"initializer_range": -0.02},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0.0}},
+        {"rope_scaling": ROPE_LLAMA3 | {"low_freq_factor": 0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 0, "factor": 4.0}},
+    ],
+    ids=str,
+)
+def test_numbers_with_which_nothing_can_be_computed_are_refused(changes):
+    text, key = problems(tiny_config(**changes)), next(iter(changes))
+    assert key in text and ("must be a positive integer" in text or "must be a number from" in text)
+
+
+def spoiled(directory, name: str, value: float, count: int):
+    """Puts a value into a tensor of a directory; returns the file."""
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name].view(-1)[-count:] = value
+            save_file(tensors, file)
+            return file
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_weights_that_are_not_finite_are_not_taken_in(directory, mesh, value):
+    config = read_config(directory)
+    file = spoiled(directory, "model.layers.1.mlp.up_proj.weight", value, 3)
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(build_model(config, mesh, torch.float32, ModelOptions()), config, directory)
+    assert f"{file.name}: model.layers.1.mlp.up_proj.weight holds 3 values that are not finite" in str(caught.value)
+    assert "up_proj" in str(caught.value) and "norm" not in str(caught.value)
+
+
+def import_on_two(directory: str, tensor: int) -> str:
+    from megacpt.config.layout import Layout
+    from megacpt.parallel.mesh import build_mesh
+
+    config = read_config(directory)
+    layout = Layout(tensor=2) if tensor else Layout(data_shard=2)
+    model = build_model(config, build_mesh(layout, torch.device("cpu")), torch.float32, ModelOptions())
+    try:
+        load_pretrained(model, config, directory)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("tensor", [0, 1])
+def test_what_one_rank_reads_all_ranks_say(directory, tensor):
+    """The last three values lie on the last rank alone."""
+    from ranks import on_ranks
+
+    spoiled(directory, "model.layers.0.self_attn.o_proj.weight", float("nan"), 3)
+    told = on_ranks(2, import_on_two, str(directory), tensor)
+    assert told[0] == told[1] and "o_proj.weight holds 3 values that are not finite" in told[0]
+
+
+def test_a_stored_value_that_the_masters_cannot_hold_is_refused(directory, mesh):
+    config, name = read_config(directory), "model.norm.weight"
+    tensors = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+    for file in directory.glob("model*"):
+        file.unlink()
+    tensors[name] = tensors[name].double()
+    tensors[name][0] = 1e300
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight holds 1 values that are not finite in torch.float32"):
+        load_pretrained(build_model(config, mesh, torch.float32, ModelOptions()), config, directory)
+
+
+@pytest.mark.parametrize(
+    "value, dtype, text",
+    [
+        (float("nan"), "float32", "2 values are not finite"),
+        (1e5, "float16", "2 values are above 65504"),
+        (1e5, "bfloat16", ""),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_given_out(directory, tmp_path, value, dtype, text):
+    """Also where only the type that is written cannot hold them: a float16 of 1e5 is inf."""
+    config, name = read_config(directory), "model.layers.0.mlp.down_proj.weight"
+    whole = {n: torch.zeros(shape) for n, shape in config.shapes().items()}
+    whole[name].view(-1)[:2] = value
+    arguments = (tmp_path / "out", config, directory, whole.get, dict.fromkeys(whole, dtype), 64, 1 << 14)
+    if not text:
+        hf.write_pretrained(*arguments)
+        return
+    with pytest.raises(NumbersError, match=f"{name}: {text}"):
+        hf.write_pretrained(*arguments)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"], "nothing is left"
