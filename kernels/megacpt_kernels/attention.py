@@ -43,7 +43,7 @@ class Documents:
         edges = (*(int(start) for start in starts), tokens)
         if edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise ValueError(f"document starts must begin at 0 and grow below {tokens}; they are {edges[:-1][:20]}")
-        cu = torch.tensor(edges, dtype=torch.int32).to(device, non_blocking=True)
+        cu = torch.tensor(edges, dtype=torch.int32, device=device)
         return cls(edges, edges, cu, cu)
 
     def check(self) -> None:

@@ -109,7 +109,7 @@ class ContextPlan:
 
     Attributes:
         tokens: int64 [T / cp], places of this rank's tokens in the micro-batch.
-        keys: int64 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
+        keys: int32 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
             they are all of them in order.
         documents: of the call; queries and keys count from the rank's first.
     """
@@ -119,15 +119,13 @@ class ContextPlan:
     documents: Documents
 
 
-def make_plan(
-    document_starts: np.ndarray, tokens: int, ranks: int, rank: int, device: torch.device | str = "cpu"
-) -> ContextPlan:
-    """The plan of one rank. Pure: all ranks make the same assignment."""
+def make_plan(document_starts: np.ndarray, tokens: int, ranks: int, rank: int) -> ContextPlan:
+    """The plan of one rank, its tensors on the host. Pure: all ranks make the same assignment."""
     starts = np.asarray(document_starts)
     if ranks == 1:
-        return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens, device))
+        return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens))
     assignment = assign(starts, tokens, ranks)
-    size, places = assignment.chunk, np.empty(tokens, np.int64)  # place of each token among the gathered ones
+    size, places = assignment.chunk, np.empty(tokens, np.int32)  # place of each token among the gathered ones
     order = (assignment.owned.reshape(-1, 1) * size + np.arange(size)).reshape(-1)
     places[order] = np.arange(tokens)
     q_edges, k_edges, keys = [0], [0], []
@@ -138,11 +136,9 @@ def make_plan(
         q_edges += [q_edges[-1] + edge - begin for edge in (*inner, end)]
         k_edges += [k_edges[-1] + edge - first for edge in (*inner, end)]
         keys.append(places[first:end])
-    index = torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True)
-    cu_q, cu_k = (torch.tensor(e, dtype=torch.int32).to(device, non_blocking=True) for e in (q_edges, k_edges))
+    cu_q, cu_k = (torch.tensor(edges, dtype=torch.int32) for edges in (q_edges, k_edges))
     documents = Documents(tuple(q_edges), tuple(k_edges), cu_q, cu_k)
-    mine = order.reshape(ranks, -1)[rank]
-    return ContextPlan(mine, index, documents)
+    return ContextPlan(order.reshape(ranks, -1)[rank], torch.from_numpy(np.concatenate(keys)), documents)
 
 
 class Gather:
