@@ -215,6 +215,7 @@ class StepData:
     """One step as one data rank sees it."""
 
     micro_batches: list[Batch]
+    """Or what model/inputs.py made of them ahead."""
     num_labels: int
     """Labels of the whole step, over all ranks: the loss is divided by it."""
     num_pairs: int

@@ -23,6 +23,7 @@ from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, p
 from megacpt.errors import ConfigError, MegacptError, NumbersError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.config import config_of, config_of_stage, frozen_names
+from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
 from megacpt.train import watchdog
@@ -299,7 +300,8 @@ def _rows(run: Run, index: int, first: int, until: int) -> Iterator[StepData]:
 
     def make(number: int) -> StepData:
         step = clock.step(number)
-        return load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
+        loaded = load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
+        return step_to_host(loaded, mesh)
 
     return prefetch(make, range(first, until + 1))
 
