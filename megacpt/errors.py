@@ -58,6 +58,12 @@ class SaveError(MegacptError):
     exit_code = 75
 
 
+class LeaseError(MegacptError):
+    """A run directory belongs to another job. It may be free later."""
+
+    exit_code = 75
+
+
 class ReplicaError(MegacptError):
     """Ranks that must hold the same weights do not: memory or arithmetic of one of them is wrong. The last checkpoint is from before.
 

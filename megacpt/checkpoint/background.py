@@ -33,11 +33,11 @@ class Saver:
     """One save at a time, behind the training or not; all ranks make one and call it alike.
 
     Args:
-        how, prune: as of `save`.
+        how, prune, fence: as of `save`.
     """
 
-    def __init__(self, how: str, prune: Callable[[], list[int]]):
-        self.how, self.prune = how, prune
+    def __init__(self, how: str, prune: Callable[[], list[int]], fence: Callable[[], None] = lambda: None):
+        self.how, self.prune, self.fence = how, prune, fence
         self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
         self.host: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
@@ -101,7 +101,7 @@ class Saver:
         outcome = Outcome(state)
         try:
             outcome.seconds, outcome.removed = save(
-                checkpoints, tensors, state, facts, self.group, self.how, self.prune
+                checkpoints, tensors, state, facts, self.group, self.how, self.prune, self.fence
             )
         except BaseException as error:  # the training raises or reports it, on all ranks
             outcome.error = error

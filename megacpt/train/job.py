@@ -38,7 +38,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """What this rank heard."""
+        """What this rank heard: a signal's name, or what a stop request in the run directory says."""
+        self._heard = False
         self.agreed = False
         """Whether any rank heard something, as all know."""
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
@@ -51,11 +52,17 @@ class StopRequest:
         while received := os.read(self._reader, 1):
             if received[0] not in self.SIGNALS:
                 continue
-            if self.signal:
+            if self._heard:
                 os._exit(75)
-            self.signal = signal.Signals(received[0]).name
-            log.info(f"{self.signal}: saving after this step; once more to leave at once.")
+            self._heard = True
+            self.ask(signal.Signals(received[0]).name)
         os.close(self._reader)
+
+    def ask(self, why: str) -> None:
+        """As a signal does; what asks by a file and by a signal, as a supervisor and torchrun may, asks once."""
+        if not self.signal:
+            self.signal = why
+            log.info(f"{why}: saving after this step or the next; one more signal to leave at once.")
 
     def close(self) -> None:
         """Signals do again what they did before."""
@@ -115,7 +122,7 @@ class Run:
 
     def open_saver(self) -> None:
         """For the process groups that there are now."""
-        self.saver = Saver(self.recipe.checkpoint.publish, self._prune)
+        self.saver = Saver(self.recipe.checkpoint.publish, self._prune, self.directory.fence)
 
     def _prune(self) -> list[int]:
         keep = self.recipe.checkpoint
