@@ -103,6 +103,8 @@ class Run:
     retry_at: int | None = None
     """Step after which a save that failed is tried again."""
     stopping: bool = False
+    console_lost: bool = False
+    """Whether the events say that nobody reads what is printed any more."""
 
     def __post_init__(self) -> None:
         self.reckon()

@@ -166,7 +166,7 @@ class Lease:
         self.run, self.attempt, self.folder = run, attempt, run / FOLDER
         self.number, self.lost, self._file, self._checked = 0, False, -1, 0.0
 
-    def take(self, patience: float = PATIENCE_SECONDS, stale: float = STALE_SECONDS) -> None:
+    def take(self) -> None:
         """Becomes the owner, or waits until it can; a stop request that is none of this job's is dropped.
 
         Raises:
@@ -176,7 +176,7 @@ class Lease:
         while True:
             owner = current_owner(self.run)
             if owner and not owner.released:
-                self._wait_for(owner, patience, stale)
+                self._wait_for(owner)
             if self._create((owner.number if owner else 0) + 1):
                 break
         request = stop_request(self.run)
@@ -184,14 +184,14 @@ class Lease:
         if request is None or not (above and request.get("attempt") == above.attempt):
             (self.run / STOP_REQUEST).write_text("")
 
-    def _wait_for(self, owner: Owner, patience: float, stale: float) -> None:
+    def _wait_for(self, owner: Owner) -> None:
         begin, told, found = time.monotonic(), False, owner
         while found and found.number == owner.number and not found.released:
             alive = found.process.alive() if found.process else None
             passed = time.monotonic() - begin
-            if alive is False or (alive is None and found.mark == owner.mark and passed > stale):
+            if alive is False or (alive is None and found.mark == owner.mark and passed > STALE_SECONDS):
                 return
-            if passed > patience and (alive or found.mark != owner.mark):
+            if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
             if not told:
                 log.info(f"{self.run}: belongs to {found.told(self.run, None)}; waiting for it to leave")
@@ -372,7 +372,8 @@ class Keeper:
             return
         if request.get("at_once") is True:
             os._exit(75)
-        self.ask(str(request.get("why") or STOP_REQUEST)[:80])
+        by_supervisor = above and request.get("attempt") == above.attempt
+        self.ask(str(request.get("why"))[:80] if by_supervisor else STOP_REQUEST)
 
     def close(self) -> None:
         self._over.set()

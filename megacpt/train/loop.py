@@ -257,6 +257,9 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             run.board.step(row)
         if line := console.line(row):
             log.info(line)
+        if log.lost and not run.console_lost:
+            run.console_lost = True
+            run.directory.event("console_lost", number, step.tokens_after, error=log.lost)
         if why and run.skipped_in_row >= recipe.health.rollback_after:
             go_back(run, step, why)
         if number % 100 == 0:

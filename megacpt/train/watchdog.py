@@ -60,12 +60,10 @@ class Watch:
         if isinstance(error, LeaseError):  # nothing of this start belongs there
             self.done()
             return
-        if self.run.is_dir() and (self.folder or supervised()):
+        if supervised() or (self.folder and self.run.is_dir()):
             with contextlib.suppress(OSError):
-                _write(
-                    _incident(self.run, self.attempt or self.folder.name) / f"failed-rank-{self.rank:05d}.json",
-                    _told(error),
-                )
+                folder = _incident(self.run, self.attempt or self.folder.name)
+                _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error))
         if not self.folder:
             return
         points.allow("failed", 0.0)
@@ -75,6 +73,12 @@ class Watch:
         if self.folder:
             points.allow("done", 0.0)
             points.begin(None)
+
+
+def tell_supervisor(run: Path, error: BaseException) -> None:
+    """Of a start that fails before the ranks meet; through torchrun the supervisor sees no exit code."""
+    if supervised():
+        Watch(run, None, int(os.environ.get("RANK", "0"))).failed(error)
 
 
 def start(run: Path, enabled: bool) -> Watch:
@@ -325,6 +329,17 @@ class Watchdog:
 def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
+    """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
+    for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
+        if told := _read(folder / "conclusion.json"):
+            return told
+        if failures := _failures(folder):
+            code, suspects, reason = conclusion("failed", {}, failures)
+            return {"status": "failed", "exit_code": code, "suspects": suspects, "reason": reason}
+    return {}
 
 
 def _failures(folder: Path) -> dict[int, dict[str, Any]]:

@@ -111,7 +111,7 @@ def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file
     assert child.wait(60) == 0
     assert status(run)["status"] in ("preempted", "finished") and len(ledger(run)) == 1
     if status(run)["status"] == "preempted":
-        assert status(run)["signal"] == "SIGTERM"
+        assert status(run)["signal"] == "SIGUSR1"
 
 
 def test_what_is_tried_again():
