@@ -27,6 +27,8 @@ from megacpt import log
 from megacpt.errors import LeaseError
 
 FOLDER, STOP_REQUEST, ATTEMPT = "lease", "stop-request", "MEGACPT_ATTEMPT"
+REPEAT_SECONDS = 10.0
+"""Signals that ask for a stop and come closer together are one request, delivered by two ways."""
 LOOK_SECONDS, BEAT_SECONDS, TRUST_SECONDS = 1.0, 5.0, 10.0
 PATIENCE_SECONDS, STALE_SECONDS = 15.0, 60.0
 """What a job waits for an owner that lives, which may just be ending, and for one on another machine that is not heard."""

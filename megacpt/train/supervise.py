@@ -26,7 +26,7 @@ from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
-from megacpt.train.lease import STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
+from megacpt.train.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
 from megacpt.train.run_directory import read_status, useful_seconds
 from megacpt.train.watchdog import told_by_ranks
 
@@ -220,10 +220,12 @@ def _percent(run: Path) -> str:
 
 class _Stop:
     """SIGTERM, SIGINT and SIGUSR1 are for the run: it is asked to save and leave, and is not started again. A second one asks it to leave
-    at once, a third ends it. SIGHUP is nothing: the terminal is gone, the run is not."""
+    at once, a third ends it; where a scheduler signals all processes and its batch script, too, SIGTERM and SIGUSR1 come twice for one
+    reason, so these must be ten seconds apart. SIGHUP is nothing: the terminal is gone, the run is not."""
 
     def __init__(self) -> None:
         self.received: list[str] = []
+        self.last = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -233,7 +235,10 @@ class _Stop:
         return bool(self.received)
 
     def _receive(self, number: int, frame) -> None:
-        self.received.append(signal.Signals(number).name)
+        now = time.monotonic()
+        if not self.received or number == signal.SIGINT or now - self.last > REPEAT_SECONDS:
+            self.received.append(signal.Signals(number).name)
+            self.last = now
 
     def wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -286,7 +286,7 @@ class Watchdog:
         longer."""
         begin = time.monotonic()
         self._wait(lambda: bool(self._alive()), grace)
-        for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGINT, 3.0), (signal.SIGKILL, 3.0)):
             for pid in self._alive(leaving=False):
                 _send(pid, number)
             self._wait(lambda: bool(self._alive(leaving=False)), seconds)

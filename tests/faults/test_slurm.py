@@ -41,6 +41,14 @@ def begin_again(slurm, job: str) -> None:
     output(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
 
 
+def cancel(slurm, job: str, told) -> None:
+    """The ranks may save; the job does not come back."""
+    before = field(slurm, job, "Restarts")
+    output(slurm, "scancel", job)
+    until(lambda: field(slurm, job, "JobState") == "CANCELLED" and not output(slurm, "squeue", "--noheader"), 120, told)
+    assert field(slurm, job, "Restarts") == before, told()
+
+
 def trained(run: Path, attempt: int, steps: int):
     """Whether that attempt has made so many steps more than its checkpoint had."""
     facts = read_status(run)
@@ -76,8 +84,26 @@ def test_a_job_saves_when_its_end_is_near_or_it_is_to_leave_and_goes_on(slurm, r
         assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1)), "each step once"
         assert "Killed" not in told() and "Traceback" not in told()
     finally:
-        output(slurm, "scancel", "--full", job)
-        until(lambda: field(slurm, job, "JobState") in ("CANCELLED", "COMPLETED", "FAILED", ""), 120, told)
+        cancel(slurm, job, told)
+
+
+def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
+    """A job of a better partition takes the node: Slurm sends SIGTERM to every process, kills after 30 s, and requeues by itself."""
+    run = tmp_path / "run"
+    flags = ["--stages.s.tokens=1B", "--validation=[]", "--checkpoint.every_steps=1000000", "--log.tensorboard=false"]
+    job = submit(slurm, tmp_path, recipe_file(), *flags)
+    told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
+    try:
+        until(lambda: trained(run, 1, 2), 240, told)
+        urgent = ["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        assert output(slurm, "sbatch", "--parsable", *urgent).isdigit()
+        until(lambda: field(slurm, job, "Restarts") == "1" and field(slurm, job, "JobState") == "PENDING", 240, told)
+        first = read_status(run)["attempt"]
+        begin_again(slurm, job)
+        until(lambda: trained(run, first + 1, 1), 240, told)
+        assert status(run)["start"] == "resume" and status(run)["started_at_step"] >= 2, told()
+    finally:
+        cancel(slurm, job, told)
 
 
 def test_a_recipe_error_is_not_requeued_and_a_run_that_is_not_there_is_no_traceback(slurm, recipe_file, tmp_path):
