@@ -192,6 +192,23 @@ def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file
         assert status(run)["signal"] == "SIGUSR1"
 
 
+def test_a_request_that_comes_twice_is_one(monkeypatch):
+    """A scheduler signals every process, and its batch script hands the signal on."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop, clock = module._Stop(), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    for seconds, number, count in (
+        (0, "SIGUSR1", 1),
+        (1, "SIGTERM", 1),
+        (9, "SIGTERM", 1),
+        (11, "SIGTERM", 2),
+        (12, "SIGINT", 3),
+    ):
+        clock[0] = 100.0 + seconds
+        stop._receive(getattr(signal, number), None)
+        assert len(stop.received) == count
+
+
 def test_what_is_tried_again():
     again = lambda status, code=1, asked=False: judge(status, code, asked)
     assert again({"status": "finished"}) == 0
