@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
@@ -95,7 +96,12 @@ def cluster(work: Path):
         until(lambda: node_state(environment) == "idle", 120, lambda: _logs(work))
         yield environment
     finally:
-        subprocess.run(["scancel", "--full", "--user=root"], env=environment, capture_output=True)
+        for job in output(environment, "squeue", "--noheader", "--format=%i").split():
+            output(environment, "scancel", "--signal=KILL", "--full", job)
+            output(environment, "scancel", job)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and output(environment, "squeue", "--noheader"):
+            time.sleep(0.2)
         for signal_name, seconds in (("terminate", 15.0), ("kill", 5.0)):
             for each in reversed(daemons):
                 if each.poll() is None:
@@ -103,6 +109,19 @@ def cluster(work: Path):
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline and any(each.poll() is None for each in daemons):
                 time.sleep(0.1)
+        for pid in _left_over(environment["SLURM_CONF"]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _left_over(conf: str) -> list[int]:
+    """Processes of this cluster's jobs that nobody ends any more."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"SLURM_CONF={conf}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def until(ready, seconds: float, told) -> None:

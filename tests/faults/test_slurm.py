@@ -37,8 +37,8 @@ def submit(slurm, tmp_path, *arguments: str) -> str:
 
 
 def begin_again(slurm, job: str) -> None:
-    """Slurm itself lets two minutes pass after a requeue."""
-    output(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
+    """Slurm itself lets two minutes pass after a requeue; in the same second it would take the old credential, which is revoked."""
+    output(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now+5", "TimeLimit=60")
 
 
 def cancel(slurm, job: str, told) -> None:
