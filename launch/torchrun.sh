@@ -47,5 +47,8 @@ else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
     rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=${RUN_ID:-megacpt}")
 fi
+# A closed terminal ends nothing: torchrun's own default hands SIGHUP on to the ranks and ends.
+trap '' HUP
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}"
 exec "${PYTHON:-python}" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${rendezvous[@]}" \
     -m megacpt train "$@"

@@ -1,32 +1,48 @@
 """The verbs. Thin: each reads its arguments, calls its room, prints. A verb that needs no torch imports none."""
 
 import argparse
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacpt import __version__
-from megacpt.errors import ConfigError, MegacptError
-from megacpt.log import printable
+from megacpt.errors import UNFINISHED, ConfigError, MegacptError
+from megacpt.log import printable, say
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and leaves with its exit code: 0 done, 2 arguments or recipe, 76 damaged data or checkpoint."""
+    """Runs a verb and leaves with its exit code: 0 done, 2 arguments or recipe, 3 stopped where the end was required, 75 may be tried
+    again, 76 damaged data or checkpoint."""
     try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+        code = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        sys.exit(code)
     except MegacptError as error:
-        print(f"megacpt: {printable(str(error))}", file=sys.stderr)
+        say(f"megacpt: {printable(str(error))}")
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has left
-        os._exit(0)
+    except OSError as error:
+        if error.errno != errno.EPIPE and not (error.errno == errno.EIO and _terminal_is_gone()):
+            raise
+        os._exit(128 + signal.SIGPIPE)  # as of any program that such an end stops: its work may not be done
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _terminal_is_gone() -> bool:
+    """Whether what cannot be written to is our terminal, and no disk."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        return True
+    return False
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -172,6 +188,11 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
     p = verb("train", _train, "Train; resumes by itself when the run directory holds a checkpoint.", recipe=True)
     p.add_argument("recipe")
+    p.add_argument(
+        "--require",
+        choices=["finished"],
+        help="leave with 3 where a run that is stopped before its end leaves with 0: what comes next needs the end",
+    )
     _dtype(p)
 
     p = verb(
@@ -449,14 +470,27 @@ def _inspect(options) -> None:
         print(f"written {options.output}")
 
 
-def _train(options) -> None:
-    recipe = _load(options, with_dtype=True)
-    _checked(options, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+def _train(options) -> int:
     from megacpt.log import info
+    from megacpt.train.watchdog import tell_supervisor
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal is closed, and the run goes on
+    recipe = _load(options, with_dtype=True)
+    try:
+        _checked(options, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        tell_supervisor(Path(recipe.directory), error)
+        raise
     from megacpt.train.loop import train
 
     status = train(recipe)
-    info(f"{status}: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export")
+    if status == "finished":
+        info(
+            f"finished: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export"
+        )
+        return 0
+    info(f"{status}: {recipe.directory} is saved and not finished. The same command goes on from there.")
+    return UNFINISHED if options.require else 0
 
 
 def _assess(options) -> None:

@@ -103,6 +103,7 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
     stand_ins = {
         "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # one node: this one
         "sinfo": "echo localhost idle",
+        "squeue": "echo RUNNING",
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$*" >> {tmp_path}/scontrol.log; fi',
     }
     for name, body in stand_ins.items():

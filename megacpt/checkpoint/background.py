@@ -38,11 +38,11 @@ class Saver:
     """One save at a time, behind the training or not; all ranks make one and call it alike.
 
     Args:
-        how, prune: as of `save`.
+        how, prune, fence: as of `save`.
     """
 
-    def __init__(self, how: str, prune: Callable[[], list[int]]):
-        self.how, self.prune = how, prune
+    def __init__(self, how: str, prune: Callable[[], list[int]], fence: Callable[[], None] = lambda: None):
+        self.how, self.prune, self.fence = how, prune, fence
         self.host: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.outcomes: list[Outcome] = []
@@ -123,7 +123,9 @@ class Saver:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
-            outcome.seconds, outcome.removed = save(checkpoints, tensors, state, facts, group, self.how, self.prune)
+            outcome.seconds, outcome.removed = save(
+                checkpoints, tensors, state, facts, group, self.how, self.prune, self.fence
+            )
         except BaseException as error:  # the training raises or reports it, on all ranks
             outcome.error = error
         self.outcomes.append(outcome)

@@ -32,7 +32,7 @@ from megacpt.checkpoint.manifest import (
     sync_directory,
     write_manifest,
 )
-from megacpt.errors import CheckpointError, SaveError
+from megacpt.errors import CheckpointError, LeaseError, SaveError
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -51,12 +51,14 @@ def save(
     group: dist.ProcessGroup | None = None,
     how: str = "rename",
     prune: Callable[[], list[int]] = list,
+    fence: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[int]]:
     """Publishes a checkpoint; all ranks call it. Returns (the seconds it took, what `prune` removed).
 
     Args:
         group: for the ranks' agreement. how: "rename" or "manifest", `checkpoint.publish`.
         prune: rank 0 calls it when the new checkpoint is there.
+        fence: raises on rank 0 if the run directory is another job's by now.
     Raises:
         SaveError: on all ranks, if anything went wrong on any. Nothing was published.
     """
@@ -68,6 +70,7 @@ def save(
         needed = sum(_gathered(_stored_bytes(tensors), group))
         with together(group):
             if dist.get_rank() == 0:
+                fence()
                 _begin(partial, needed)
             points.reached("save.staged", state.step)
         writer = CheckedWriter(partial)
@@ -80,23 +83,34 @@ def save(
         with together(group):
             if dist.get_rank() == 0:
                 points.reached("save.before_manifest", state.step)
+                fence()
                 write_manifest(partial, state, facts, writer.items)
                 points.reached("save.before_rename", state.step)
                 if how == "rename":
+                    fence()
                     _publish(partial, final)
                 sync_directory(checkpoints)
                 points.reached("save.after_rename", state.step)
     except NotOnAll as error:
-        if dist.get_rank() == 0 and how == "rename":
+        if dist.get_rank() == 0 and how == "rename" and _is_ours(fence):
             shutil.rmtree(partial, ignore_errors=True)  # the room is needed
         raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
     if dist.get_rank() == 0:
         try:
             points.reached("save.before_prune", state.step)
+            fence()
             removed = prune()
-        except OSError as error:  # there is a checkpoint too many
+        except (OSError, LeaseError) as error:  # there is a checkpoint too many
             log.warn(f"{checkpoints}: an old checkpoint could not be removed: {error}")
     return time.monotonic() - begin, removed
+
+
+def _is_ours(fence: Callable[[], None]) -> bool:
+    try:
+        fence()
+    except (OSError, LeaseError):
+        return False
+    return True
 
 
 class NotOnAll(Exception):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import set_timeout
 from megacpt.train.health import Measured, check_finite, check_replicas
+from megacpt.train.lease import REPEAT_SECONDS
 from megacpt.train.metrics import TensorBoard, resident_gib
 from megacpt.train.run_directory import RunDirectory, plain_numbers
 
@@ -32,7 +34,8 @@ SNAPSHOTS = "snapshots"
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once.
+    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once. SIGTERM and SIGUSR1 may come
+    twice for one reason, from the scheduler to every process and from torchrun, so they must be ten seconds apart for that.
 
     A thread hears them: Python's own handlers run in the main thread only between two of its instructions, and a collective is one.
     """
@@ -41,7 +44,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """What this rank heard."""
+        """What this rank heard: a signal's name, or what a stop request in the run directory says."""
+        self._heard = 0.0
         self.agreed = False
         """Whether any rank heard something, as all know."""
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
@@ -54,11 +58,18 @@ class StopRequest:
         while received := os.read(self._reader, 1):
             if received[0] not in self.SIGNALS:
                 continue
-            if self.signal:
+            now = time.monotonic()
+            if self._heard and (received[0] == signal.SIGINT or now - self._heard > REPEAT_SECONDS):
                 os._exit(75)
-            self.signal = signal.Signals(received[0]).name
-            log.info(f"{self.signal}: saving after this step; once more to leave at once.")
+            self._heard = self._heard or now
+            self.ask(signal.Signals(received[0]).name)
         os.close(self._reader)
+
+    def ask(self, why: str) -> None:
+        """As a signal does; what asks by a file and by a signal, as a supervisor and torchrun may, asks once."""
+        if not self.signal:
+            self.signal = why
+            log.info(f"{why}: saving after this step or the next; SIGINT to leave at once.")
 
     def close(self) -> None:
         """Signals do again what they did before."""
@@ -99,6 +110,8 @@ class Run:
     retry_at: int | None = None
     """Step after which a save that failed is tried again."""
     stopping: bool = False
+    console_lost: bool = False
+    """Whether the events say that nobody reads what is printed any more."""
 
     def __post_init__(self) -> None:
         self.reckon()
@@ -119,7 +132,7 @@ class Run:
 
     def open_saver(self) -> None:
         """For the process groups that there are now."""
-        self.saver = Saver(self.recipe.checkpoint.publish, self._prune)
+        self.saver = Saver(self.recipe.checkpoint.publish, self._prune, self.directory.fence)
 
     def _prune(self) -> list[int]:
         keep = self.recipe.checkpoint

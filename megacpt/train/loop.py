@@ -20,7 +20,7 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import ConfigError, MegacptError, NumbersError
+from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.model.config import config_of, config_of_stage, frozen_names
 from megacpt.model.inputs import step_to_host
@@ -29,6 +29,7 @@ from megacpt.parallel.mesh import device_of_process, picture, restart_process_gr
 from megacpt.train import watchdog
 from megacpt.train.health import Stragglers, check_finite, check_replicas, limits
 from megacpt.train.job import Run, StopRequest, allowed, saved, told_of_saves, validated
+from megacpt.train.lease import Keeper, agents, attempt_name
 from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
 from megacpt.train.recover import Rollback, go_back, judged
@@ -43,13 +44,14 @@ def train(recipe: Recipe) -> str:
     device = device_of_process()
     watch = watchdog.start(Path(recipe.directory), recipe.health.watchdog)
     points.allow("start", recipe.health.start_timeout_seconds)
-    stop = StopRequest()
+    stop, directory = StopRequest(), None
+    keeper = Keeper(stop.ask, [] if recipe.health.watchdog else agents())
     try:
         start_process_group(device, recipe.health.start_timeout_seconds)
-        watch.joined(share("attempt", time.strftime("%Y%m%d-%H%M%S")))
-        directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
-        if problem := share("directory", _made(directory)):
-            raise ConfigError([problem])
+        watch.joined(share("attempt", attempt_name()))
+        directory = RunDirectory(recipe.directory, dist.get_rank() == 0, watch.attempt)
+        _own(directory)
+        keeper.lease = directory.lease
         try:
             status = _train(recipe, directory, device, stop)
         except BaseException as error:
@@ -61,20 +63,34 @@ def train(recipe: Recipe) -> str:
         watch.failed(error)
         raise
     finally:
+        keeper.close()
         stop.close()
+        if directory:
+            directory.close()
     watch.done()
     return status
 
 
-def _made(directory: RunDirectory) -> str:
-    """The run's folder, without what a kill left. Returns what is wrong with it, or nothing."""
+def _own(directory: RunDirectory) -> None:
+    """Makes this job the owner of the run's folder, without what a kill left. All ranks raise what is wrong with it."""
+    kind, told = "", ""
     try:
         if directory.write:
             directory.make()
             mend(directory.checkpoints)
     except OSError as error:
-        return f"run.directory: {directory.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
-    return ""
+        why = error.strerror or error
+        kind, told = (
+            "config",
+            f"run.directory: {directory.path} cannot be written ({why}). Choose another, or make it writable.",
+        )
+    except ConfigError as error:
+        kind, told = "config", "\n".join(error.problems)
+    except LeaseError as error:
+        kind, told = "lease", str(error)
+    kind, _, told = share("directory", f"{kind}:{told}").partition(":")
+    if kind:
+        raise LeaseError(told) if kind == "lease" else ConfigError(told.split("\n"))
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:
@@ -223,10 +239,14 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         if number == run.clock.stage_numbers(index)[0]:
             run.accepted.clear()  # another stage, other losses
         update = _update_of(recipe, step, lr, frozen, limits(run.accepted, recipe.health))
-        asks = (run.stop.signal is not None, run.saver.failed)
+        asks = (run.stop.signal is not None, run.saver.failed, run.directory.lost)
         reduction = recipe.reduction(layout)
         measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.num_labels, reduction, update, asks)
-        loss, norm, skipped, stop, failed = measured.tolist()  # the step's one wait for the device
+        loss, norm, skipped, stop, failed, lost = measured.tolist()  # the step's one wait for the device
+        if lost:
+            raise LeaseError(
+                f"{run.directory.path}: another job owns the run directory by now. Nothing more is written there."
+            )
         seconds = time.monotonic() - begin
         if number == first:
             run.phase = "step"
@@ -255,6 +275,9 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             run.board.step(row)
         if line := console.line(row):
             log.info(line)
+        if log.lost and not run.console_lost:
+            run.console_lost = True
+            run.directory.event("console_lost", number, step.tokens_after, error=log.lost)
         if why and run.skipped_in_row >= recipe.health.rollback_after:
             go_back(run, step, why)
         if number % 100 == 0:

@@ -66,6 +66,7 @@ def go_back(run: Run, step: Step, why: str) -> None:
     }
     with together(run.saver.group):
         if dist.get_rank() == 0:
+            run.directory.fence()
             directory = checkpoints / directory_name(target)
             state = read_manifest(directory).state
             amend(directory, type(state)(**vars(state) | {"decisions": [*state.decisions, decision]}))

@@ -151,7 +151,8 @@ def snapshot(run: Run, step: Step) -> None:
         check_finite(run.optimizer, step.number)
         tensors, keep = tensors_of(run.optimizer.parameters, None), lambda: prune(folder, stage.average.last, None)
         try:
-            save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
+            saver, state = run.saver, state_of(run, step.number)
+            save(folder, tensors, state, run.facts, saver.group, saver.how, keep, saver.fence)
         except SaveError as error:  # one snapshot less in the average
             run.directory.event("save_failed", step.number, step.tokens_after, error=str(error))
             log.warn(str(error))
@@ -179,7 +180,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
         check_finite(run.optimizer, number)
         output = run.directory.path / AVERAGES
         facts = run.facts | {"average_of": steps, "weights": weights}
-        save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how)
+        save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how, fence=run.saver.fence)
     losses["average"] = _losses(run, index)
     for name, parameter in parameters.items():
         parameter._local_tensor.detach().copy_(last[name])

@@ -117,6 +117,8 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
     directory.event("start", start.step, clock.tokens_at(start.step), mode=start.mode, changes=changes)
     for step in sorted(damaged):
         directory.event("damaged", step, clock.tokens_at(step))
+    for change in changes:
+        log.info(f"changed since the run was started: {change}")
     log.info(
         f"{directory.path}: {start.mode}" + (f" from step {start.step}" if start.step else "") + f", {layout}, "
         f"{facts['compute']} on {facts['device']}, {log.short_number(config.num_parameters())} parameters, "
