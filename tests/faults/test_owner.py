@@ -343,6 +343,18 @@ def test_a_closed_terminal_ends_nothing(recipe_file, tmp_path):
     assert len(events(run, "console_lost")) == 1
 
 
+def test_a_hangup_of_the_launcher_ends_nothing(recipe_file, tmp_path):
+    """launch/torchrun.sh without a supervisor, in a terminal that is closed; torchrun's own default hands SIGHUP on and ends."""
+    run, script = tmp_path / "run", str(Path(__file__).parents[2] / "launch/torchrun.sh")
+    more = {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(["bash", script, recipe_file(), *QUICK, f"--run.directory={run}"], env=os.environ | more)
+    until(has_steps(run, 1))
+    for pid in [child.pid, *descendants(child.pid)]:
+        os.kill(pid, signal.SIGHUP)
+    assert child.wait(240) == 0
+    finished(run)
+
+
 def test_a_reader_that_leaves_ends_nothing(recipe_file, tmp_path):
     """megacpt train … 2>&1 | head -2"""
     run = tmp_path / "run"

@@ -45,7 +45,8 @@ def cancel(slurm, job: str, told) -> None:
     """The ranks may save; the job does not come back."""
     before = field(slurm, job, "Restarts")
     output(slurm, "scancel", job)
-    until(lambda: field(slurm, job, "JobState") == "CANCELLED" and not output(slurm, "squeue", "--noheader"), 120, told)
+    ended = lambda: field(slurm, job, "JobState") in ("CANCELLED", "FAILED", "COMPLETED")
+    until(lambda: ended() and not output(slurm, "squeue", "--noheader"), 120, told)
     assert field(slurm, job, "Restarts") == before, told()
 
 
