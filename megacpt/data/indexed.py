@@ -133,16 +133,32 @@ def _open_index(path: Path, check: bool) -> tuple[np.ndarray, np.ndarray, np.dty
         raise DataError(f"{path}: document boundaries do not run from 0 to the {sequences:,} sequences.")
     if check:
         _check_index(path, sequences, boundaries, dtype)
-    if boundaries != sequences + 1:
-        lengths = np.add.reduceat(lengths, documents[:-1], dtype=np.int64) if sequences else lengths
-        if lengths.size and lengths.max() >= 2**31:
-            raise DataError(f"{path}: a document has {lengths.max():,} tokens; at most {2**31 - 1:,} are read.")
-        lengths, offsets = lengths.astype(np.int32), np.asarray(offsets)[documents[:-1]]
+    if not _one_sequence_each(documents, sequences):
+        lengths, offsets = _joined(path, lengths, documents, dtype)
     return lengths, offsets, dtype
 
 
+def _one_sequence_each(documents: np.ndarray, sequences: int) -> bool:
+    """Whether document i is sequence i. As many as there are sequences they may be with an empty one and one of two sequences, too."""
+    if len(documents) != sequences + 1:
+        return False
+    blocks = range(0, sequences + 1, _BLOCK)
+    return all(np.array_equal(documents[i : i + _BLOCK], np.arange(i, min(i + _BLOCK, sequences + 1))) for i in blocks)
+
+
+def _joined(path: Path, lengths: np.ndarray, documents: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, byte offsets) of documents of any number of sequences. One of none, as Megatron writes for an empty text, has no tokens."""
+    if np.diff(documents).min() < 0:
+        raise DataError(f"{path}: document boundaries fall. The index is damaged.")
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
+    lengths = np.diff(ends)
+    if lengths.size and lengths.max() >= 2**31:
+        raise DataError(f"{path}: a document has {lengths.max():,} tokens; at most {2**31 - 1:,} are read.")
+    return lengths.astype(np.int32), ends[:-1] * dtype.itemsize
+
+
 def _check_index(path: Path, sequences: int, boundaries: int, dtype: np.dtype) -> None:
-    """Every offset is the sum of the lengths before it; boundaries grow. Read in blocks, not mapped: memory stays flat."""
+    """Every offset is the sum of the lengths before it; boundaries do not fall. Read in blocks, not mapped: memory stays flat."""
 
     def block(kind: str, base: int, start: int, end: int) -> np.ndarray:
         item = np.dtype(kind).itemsize
@@ -161,5 +177,5 @@ def _check_index(path: Path, sequences: int, boundaries: int, dtype: np.dtype) -
         expected = int(ends[-1])
     for start in range(0, boundaries - 1, _BLOCK):
         documents = block("<i8", _HEADER.size + 12 * sequences, start, min(start + _BLOCK + 1, boundaries))
-        if np.diff(documents).min() <= 0:
-            raise DataError(f"{path}: document boundaries do not grow near document {start:,}. The index is damaged.")
+        if np.diff(documents).min() < 0:
+            raise DataError(f"{path}: document boundaries fall near document {start:,}. The index is damaged.")

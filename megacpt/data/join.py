@@ -167,10 +167,10 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
                 f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
             )
     blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
-    ends_with_eos = data.num_documents > 0 and all(
-        data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
-        for i in range(min(100, data.num_documents))
-    )
+    empty = int(sum(np.count_nonzero(block == 0) for block in blocks))
+    first = [i for i in range(min(100 + empty, data.num_documents)) if data.lengths[i]][:100]
+    last_tokens = [int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) for i in first]
+    ends_with_eos = bool(first) and all(token == tokenizer.eos_id for token in last_tokens)
     manifest = {
         "format": FORMAT,
         **_counts(blocks),
@@ -181,9 +181,14 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
         "bos_prepended": None,
         "eos_appended": ends_with_eos,
         "adopted": True,
+        "empty_documents": empty,
         **{k: {"bytes": os.path.getsize(f"{prefix}.{k}"), "crc32": crc32_of(f"{prefix}.{k}")} for k in ("bin", "idx")},
         "tokenizer": {"path": tokenizer_path, "sha256": tokenizer.sha256},
     }
+    if empty:
+        warn(
+            f"{prefix}: {empty:,} of {data.num_documents:,} documents hold no token. They keep their numbers and are not trained on."
+        )
     if not ends_with_eos:
         warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
     _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)

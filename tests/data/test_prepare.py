@@ -314,6 +314,33 @@ def test_adopting_megatrons_files(tmp_path, options):
         adopt(str(tmp_path / "o"), options.tokenizer)
 
 
+def test_adopting_a_set_with_empty_documents(tmp_path, options, capsys):
+    """Megatron writes an empty document for an empty text: it keeps its number, is counted, and no row holds it."""
+    from test_indexed import index_of
+
+    from megacpt.data.packing import DomainData, Selection, open_index
+
+    ids = [[*Tokenizer(options.tokenizer).encode_batch([text])[0], 0] for text in TEXTS[:30]]
+    lengths = [len(document) for document in ids]
+    boundaries = [0, 0, *range(1, 8), 7, *range(8, 31), 30]
+    (tmp_path / "o.idx").write_bytes(index_of(lengths, boundaries))
+    np.concatenate(ids).astype(np.uint16).tofile(tmp_path / "o.bin")
+    manifest = adopt(str(tmp_path / "o"), options.tokenizer)
+    assert (manifest["documents"], manifest["empty_documents"], manifest["eos_appended"]) == (33, 3, True)
+    said = capsys.readouterr().err
+    assert "3 of 33 documents hold no token" in said and "do not end with" not in said
+    empty = [0, 8, 32]
+    assert [i for i, document in enumerate(documents(tmp_path / "o")) if not document] == empty
+    assert [document for document in documents(tmp_path / "o") if document] == ids
+    index = open_index(
+        DomainData([str(tmp_path / "o")]), Selection(64, "best_fit", 0, 2**31, 0, False), str(tmp_path / "p")
+    )
+    pieces = [piece for row in range(index.num_rows) for piece in index.row(row)]
+    trained = {document for document, _, length in pieces if length}
+    assert all(length > 0 for *_, length in pieces) and not trained & set(empty)
+    assert sum(length for *_, length in pieces) == sum(n for n in lengths if n > 1)
+
+
 def test_two_at_once_on_one_output_are_refused(tmp_path, options):
     import fcntl
 
