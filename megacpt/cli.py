@@ -539,6 +539,7 @@ def _evaluate(options) -> None:
     if not recipe.validation and not recipe.gates:
         raise ConfigError([f"{options.recipe}: has no [[validation]] and no [gates]."], "the arguments")
     from megacpt.log import is_rank0
+    from megacpt.train.run_directory import plain_numbers
     from megacpt.train.standalone import evaluate
 
     results = evaluate(options.model, recipe, options.dtype, options.step)
@@ -549,7 +550,7 @@ def _evaluate(options) -> None:
         for gate, numbers in results.get("gates", {}).items():
             print(f"gate {gate}: {json.dumps(numbers)}")
         if options.output:
-            Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+            Path(options.output).write_text(json.dumps(plain_numbers(results), indent=1) + "\n")
 
 
 def _export(options) -> None:
@@ -642,8 +643,11 @@ def _supervise(options) -> int:
     from megacpt.train.supervise import Options, supervise
 
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if options.max_restarts < 0 or options.backoff < 0 or options.min_nodes < 1:
-        raise ConfigError(["--max-restarts, --backoff: not negative; --min-nodes: at least 1."], "the arguments")
+    if options.max_restarts < 0 or not 0 <= options.backoff <= 86400 or options.min_nodes < 1:
+        raise ConfigError(
+            ["--max-restarts: not negative; --backoff: from 0 to 86400 seconds; --min-nodes: at least 1."],
+            "the arguments",
+        )
     return supervise(command, Options(options.max_restarts, options.backoff, options.min_nodes))
 
 

@@ -53,6 +53,8 @@ class Topics:
             settings = {key: facts[key] for key in ("features", "ngrams", "characters")}
             if facts["format"] != FORMAT or weights.shape != (len(facts["names"]), settings["features"]):
                 raise ValueError(f"format {facts['format']}, weights {weights.shape}, {len(facts['names'])} names")
+            if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
+                raise ValueError("weights that are not finite")
         except Exception as error:  # a damaged archive can raise anything
             raise DataError(f"{directory}: no model of topics ({type(error).__name__}: {error}).") from None
         return cls(facts["names"], weights, bias, settings)

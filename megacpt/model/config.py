@@ -8,7 +8,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,15 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         rope,
         raw,
     )
+
+
+def what_matters(config: LlamaConfig) -> dict[str, Any]:
+    """What of a config.json decides what is computed from given weights, by its names there."""
+    ours = {each.name: getattr(config, each.name) for each in fields(config)}
+    for name in ("raw", "rope", "initializer_range"):
+        del ours[name]
+    rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.type, **config.rope.fields}
+    return ours | rope | {"eos_token_id": config.eos_token_id}
 
 
 def config_of(model: Model) -> LlamaConfig:

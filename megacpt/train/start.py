@@ -4,6 +4,7 @@ recipe says, and the same on all ranks."""
 import gc
 import hashlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import LlamaConfig, config_of
+from megacpt.model.config import LlamaConfig, change_rope, config_of, read_config, what_matters
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import plan_stages
@@ -82,8 +83,11 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
                 "recipe": json.dumps(plain(recipe), sort_keys=True),
                 "checkpoint": f"{start.mode} {start.step}",
                 **{f"data of {name}": digest for name, digest in fingerprints.items()},
+                **{f"{key} of config.json": json.dumps(value) for key, value in what_matters(config).items()},
             }
         )
+        if start.state:
+            _check_config(recipe, directory, config)
         first = recipe.stages[clock.step(min(clock.num_steps, start.step + 1)).stage]
         model, optimizer = build(recipe, first, config, compute, device)
         try:
@@ -212,6 +216,45 @@ def _check_resume(
     return changes
 
 
+def _check_config(recipe: Recipe, directory: RunDirectory, config: LlamaConfig) -> None:
+    """The model's config.json is the one that the run began with, of which its folder holds a copy. A run that has none gets one now.
+    Collective: rank 0 looks.
+
+    Raises:
+        ConfigError: with every difference that matters.
+    """
+    problems: list[list[str]] = [[]]
+    if directory.write:
+        copy = directory.path / HUGGING_FACE / "config.json"
+        try:
+            if copy.exists():
+                before = what_matters(change_rope(read_config(copy), recipe.model.rope))
+                now = what_matters(config)
+                keys = [key for key in now | before if now.get(key) != before.get(key)]
+                problems = [[f"{key} = {now.get(key)}: the run began with {before.get(key)}." for key in keys]]
+                if keys:
+                    problems[0].append(
+                        f"Put back the config.json that {copy} is a copy of, or begin a new run under another run.name."
+                    )
+            else:
+                _keep_config(copy, config)
+        except ConfigError as error:
+            problems = [error.problems]
+        except OSError as error:
+            problems = [[f"{copy}: {error.strerror or error}"]]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise ConfigError(problems[0], "config.json of the model")
+
+
+def _keep_config(copy: Path, config: LlamaConfig) -> None:
+    """The copy from which a run is resumed and exported, in one act."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    partial = copy.with_name(f".{copy.name}.tmp")
+    partial.write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, copy)
+
+
 def _fill(
     recipe: Recipe,
     directory: RunDirectory,
@@ -237,7 +280,7 @@ def _fill(
     if directory.write:
         side = directory.path / HUGGING_FACE
         copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
-        (side / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
+        _keep_config(side / "config.json", config)
         (side / "dtypes.json").write_text(json.dumps(dtypes))
 
 

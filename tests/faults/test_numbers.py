@@ -194,13 +194,15 @@ def test_weights_that_are_ruined_just_before_a_save_are_left_behind(recipe_file,
 
         loop.train_step = ruining
 
-    flags = [f"--run.directory={run}", "--health.rollback_after=2"]
+    flags = [f"--run.directory={run}", "--health.rollback_after=2", "--stages.s.average={last=3, every_tokens=512}"]
     codes, errors = run_ranks(1, recipe_file(), flags, prepare=ruin)
     assert codes == [0], errors
     back = [(event["to_step"], event["sequence"], event["count"]) for event in events(run, "rollback")]
     assert back == [(4, 16, 8), (4, 16, 8), (2, 8, 16 + 8 + 8)]
     assert status(run)["status"] == "finished" and all(row["skipped"] is None for row in rows(run))
-    assert list_steps(run / "checkpoints") == [4, 6, 8]
+    assert list_steps(run / "checkpoints") == [4, 6, 8] == list_steps(run / "snapshots/s")
+    kept = StoredModel(run / "snapshots/s/step-00000004")
+    assert max(kept.tensor(name).abs().max() for name in kept.metadata) < 1e3, "of the course that was given up"
 
 
 def test_a_skipped_step_is_no_part_of_an_average(recipe_file, tmp_path):

@@ -487,3 +487,21 @@ def test_doctor_and_help():
         assert f"\n    {verb} " in text or f"\n    {verb}\n" in text, verb
     assert command("export", "/nowhere", "--output", "/tmp/x").returncode == 2
     assert command("train").returncode == 2
+
+
+def test_no_order_is_made_of_losses_that_are_none(prepared, tmp_path, monkeypatch):
+    """Scores of a model that gives nan for one document are not written, and the document is named."""
+    from types import SimpleNamespace
+
+    from megacpt.errors import NumbersError
+    from megacpt.evaluate import score
+
+    def losses(model, lengths, read, tokens):
+        found = np.ones((len(lengths), 3))
+        found[7, 0] = np.nan
+        return found
+
+    monkeypatch.setattr(score, "score_sequences", losses)
+    with pytest.raises(NumbersError, match=r"The loss of 1 of \d+ documents is not finite \(\d+\)"):
+        score.score(SimpleNamespace(config=None), str(prepared / "a"), tmp_path / "a.jsonl", 64, 64, "model")
+    assert not list(tmp_path.iterdir())
