@@ -166,7 +166,7 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
                 f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
                 f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
             )
-    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
+    blocks = [data.lengths_of(i, i + (1 << 20)) for i in range(0, data.num_documents, 1 << 20)]
     ends_with_eos = data.num_documents > 0 and all(
         data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
         for i in range(min(100, data.num_documents))
