@@ -10,6 +10,7 @@ ROOMS = [
     "megacpt_kernels",
     "errors",
     "log",
+    "files",
     "points",
     "config",
     "data",
@@ -27,6 +28,7 @@ ROOMS = [
 TORCH_FREE = [
     "errors",
     "log",
+    "files",
     "config",
     "data",
     "plan",

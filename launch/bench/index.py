@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--folder", help="default: the system's temporary folder")
     options = parser.parse_args()
     from megacpt.data.indexed import write_index
-    from megacpt.data.manifest import FORMAT
+    from megacpt.data.manifest import FORMAT, crc32_of
     from megacpt.data.packing import DomainData, Selection, open_index
 
     class Lengths:
@@ -42,6 +42,7 @@ def main() -> None:
         with open(work / "d.bin", "wb") as file:
             file.truncate(2 * tokens)
         sizes = {k: {"bytes": (work / f"d.{k}").stat().st_size, "crc32": 0} for k in ("bin", "idx")}
+        sizes["idx"]["crc32"] = crc32_of(work / "d.idx")
         (work / "d.json").write_text(
             json.dumps(
                 {

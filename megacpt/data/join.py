@@ -166,7 +166,7 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
                 f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
                 f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
             )
-    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
+    blocks = [data.lengths_of(i, i + (1 << 20)) for i in range(0, data.num_documents, 1 << 20)]
     empty = int(sum(np.count_nonzero(block == 0) for block in blocks))
     first = [i for i in range(min(100 + empty, data.num_documents)) if data.lengths[i]][:100]
     last_tokens = [int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) for i in first]

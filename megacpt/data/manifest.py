@@ -38,13 +38,20 @@ def read_manifest(prefix: str) -> dict[str, Any]:
         for kind in ("bin", "idx"):
             file, expected = f"{prefix}.{kind}", manifest[kind]["bytes"]
             actual = os.path.getsize(file) if os.path.isfile(file) else None
+            if type(expected) is not int:
+                raise TypeError(f"{kind}.bytes is {expected!r}")
             if actual != expected:
                 state = "is missing" if actual is None else f"has {actual:,} bytes"
                 raise DataError(f"{file}: {state}, but its manifest says {expected:,} bytes. Copy or prepare it again.")
         for key in ("documents", "tokens", "vocab_size", "eos_token_id"):
             if not isinstance(manifest[key], int | None):
                 raise TypeError(f"{key} is {manifest[key]!r}")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        for kind in ("bin", "idx", "labels"):
+            if (kind != "labels" or kind in manifest) and type(manifest[kind]["crc32"]) is not int:
+                raise TypeError(f"{kind}.crc32 is {manifest[kind]['crc32']!r}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}).") from None
     return manifest
 
@@ -56,7 +63,7 @@ def verify_data(prefix: str) -> dict[str, Any]:
         DataError: naming the file that differs.
     """
     manifest = read_manifest(prefix)
-    for kind in ("bin", "idx"):
+    for kind in ("bin", "idx", *(["labels"] if "labels" in manifest else [])):
         found, expected = crc32_of(f"{prefix}.{kind}"), manifest[kind]["crc32"]
         if found != expected:
             raise DataError(
