@@ -38,7 +38,7 @@ def to_host(batch: Batch, mesh: Mesh) -> HostInputs:
     """[rows, seq_len] -> this context rank's tokens [rows * seq_len / cp] and its plan, ready for one copy."""
     plan = make_plan(batch.document_starts, batch.tokens.size, mesh.layout.context, mesh.context_rank)
     parts = [array.reshape(-1)[plan.tokens] for array in (batch.tokens, batch.labels, batch.positions)]
-    parts += [np.empty(0) if plan.keys is None else plan.keys.numpy(), plan.documents.q, plan.documents.k]
+    parts += [np.empty(0) if plan.keys is None else plan.keys, plan.documents.q, plan.documents.k]
     sizes = tuple(len(part) for part in parts)
     whole, begin = np.zeros(sum(map(_room, sizes)), np.int32), 0
     for part, size in zip(parts, sizes, strict=True):

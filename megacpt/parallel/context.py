@@ -110,17 +110,17 @@ class ContextPlan:
     Attributes:
         tokens: int64 [T / cp], places of this rank's tokens in the micro-batch.
         keys: int32 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
-            they are all of them in order.
+            they are all of them in order. An array as planned, a tensor on the device for attention.
         documents: of the call; queries and keys count from the rank's first.
     """
 
     tokens: np.ndarray
-    keys: Tensor | None
+    keys: np.ndarray | Tensor | None
     documents: Documents
 
 
 def make_plan(document_starts: np.ndarray, tokens: int, ranks: int, rank: int) -> ContextPlan:
-    """The plan of one rank, its tensors on the host. Pure: all ranks make the same assignment."""
+    """The plan of one rank, on the host. Pure: all ranks make the same assignment."""
     starts = np.asarray(document_starts)
     if ranks == 1:
         return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens))
@@ -138,7 +138,7 @@ def make_plan(document_starts: np.ndarray, tokens: int, ranks: int, rank: int) -
         keys.append(places[first:end])
     cu_q, cu_k = (torch.tensor(edges, dtype=torch.int32) for edges in (q_edges, k_edges))
     documents = Documents(tuple(q_edges), tuple(k_edges), cu_q, cu_k)
-    return ContextPlan(order.reshape(ranks, -1)[rank], torch.from_numpy(np.concatenate(keys)), documents)
+    return ContextPlan(order.reshape(ranks, -1)[rank], np.concatenate(keys), documents)
 
 
 class Gather:
