@@ -140,8 +140,13 @@ def _counts(lengths) -> dict[str, Any]:
 
 def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
     """Renames data, index, then the manifest; each is on disk before."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a source need not be UTF-8; escaped it is read back as it is
+        text = json.dumps(manifest, indent=1)
     with open(tmp["json"], "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
+        file.write(text)
     for kind in ("bin", "idx", "labels", "json"):
         if kind in tmp:
             with open(tmp[kind], "rb") as file:

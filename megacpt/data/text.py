@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.errors import ConfigError, DataError
+from megacpt.log import warn
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES, PIECES = 2 << 20, 256 << 20, 1024
 MAX_DOCUMENT_BYTES = 1 << 30
@@ -60,9 +61,11 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
     files, problems = [], []
     for given in inputs:
         if os.path.isdir(given):
-            found = sorted(str(p) for p in Path(given).rglob("*") if p.is_file() and not p.name.startswith("."))
-            if not found:
-                problems.append(f"{given}: an empty folder.")
+            found, broken = _walk(given)
+            problems += [f"{link}: a link to what is not there. Fetch its content, or remove it." for link in broken]
+            found = _without_cards(found, kind)
+            if not found and not broken:
+                problems.append(f"{given}: a folder without files (hidden ones and hidden folders are left out).")
         elif os.path.isfile(given):
             found = [given]
         else:
@@ -79,6 +82,38 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
     if problems:
         raise ConfigError(problems[:20] + ([f"… and {len(problems) - 20} more"] if problems[20:] else []), "the input")
     return files
+
+
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """(files, links to nothing) of a folder, sorted. Hidden files and folders (caches, checkpoints of editors) are left out; links to folders
+    are followed, each folder once."""
+    files, broken, seen = [], [], {os.path.realpath(folder)}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            true = os.path.realpath(os.path.join(where, name))
+            if true in seen:
+                warn(f"{os.path.join(where, name)}: the same folder as one that is read already; it is left out.")
+            else:
+                kept.append(name)
+            seen.add(true)
+        folders[:] = kept
+        paths = [os.path.join(where, name) for name in names if not name.startswith(".")]
+        files += [path for path in paths if os.path.isfile(path)]
+        broken += [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
+    return sorted(files), sorted(broken)
+
+
+def _without_cards(files: list[str], kind: str) -> list[str]:
+    """A README.md among files of records is the data set's card, not one of its documents."""
+    kinds = {_KINDS.get(Path(_bare(path)).suffix.lower()) for path in files}
+    cards = [path for path in files if Path(path).name.lower() == "readme.md"]
+    if kind != "auto" or not cards or not kinds & {"jsonl", "parquet"}:
+        return files
+    warn(
+        f"{', '.join(cards[:3])}: a description of the data, left out. Name it among the inputs to read it as a document."
+    )
+    return [path for path in files if path not in cards]
 
 
 def cut(files: list[tuple[str, str]]) -> list[Piece]:
@@ -266,7 +301,8 @@ def _parquet(path: str):
     import pyarrow.parquet
 
     with _parquet_errors(path, "not a parquet file"):
-        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        file = pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
 
 
 @contextmanager

@@ -349,3 +349,52 @@ def test_two_at_once_on_one_output_are_refused(tmp_path, options):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another megacpt prepare is writing it"):
             prepare([jsonl(tmp_path / "t.jsonl")], str(tmp_path / "o"), options, workers=1)
+
+
+def test_names_that_are_no_utf8_are_read_and_kept(tmp_path, options):
+    """Written on another system: the bytes of the name come back from the manifest."""
+    folder = os.path.join(os.fsencode(tmp_path), b"in")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"\xff\xfe caf\xe9.jsonl"), "wb") as file:
+        file.write(json.dumps({"text": TEXTS[0]}).encode() + b"\n{broken\n")
+    with open(os.path.join(folder, b"\xff.txt.gz"), "wb") as file:
+        file.write(gzip.compress(TEXTS[1].encode()))
+    with open(os.path.join(folder, b"\xff.parquet"), "wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": [TEXTS[2]]}), file)
+    prepare([str(tmp_path / "in")], str(tmp_path / "o"), options, workers=1)
+    names = [os.fsencode(os.path.basename(source["path"])) for source in read_manifest(str(tmp_path / "o"))["sources"]]
+    assert sorted(names) == [b"\xff.parquet", b"\xff.txt.gz", b"\xff\xfe caf\xe9.jsonl"]
+    assert sorted(documents(tmp_path / "o")) == sorted(expected(options, TEXTS[:3]))
+
+
+def test_a_folder_is_read_without_what_is_not_of_the_data(tmp_path, options, capsys):
+    """Hidden folders and the card are left out, the card by name; links are followed, a folder once; a link to nothing is an error."""
+    inside, beside = tmp_path / "in", tmp_path / "beside"
+    for folder in (inside / "sub", inside / ".ipynb_checkpoints", inside / ".cache/huggingface", beside):
+        folder.mkdir(parents=True)
+    jsonl(inside / "a.jsonl", TEXTS[:2])
+    jsonl(inside / "sub/b.jsonl", TEXTS[2:4])
+    jsonl(beside / "c.jsonl", TEXTS[4:6])
+    jsonl(inside / ".ipynb_checkpoints/a-checkpoint.jsonl", ["old"])
+    (inside / ".cache/huggingface/a.jsonl.metadata").write_text("x")
+    (inside / "README.md").write_text("# The card")
+    (inside / "linked").symlink_to(beside)
+    (inside / "linked again").symlink_to(beside)
+    (inside / "sub/loop").symlink_to(inside)
+    prepare([str(inside)], str(tmp_path / "o"), options, workers=1)
+    read = [*TEXTS[:2], *TEXTS[4:6], *TEXTS[2:4]]
+    assert documents(tmp_path / "o") == expected(options, read)
+    said = capsys.readouterr().err
+    assert "README.md: a description of the data, left out" in said
+    assert "loop: the same folder as one that is read" in said and "linked again: the same" in said
+    prepare([str(inside), str(inside / "README.md")], str(tmp_path / "o2"), options, workers=1)
+    assert documents(tmp_path / "o2") == expected(options, [*read, "# The card"])
+    (inside / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ConfigError, match="gone.jsonl: a link to what is not there"):
+        prepare([str(inside)], str(tmp_path / "o3"), options, workers=1)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "README.md").write_text("a text")
+    (texts / "b.txt").write_text("b")
+    prepare([str(texts)], str(tmp_path / "o4"), options, workers=1)
+    assert documents(tmp_path / "o4") == expected(options, ["a text", "b"])
