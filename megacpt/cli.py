@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megacpt import __version__
 from megacpt.errors import UNFINISHED, ConfigError, MegacptError
+from megacpt.files import write_atomically
 from megacpt.log import printable, say
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
@@ -390,9 +391,7 @@ def _check(options) -> int:
 
         print("\n".join(folded(timeline(recipe, Clock(recipe)), recipe)))
     if options.schedule_picture:
-        Path(options.schedule_picture).write_text(
-            schedule_svg(recipe, world_size, files=not options.no_files), encoding="utf-8"
-        )
+        write_atomically(options.schedule_picture, schedule_svg(recipe, world_size, files=not options.no_files))
         print(f"written {options.schedule_picture}")
     return 0
 
@@ -550,7 +549,7 @@ def _evaluate(options) -> None:
         for gate, numbers in results.get("gates", {}).items():
             print(f"gate {gate}: {json.dumps(numbers)}")
         if options.output:
-            Path(options.output).write_text(json.dumps(plain_numbers(results), indent=1) + "\n")
+            write_atomically(options.output, json.dumps(plain_numbers(results), indent=1) + "\n")
 
 
 def _export(options) -> None:

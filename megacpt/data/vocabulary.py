@@ -8,7 +8,6 @@ That every old id stays is not left to the format: the result is loaded, and all
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from megacpt.data.pieces import UNUSED, USER_DEFINED, read_model
 from megacpt.data.text import BadLine, cut, find_files, read_piece
 from megacpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from megacpt.errors import ConfigError
+from megacpt.files import new_folder
 
 
 def texts_of(
@@ -90,10 +90,7 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
              "(sentencepiece)."], "the tokenizers",
         )  # fmt: skip
     old = Tokenizer(base)
-    partial = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(output) as partial:
         for name in TOKENIZER_FILES:
             if (base / name).is_file() and name != kinds[0]:
                 shutil.copyfile(base / name, partial / name)
@@ -102,9 +99,6 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
         merged = Tokenizer(partial)
         if problems := moved_ids(old, merged):
             raise ConfigError([f"{base}: {problem} Nothing was written." for problem in problems], "the tokenizers")
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return old.vocab_size, merged.vocab_size
 
 

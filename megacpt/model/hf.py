@@ -5,7 +5,6 @@ and renames it. Names are the model's own, so neither renames nor permutes.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError, NumbersError
+from megacpt.files import new_folder, write_atomically
 from megacpt.model.config import LlamaConfig, export_config
 from megacpt.parallel.finite import not_finite
 
@@ -251,9 +251,24 @@ def write_pretrained(
     output = Path(output)
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
-    partial = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        with new_folder(output) as partial:
+            _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output}: could not be written: {error}. Nothing is left of it. Make room, or give another --output."
+        ) from None
+
+
+def _write_into(
+    partial: Path,
+    config: LlamaConfig,
+    side_files: Path,
+    read: Callable[[str], Tensor],
+    dtypes: dict[str, str],
+    longest: int,
+    max_shard_bytes: int,
+) -> None:
     copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     _write_json(partial / "config.json", export_config(config, common, longest))
@@ -271,18 +286,19 @@ def write_pretrained(
             problems += _not_written(name, whole, tensors[name])
         if problems:  # all of them are told; nothing is written any more
             continue
-        save_file(tensors, partial / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if problems:
-        shutil.rmtree(partial, ignore_errors=True)
         more = f"\n  … and {len(problems) - 20} more tensors" if len(problems) > 20 else ""
-        raise NumbersError(f"{output} was not written:\n  " + "\n  ".join(problems[:20]) + more)
+        raise NumbersError("the model was not written:\n  " + "\n  ".join(problems[:20]) + more)
     if len(shards) > 1:
         _write_json(
             partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    os.rename(partial, output)
 
 
 def _not_written(name: str, whole: Tensor, cast: Tensor) -> list[str]:
@@ -310,4 +326,4 @@ def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) ->
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

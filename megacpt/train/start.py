@@ -4,7 +4,6 @@ recipe says, and the same on all ranks."""
 import gc
 import hashlib
 import json
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
+from megacpt.files import write_atomically
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
 from megacpt.model.config import LlamaConfig, change_rope, config_of, read_config, what_matters
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
@@ -248,11 +248,9 @@ def _check_config(recipe: Recipe, directory: RunDirectory, config: LlamaConfig) 
 
 
 def _keep_config(copy: Path, config: LlamaConfig) -> None:
-    """The copy from which a run is resumed and exported, in one act."""
+    """The copy from which a run is resumed and exported."""
     copy.parent.mkdir(parents=True, exist_ok=True)
-    partial = copy.with_name(f".{copy.name}.tmp")
-    partial.write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, copy)
+    write_atomically(copy, json.dumps(config.raw, indent=2) + "\n")
 
 
 def _fill(
@@ -281,7 +279,7 @@ def _fill(
         side = directory.path / HUGGING_FACE
         copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
         _keep_config(side / "config.json", config)
-        (side / "dtypes.json").write_text(json.dumps(dtypes))
+        write_atomically(side / "dtypes.json", json.dumps(dtypes))
 
 
 def _device_name(device: torch.device) -> str:
