@@ -259,7 +259,8 @@ def _own_group(
         timeout, options = _timeout(), None
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high)
-            options._timeout = timeout  # what it holds is taken, with a warning if the argument differs
+            if timeout is not None:  # what they hold is taken, with a warning if the argument differs
+                options._timeout = timeout
         made[key] = dist.new_group(
             ranks, timeout, pg_options=options, use_local_synchronization=True, group_desc=f"mesh_{axis}"
         )
