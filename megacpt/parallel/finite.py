@@ -16,16 +16,21 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         tensors: this rank's, DTensors or plain ones; other ranks may have others.
     """
     parts = {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in tensors.items()}
-    held = [name for name, part in parts.items() if part.numel()]
-    ends = [torch.stack(parts[name].aminmax()).double() for name in held]  # both nan if one element is
-    fine = torch.stack(ends).isfinite().all(1) if ends else torch.ones(0, dtype=torch.bool)
-    device = fine.device if ends else next((part.device for part in parts.values()), torch.device("cpu"))
-    doubt = (~fine).any().to(device, torch.float32).reshape(1)
+    held, fine = [], []
+    for dtype in sorted({part.dtype for part in parts.values()}, key=str):
+        names = [name for name, part in parts.items() if part.dtype == dtype and part.numel()]
+        if names:
+            ends = [end for name in names for end in parts[name].aminmax()]  # both are nan if one element is
+            held += names
+            fine.append(torch.stack(ends).isfinite().view(-1, 2).all(1))
+    device = next((part.device for part in parts.values()), torch.device("cpu"))
+    good = torch.cat(fine) if fine else torch.ones(0, dtype=torch.bool, device=device)
+    doubt = (~good).any().float().reshape(1)
     if dist.get_world_size() > 1:
         dist.all_reduce(doubt, op=dist.ReduceOp.MAX)
     if not doubt.item():
         return []
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    mine = [name for name, good in zip(held, fine.tolist(), strict=True) if not good]
+    mine = [name for name, is_good in zip(held, good.tolist(), strict=True) if not is_good]
     dist.all_gather_object(everyone, mine)
     return sorted({name for names in everyone for name in names})
