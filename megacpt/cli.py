@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacpt import __version__
-from megacpt.errors import ConfigError, MegacptError
-from megacpt.files import write_atomically
+from megacpt.errors import ConfigError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, write_atomically
 from megacpt.log import printable
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
@@ -26,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output has left
         os._exit(0)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"megacpt: {printable(disk_told(error))}", file=sys.stderr)
+        sys.exit(SaveError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
