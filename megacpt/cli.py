@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacpt import __version__
-from megacpt.errors import UNFINISHED, ConfigError, MegacptError
-from megacpt.files import write_atomically
+from megacpt.errors import UNFINISHED, ConfigError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, write_atomically
 from megacpt.log import printable, say
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"megacpt: {printable(str(error))}")
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno != errno.EPIPE and not (error.errno == errno.EIO and _terminal_is_gone()):
+        if error.errno == errno.EPIPE or (error.errno == errno.EIO and _terminal_is_gone()):
+            os._exit(128 + signal.SIGPIPE)  # as of any program that such an end stops: its work may not be done
+        if error.errno not in DISK_ERRORS:
             raise
-        os._exit(128 + signal.SIGPIPE)  # as of any program that such an end stops: its work may not be done
+        say(f"megacpt: {printable(disk_told(error))}")
+        sys.exit(SaveError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

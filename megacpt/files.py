@@ -7,6 +7,7 @@ still lives. Of a maker on another machine one only knows when it last wrote.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,9 +19,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
+"""What a write meets where a disk is full, a limit is reached, it is read-only, forbidden or ill."""
 ABANDONED_SECONDS = 86400.0
 """Without a write, after which what another machine has left counts as abandoned."""
 _TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>\d+)-(?P<start>\d+)")
+
+
+def disk_told(error: OSError, path: str | Path | None = None) -> str:
+    """In a sentence: which file, what is wrong, the way out."""
+    where = error.filename if path is None else path
+    text = f"{where or 'a file'}: {error.strerror or error}"
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        if where and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = Path(os.fsdecode(where)).absolute()
+            while not folder.is_dir():
+                folder = folder.parent
+            text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    ways = {
+        errno.ENOSPC: "Make room",
+        errno.EDQUOT: "Make room in the quota",
+        errno.EFBIG: "A limit of the file's size (ulimit -f) is reached; raise it",
+        errno.EROFS: "Mount it writable",
+        errno.EACCES: "Give the rights to write there",
+        errno.EPERM: "Give the rights to write there",
+    }
+    return f"{text}. {ways.get(error.errno, 'Look at the disk')} and try again."
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

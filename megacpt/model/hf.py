@@ -251,13 +251,8 @@ def write_pretrained(
     output = Path(output)
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
-    try:
-        with new_folder(output) as partial:
-            _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output}: could not be written: {error}. Nothing is left of it. Make room, or give another --output."
-        ) from None
+    with new_folder(output) as partial:
+        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes)
 
 
 def _write_into(
@@ -288,8 +283,10 @@ def _write_into(
             continue
         try:
             save_file(tensors, partial / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{partial / file}: could not be written: {error}. Make room and try again."
+            ) from None
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if problems:
