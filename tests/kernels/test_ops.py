@@ -498,6 +498,19 @@ def test_a_library_of_a_version_that_is_not_known_says_what_it_wants(monkeypatch
     assert missing_library("flash-attn-4").startswith("flash_attn.cute has no flash_attn_varlen_func")
 
 
+def test_what_does_not_change_is_looked_up_once(monkeypatch):
+    """Signatures a process, lengths of documents a micro-batch: not in every layer."""
+    from megacpt_kernels import attention_backends
+
+    documents = Documents.of([0, 5], 9)
+    inputs = [random(9, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2)]
+    attention_libraries.install("flash-attn-4", monkeypatch)
+    attention(*inputs, documents).sum().backward()
+    monkeypatch.setattr(attention_backends.inspect, "signature", None)
+    assert documents.longest is documents.longest
+    attention(*inputs, documents).sum().backward()
+
+
 def test_no_backward_without_atomics_is_an_error(monkeypatch):
     inputs = [random(9, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8, seed=2)]
 
