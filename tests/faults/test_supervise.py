@@ -35,7 +35,7 @@ QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps
 def supervise(*command: str, fault: str = "", options: tuple[str, ...] = (), **more) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MEGACPT_FAULT": fault}
     words = [sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", *options, "--", *command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240, **more)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600, **more)
 
 
 def ledger(run: Path) -> list[dict]:
@@ -107,7 +107,7 @@ def test_a_bad_recipe_is_not_tried_again_whatever_the_run_before_was(recipe_file
     check, once by the comparison with the checkpoint's recipe, with and without a watchdog."""
     run, path = tmp_path / "run", recipe_file()
     flags = [*QUICK, f"--run.directory={run}"]
-    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=240)
+    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=600)
     assert first.returncode == 0 and status(run)["status"] == "preempted", first.stderr
     before = status(run)
     for watchdog, flag, said in (
