@@ -291,7 +291,7 @@ def test_ranks_end_with_a_killed_agent(whole, recipe_file, tmp_path, watchdog):
     (agent,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
     ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(agent, signal.SIGKILL)
-    until(lambda: not any(module.process_state(pid) for pid in ranks), 60)
+    until(lambda: not any(module.process_state(pid) for pid in ranks), 120)
     assert child.wait(600) == 0, (tmp_path / "log").read_text()
     same(run, whole)
 
@@ -306,7 +306,7 @@ def test_ranks_end_with_a_killed_supervisor(recipe_file, tmp_path, watchdog):
     below = descendants(endless.pid)
     endless.kill()
     endless.wait()
-    until(lambda: not any(module.process_state(pid) for pid in below), 60)
+    until(lambda: not any(module.process_state(pid) for pid in below), 120)
     last = rows(run)[-1]["step"]
     assert current_owner(run).released is False and last >= 3, "nothing was said at its end"
     again = supervisor(*PLAIN, recipe_file(), *flags, *LONG, f"--run.stop_at_step={last + 2}", stderr=log)

@@ -88,7 +88,7 @@ def test_torchrun_restarts_in_place(whole, recipe_file, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert status(run)["attempt"] == 2
@@ -186,7 +186,7 @@ def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file
     while not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     child.send_signal(signal.SIGUSR1)
-    assert child.wait(60) == 0
+    assert child.wait(240) == 0
     assert status(run)["status"] in ("preempted", "finished") and len(ledger(run)) == 1
     if status(run)["status"] == "preempted":
         assert status(run)["signal"] == "SIGUSR1"
