@@ -33,7 +33,7 @@ PLAIN = [sys.executable, "-m", "megacpt", "train"]
 LONG = ["--stages.s.tokens=1B", "--checkpoint.every_steps=1000000"]
 
 
-def until(ready, seconds: float = 120, told=lambda: "") -> None:
+def until(ready, seconds: float = 300, told=lambda: "") -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, told()
@@ -291,8 +291,8 @@ def test_ranks_end_with_a_killed_agent(whole, recipe_file, tmp_path, watchdog):
     (agent,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
     ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(agent, signal.SIGKILL)
-    until(lambda: not any(module.process_state(pid) for pid in ranks), 60)
-    assert child.wait(240) == 0, (tmp_path / "log").read_text()
+    until(lambda: not any(module.process_state(pid) for pid in ranks), 120)
+    assert child.wait(600) == 0, (tmp_path / "log").read_text()
     same(run, whole)
 
 
@@ -306,11 +306,11 @@ def test_ranks_end_with_a_killed_supervisor(recipe_file, tmp_path, watchdog):
     below = descendants(endless.pid)
     endless.kill()
     endless.wait()
-    until(lambda: not any(module.process_state(pid) for pid in below), 60)
+    until(lambda: not any(module.process_state(pid) for pid in below), 120)
     last = rows(run)[-1]["step"]
     assert current_owner(run).released is False and last >= 3, "nothing was said at its end"
     again = supervisor(*PLAIN, recipe_file(), *flags, *LONG, f"--run.stop_at_step={last + 2}", stderr=log)
-    assert again.wait(240) == 0, (tmp_path / "log").read_text()
+    assert again.wait(600) == 0, (tmp_path / "log").read_text()
     assert [row["step"] for row in rows(run)] == list(range(1, last + 3))
 
 
@@ -334,7 +334,7 @@ def test_a_closed_terminal_ends_nothing(recipe_file, tmp_path):
         os.execv(sys.executable, command)
     until(has_steps(run, 1))
     os.close(terminal)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -351,7 +351,7 @@ def test_a_hangup_of_the_launcher_ends_nothing(recipe_file, tmp_path):
     until(has_steps(run, 1))
     for pid in [child.pid, *descendants(child.pid)]:
         os.kill(pid, signal.SIGHUP)
-    assert child.wait(240) == 0
+    assert child.wait(600) == 0
     finished(run)
 
 
@@ -363,7 +363,7 @@ def test_a_reader_that_leaves_ends_nothing(recipe_file, tmp_path):
     )
     child.stdout.readline()
     child.stdout.close()
-    assert child.wait(240) == 0
+    assert child.wait(600) == 0
     finished(run)
     assert "Broken pipe" in events(run, "console_lost")[0]["error"]
 

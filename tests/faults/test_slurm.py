@@ -66,21 +66,21 @@ def test_a_job_saves_when_its_end_is_near_or_it_is_to_leave_and_goes_on(slurm, r
     job = submit(slurm, tmp_path, path, *flags, f"--health.watchdog={watchdog}", "--dtype", "float32")
     told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
     try:
-        until(lambda: trained(run, 1, 2), 240, told)
+        until(lambda: trained(run, 1, 2), 480, told)
         minutes = 2 + int(field(slurm, job, "RunTime").split(":")[1])
         output(
             slurm, "scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 8}"
         )  # less than the 600 s of --signal are left
-        until(lambda: field(slurm, job, "Restarts") == "1", 240, told)
+        until(lambda: field(slurm, job, "Restarts") == "1", 480, told)
         begin_again(slurm, job)
         assert "launch/slurm.sbatch: exit 0, run preempted" in told()
-        until(lambda: trained(run, 2, 2), 240, told)
+        until(lambda: trained(run, 2, 2), 480, told)
         assert status(run)["start"] == "resume" and status(run)["started_at_step"] >= 2
         first = status(run)["started_at_step"]
         output(slurm, "scancel", "--signal=TERM", "--batch", job)
-        until(lambda: field(slurm, job, "Restarts") == "2", 240, told)
+        until(lambda: field(slurm, job, "Restarts") == "2", 480, told)
         begin_again(slurm, job)
-        until(lambda: trained(run, 3, 1), 240, told)
+        until(lambda: trained(run, 3, 1), 480, told)
         assert status(run)["started_at_step"] > first
         assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1)), "each step once"
         assert "Killed" not in told() and "Traceback" not in told()
@@ -95,13 +95,13 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
     job = submit(slurm, tmp_path, recipe_file(), *flags)
     told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
     try:
-        until(lambda: trained(run, 1, 2), 240, told)
+        until(lambda: trained(run, 1, 2), 480, told)
         urgent = ["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
         assert output(slurm, "sbatch", "--parsable", *urgent).isdigit()
-        until(lambda: field(slurm, job, "Restarts") == "1" and field(slurm, job, "JobState") == "PENDING", 240, told)
+        until(lambda: field(slurm, job, "Restarts") == "1" and field(slurm, job, "JobState") == "PENDING", 480, told)
         first = read_status(run)["attempt"]
         begin_again(slurm, job)
-        until(lambda: trained(run, first + 1, 1), 240, told)
+        until(lambda: trained(run, first + 1, 1), 480, told)
         assert status(run)["start"] == "resume" and status(run)["started_at_step"] >= 2, told()
     finally:
         cancel(slurm, job, told)
@@ -110,6 +110,6 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
 def test_a_recipe_error_is_not_requeued_and_a_run_that_is_not_there_is_no_traceback(slurm, recipe_file, tmp_path):
     job = submit(slurm, tmp_path, recipe_file(), "--run.start=resume", f"--run.directory={tmp_path}/none")
     told = lambda: (tmp_path / "job.log").read_text() + output(slurm, "scontrol", "show", "job", job)
-    until(lambda: field(slurm, job, "JobState") in ("COMPLETED", "FAILED"), 240, told)
+    until(lambda: field(slurm, job, "JobState") in ("COMPLETED", "FAILED"), 480, told)
     assert field(slurm, job, "ExitCode") == "2:0" and field(slurm, job, "Restarts") == "0", told()
     assert "launch/slurm.sbatch: exit 2" in told() and "Traceback" not in told()

@@ -35,7 +35,7 @@ QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps
 def supervise(*command: str, fault: str = "", options: tuple[str, ...] = (), **more) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MEGACPT_FAULT": fault}
     words = [sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", *options, "--", *command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240, **more)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600, **more)
 
 
 def ledger(run: Path) -> list[dict]:
@@ -88,7 +88,7 @@ def test_torchrun_restarts_in_place(whole, recipe_file, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert status(run)["attempt"] == 2
@@ -107,7 +107,7 @@ def test_a_bad_recipe_is_not_tried_again_whatever_the_run_before_was(recipe_file
     check, once by the comparison with the checkpoint's recipe, with and without a watchdog."""
     run, path = tmp_path / "run", recipe_file()
     flags = [*QUICK, f"--run.directory={run}"]
-    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=240)
+    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=600)
     assert first.returncode == 0 and status(run)["status"] == "preempted", first.stderr
     before = status(run)
     for watchdog, flag, said in (
@@ -186,7 +186,7 @@ def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file
     while not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     child.send_signal(signal.SIGUSR1)
-    assert child.wait(60) == 0
+    assert child.wait(240) == 0
     assert status(run)["status"] in ("preempted", "finished") and len(ledger(run)) == 1
     if status(run)["status"] == "preempted":
         assert status(run)["signal"] == "SIGUSR1"
