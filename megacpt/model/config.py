@@ -133,10 +133,7 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     for key, only in refused.items():
         if raw.get(key, only) not in (only, None):
             problems.append(f"{key} = {raw[key]!r}: only {only!r} is trained.")
-    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in integers:
-        if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
-            problems.append(f"{key} = {raw.get(key)!r}: must be a positive integer.")
+    problems += _wrong_values(raw)
     if problems:
         raise ConfigError(problems, source)
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
@@ -167,6 +164,31 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         rope,
         raw,
     )
+
+
+def _wrong_values(raw: dict[str, Any]) -> list[str]:
+    """Values that are of no use where they stand. None is the default where transformers takes it for that."""
+    count = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    positive = ("a positive integer", lambda value: count(value) and value > 0)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kinds = {key: (False, *positive) for key in required}
+    kinds |= {key: (True, *positive) for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+    number = ("a number that is finite and not negative", lambda value: _is_number(value) and value >= 0)
+    kinds |= {key: (False, *number) for key in ("rms_norm_eps", "initializer_range") if key in raw}
+    kinds["tie_word_embeddings"] = (True, "true or false", lambda value: isinstance(value, bool))
+    tokens = lambda value: bool(value) and all(map(count, value)) if isinstance(value, list) else count(value)
+    kinds["eos_token_id"] = (True, "a token's id, or a list of at least one", tokens)
+    kinds |= {key: (True, "a string", lambda value: isinstance(value, str)) for key in ("dtype", "torch_dtype")}
+    return [
+        f"{key} = {raw.get(key)!r}: must be {what}."
+        for key, (optional, what, fits) in kinds.items()
+        if not (fits(raw.get(key)) or (optional and raw.get(key) is None))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, and a float can hold it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def config_of(model: Model) -> LlamaConfig:
@@ -241,6 +263,9 @@ def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: i
             f"{name}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe. Remove one."
         )
     kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str):
+        problems.append(f"{name}.rope_type = {kind!r}: must be a string.")
+        return RopeConfig()
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
     if kind not in _ROPE_FIELDS:
@@ -261,15 +286,19 @@ def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: i
     for key, value in fields.items():
         if key not in required + optional:
             problems.append(f"{name}.{key}: unknown for rope_type {kind!r}. {nearest(key, [*required, *optional])}")
-        elif not isinstance(value, bool if key == "truncate" else int | float):
-            problems.append(f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number'}.")
+        elif not (isinstance(value, bool) if key == "truncate" else _is_number(value)):
+            problems.append(
+                f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number, and finite'}."
+            )
+        elif key == "factor" and value <= 0:
+            problems.append(f"{name}.{key} = {value!r}: must be positive.")
     if kind == "llama3" and not problems and fields["low_freq_factor"] >= fields["high_freq_factor"]:
         problems.append(
             f"{name}: low_freq_factor {fields['low_freq_factor']} must be below high_freq_factor "
             f"{fields['high_freq_factor']}."
         )
-    if not isinstance(theta, int | float) or theta <= 0:
-        problems.append(f"rope_theta = {theta!r}: must be a positive number.")
+    if not _is_number(theta) or theta <= 0:
+        problems.append(f"rope_theta = {theta!r}: must be a positive, finite number.")
         return RopeConfig()
     return RopeConfig(float(theta), kind, fields)
 
