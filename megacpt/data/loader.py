@@ -5,6 +5,7 @@ row is one document of EOS without labels. A document cut at a row's edge is two
 """
 
 import queue
+import resource
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,11 @@ from megacpt.data.curriculum import digest_of
 from megacpt.data.manifest import expand_files, expand_paths
 from megacpt.data.mixture import Order, row_of
 from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
-from megacpt.errors import DataError
+from megacpt.errors import ConfigError, DataError
 
 IGNORE = -100
+OTHER_FILES = 128
+"""Kept free for what a process opens beside its data: libraries, sockets, logs, indices, a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,25 @@ def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -
 
 
 def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
-    return {name: DomainData(expand_paths(recipe.data[name].paths)) for name in names}
+    """Raises DataError for damaged data, ConfigError if this process may not open so many files."""
+    prefixes = {name: expand_paths(recipe.data[name].paths) for name in names}
+    if problems := make_room_for(sum(map(len, prefixes.values()))):
+        raise ConfigError(problems)
+    return {name: DomainData(found) for name, found in prefixes.items()}
+
+
+def make_room_for(num_sets: int) -> list[str]:
+    """Raises this process's limit of open files where so many prepared sets need it (two each). What is wrong if it may not go so high."""
+    need = 2 * num_sets + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            return [
+                f"[data]: {num_sets:,} prepared sets need {need:,} open files, the system allows a process {hard:,} (ulimit -Hn). "
+                "Raise the limit, or prepare the data in fewer parts."
+            ]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    return []
 
 
 def pad_token(domains: dict[str, DomainData], fallback: int | None) -> int:

@@ -85,7 +85,7 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
 
 
 def _walk(folder: str) -> tuple[list[str], list[str]]:
-    """(files, links to nothing) of a folder, sorted. Hidden ones (caches, checkpoints of editors) are left out; links to folders
+    """(files, links to nothing) of a folder, sorted. Hidden files and folders (caches, copies of editors) are left out; links to folders
     are followed, each folder once."""
     files, broken, seen = [], [], {os.path.realpath(folder)}
     for where, folders, names in os.walk(folder, followlinks=True):

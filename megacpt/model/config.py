@@ -7,6 +7,7 @@ Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`,
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -186,6 +187,8 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     numbers = number_problems(raw)
     of_rope = [problem for problem in numbers if problem.startswith("rope_") and "finite" not in problem]
     problems += [problem for problem in numbers if problem not in of_rope]
+    told = {re.split("[ :]", problem)[0] for problem in problems}
+    problems += [problem for problem in _wrong_values(raw) if problem.split(" ")[0] not in told]
     if problems:
         raise ConfigError(problems + of_rope, source)
     problems += of_rope
@@ -226,6 +229,31 @@ def what_matters(config: LlamaConfig) -> dict[str, Any]:
         del ours[name]
     rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.type, **config.rope.fields}
     return ours | rope | {"eos_token_id": config.eos_token_id}
+
+
+def _wrong_values(raw: dict[str, Any]) -> list[str]:
+    """Values that are of no use where they stand. None is the default where transformers takes it for that."""
+    count = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    positive = ("a positive integer", lambda value: count(value) and value > 0)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kinds = {key: (False, *positive) for key in required}
+    kinds |= {key: (True, *positive) for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+    number = ("a number that is finite and not negative", lambda value: _is_number(value) and value >= 0)
+    kinds |= {key: (False, *number) for key in ("rms_norm_eps", "initializer_range") if key in raw}
+    kinds["tie_word_embeddings"] = (True, "true or false", lambda value: isinstance(value, bool))
+    tokens = lambda value: bool(value) and all(map(count, value)) if isinstance(value, list) else count(value)
+    kinds["eos_token_id"] = (True, "a token's id, or a list of at least one", tokens)
+    kinds |= {key: (True, "a string", lambda value: isinstance(value, str)) for key in ("dtype", "torch_dtype")}
+    return [
+        f"{key} = {raw.get(key)!r}: must be {what}."
+        for key, (optional, what, fits) in kinds.items()
+        if not (fits(raw.get(key)) or (optional and raw.get(key) is None))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, and a float can hold it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def config_of(model: Model) -> LlamaConfig:
@@ -300,6 +328,9 @@ def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: i
             f"{name}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe. Remove one."
         )
     kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str):
+        problems.append(f"{name}.rope_type = {kind!r}: must be a string.")
+        return RopeConfig()
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
     if kind not in _ROPE_FIELDS:
@@ -320,15 +351,19 @@ def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: i
     for key, value in fields.items():
         if key not in required + optional:
             problems.append(f"{name}.{key}: unknown for rope_type {kind!r}. {nearest(key, [*required, *optional])}")
-        elif not isinstance(value, bool if key == "truncate" else int | float):
-            problems.append(f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number'}.")
+        elif not (isinstance(value, bool) if key == "truncate" else _is_number(value)):
+            problems.append(
+                f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number, and finite'}."
+            )
+        elif key == "factor" and value <= 0:
+            problems.append(f"{name}.{key} = {value!r}: must be positive.")
     if kind == "llama3" and not problems and fields["low_freq_factor"] >= fields["high_freq_factor"]:
         problems.append(
             f"{name}: low_freq_factor {fields['low_freq_factor']} must be below high_freq_factor "
             f"{fields['high_freq_factor']}."
         )
-    if not isinstance(theta, int | float) or theta <= 0:
-        problems.append(f"rope_theta = {theta!r}: must be a positive number.")
+    if not _is_number(theta) or theta <= 0:
+        problems.append(f"rope_theta = {theta!r}: must be a positive, finite number.")
         return RopeConfig()
     return RopeConfig(float(theta), kind, fields)
 

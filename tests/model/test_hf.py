@@ -117,6 +117,35 @@ def test_what_would_change_the_computation_is_refused(changes, text):
     assert text in problems(tiny_config(**changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({key: value} for key in ("rms_norm_eps", "initializer_range")
+          for value in (None, "1e-5", [1], True, -1.0, float("nan"), float("inf"), 10**400)),
+        *({key: value} for key in ("head_dim", "num_key_value_heads", "max_position_embeddings")
+          for value in ("8", 8.0, 0, -8, True, [8])),
+        *({"eos_token_id": value} for value in ([], "1", -1, [1, "2"], True, 1.0)),
+        *({"tie_word_embeddings": value} for value in ("false", 0, [])),
+        *({"torch_dtype": value} for value in (5, ["float32"])),
+        *({"rope_parameters": value} for value in ("default", [1])),
+        *({"rope_theta": value} for value in ("1e4", True, 0, float("nan"), float("inf"))),
+        *({"rope_scaling": {"rope_type": "linear", "factor": value}} for value in (True, 0, -1.0, float("nan"), "2")),
+        {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_with_their_key(changes):
+    (key,) = changes
+    assert key in problems(tiny_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "key", ["head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"]
+)
+def test_null_is_the_default_where_transformers_takes_it_for_that(key):
+    parse_config(tiny_config(**{key: None}), "x")
+
+
 def test_parameter_counts_of_the_named_shapes():
     counts = {name: parse_config(raw, name).num_parameters() for name, raw in ARCHITECTURES.items()}
     assert counts == {
