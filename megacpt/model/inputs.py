@@ -45,7 +45,10 @@ def to_host(batch: Batch, mesh: Mesh) -> HostInputs:
         whole[begin : begin + size] = part
         begin += _room(size)
     buffer = torch.from_numpy(whole)
-    return HostInputs(buffer.pin_memory() if mesh.device.type == "cuda" else buffer, sizes, plan, batch.tokens.shape[1])
+    if mesh.device.type == "cuda":
+        torch.cuda.set_device(mesh.device)  # a thread begins on GPU 0, and pinning would open a context there
+        buffer = buffer.pin_memory()
+    return HostInputs(buffer, sizes, plan, batch.tokens.shape[1])
 
 
 def _room(size: int) -> int:

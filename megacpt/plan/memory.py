@@ -2,7 +2,7 @@
 
 What a layer keeps is what the Functions of model/ and parallel/ save; what a step holds besides follows FSDP2: masters and moments in
 shards, weights gathered in the type of the computation, gradients in fp32. Within 2 % of the step itself where both were counted, tensor by
-tensor: 8B on 8 ranks, 70B on 256, 405B on 8,192 and 16,384 (tests/plan/test_memory.py). Not in it: CUDA's context, NCCL's buffers and
+tensor: 8B on 8 ranks, 70B on 256, 405B on 8,192 and 16,384 (tests/plan/test_step_memory.py). Not in it: CUDA's context, NCCL's buffers and
 fragmentation, for which `RESERVE_GIB` is left free.
 
 Shapes of a rank: T tokens of a micro-batch over cp, t = T / tp, h hidden, q features of its queries, k of its keys, f of the MLP.
@@ -17,6 +17,8 @@ from megacpt.config.layout import Layout, token_unit
 from megacpt.config.stage import Parallel
 from megacpt.model.config import LlamaConfig
 from megacpt.model.stage import StagePlan, plan_stages
+from megacpt.parallel.pipeline.schedule import Schedule
+from megacpt.parallel.pipeline.simulate import lower, needed
 
 GIB = 2**30
 CARD_GIB = 79.1
@@ -162,8 +164,10 @@ class _Walk:
         chosen = job.parallel.reshard_after_forward
         self.frees = job.layout.pipeline == 1 if chosen is None else chosen
         self.every = job.reduce == "micro_batch"
-        actions = self.plan.schedule(job.micro_batches).ranks[rank]
+        schedule = self.plan.schedule(job.micro_batches)
+        actions = schedule.ranks[rank]
         self.left = Counter(action.stage for action in actions if action.kind in "BW")
+        self.messages = _most_waiting(schedule, rank) + 1  # and one that is sent
         self.used, self.activations, self.sharded, self.reducing, self.temporary = set(), 0.0, 0.0, 0.0, 0.0
         self.accumulated: dict[int, float] = {}
 
@@ -176,7 +180,7 @@ class _Walk:
             "gathered weights": self._gathered(),
             "activations": self.activations,
             "gradients": self.sharded + sum(self.accumulated.values()) + self.reducing,
-            "messages": 3 * local * hidden * width if job.layout.pipeline > 1 else 0,
+            "messages": self.messages * local * hidden * width if job.layout.pipeline > 1 else 0,
             "rotary tables": 4 * job.seq_len * job.config.head_dim,
             "temporary": self.temporary,
         }
@@ -277,6 +281,18 @@ class _Walk:
         gathered = 2 * piece * hidden * width if tensor > 1 else 0
         head = rows * hidden * (4 if piece < tokens else width)
         return piece * rows * width + head + gathered + tokens // tensor * hidden * width
+
+
+def _most_waiting(schedule: Schedule, rank: int) -> int:
+    """Most receives that a rank's program has posted and not used."""
+    waiting = most = 0
+    for op in lower(schedule, rank):
+        if op.kind == "receive":
+            waiting += 1
+            most = max(most, waiting)
+        elif op.kind == "run" and (tensor := needed(op.action, schedule)):
+            waiting -= schedule.placement[tensor[1]] != rank
+    return most
 
 
 def remedies(job: Job, card_gib: float) -> list[str]:

@@ -31,8 +31,15 @@ def rank_of(size: int, rank: int, device: str = "cpu"):
 @pytest.fixture
 def pinned(monkeypatch) -> list[torch.Tensor]:
     """What is pinned, on a machine that cannot."""
-    done: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append(self) or self)
+    done, device = [], [None]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda which: device.append(which))
+
+    def pin(self):
+        assert device[-1] == torch.device("cuda:1"), "a context on another rank's GPU"
+        done.append(self)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     return done
 
 
@@ -61,7 +68,7 @@ def test_the_device_gets_what_the_batch_holds(size):
 def test_one_buffer_is_pinned_for_a_gpu_and_none_for_a_cpu(size, pinned):
     to_host(batch(), rank_of(size, 0))
     assert not pinned
-    host = to_host(batch(), rank_of(size, 0, "cuda"))
+    host = to_host(batch(), rank_of(size, 0, "cuda:1"))
     assert len(pinned) == 1 and pinned[0] is host.buffer and host.buffer.dtype == torch.int32
     assert host.buffer.numel() < sum(host.sizes) + len(host.sizes) * ALIGNED
 

@@ -69,7 +69,7 @@ def test_a_run_leaves_what_the_design_says(train):
     assert metrics[-1]["lr"] == pytest.approx(1e-4) and sum(metrics[-1]["domain_tokens"].values()) == 2048
     for key in ("tokens_per_second", "mfu", "mfu_exact", "data_s", "step_s", "memory_gib", "grad_norm"):
         assert metrics[0][key] >= 0
-    assert sum(row["mfu_exact"] for row in metrics) < sum(row["mfu"] for row in metrics)
+    assert all(row["mfu_exact"] <= row["mfu"] for row in metrics)  # rounded; values: tests/evaluate/test_values.py
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "start" and kinds.count("validation") == 3 and kinds.count("saved") == 3 and "stage" in kinds
