@@ -114,7 +114,7 @@ def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vo
 
 
 def kept_bytes(job: Job, mode: str | None = None) -> int:
-    """What one layer keeps of one micro-batch from forward to backward.
+    """What one layer keeps of one micro-batch from forward to backward: the table of docs/parallel.md.
 
     Args:
         mode: of activation checkpointing; default the job's.
@@ -125,8 +125,8 @@ def kept_bytes(job: Job, mode: str | None = None) -> int:
     match mode or job.parallel.activation_checkpointing:
         case "none":  # inputs of two norms and of what follows them; attention; gate, up and their product; two 1 / rms
             return 4 * local * hidden * width + attention + 3 * tokens * f * width + 8 * local
-        case "selective":  # the block's input, outputs of products and attention
-            return 3 * local * hidden * width + attention + 2 * tokens * f * width
+        case "selective":  # the block's input, outputs of products (not of the last) and attention
+            return 2 * local * hidden * width + attention + 2 * tokens * f * width
     return local * hidden * width
 
 
