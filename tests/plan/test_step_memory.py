@@ -84,7 +84,7 @@ def test_the_comparison_sees_a_layer_that_forgets_a_tensor(monkeypatch):
 
 
 def test_a_layer_of_405b_keeps_what_was_read_off_its_functions():
-    """508.5 MiB a layer and micro-batch at tensor 8, 737 MiB for 8B with selective checkpointing; in small, to the byte, what a layer really
+    """508.5 MiB a layer and micro-batch at tensor 8, 737 MiB for 8B with selective checkpointing; to the byte, what a layer really
     keeps: tests/model/test_memory.py."""
     assert kept_bytes(job_of("llama31_405b_8192gpu", "none", 1)) / 2**20 == pytest.approx(508.5, abs=0.05)
     assert kept_bytes(job_of("llama31_8b_8gpu_8k", "selective", 1)) / 2**20 == pytest.approx(737, abs=0.05)
