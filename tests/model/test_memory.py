@@ -253,6 +253,57 @@ def test_the_count_sees_what_is_done_again():
         assert (found["selective"]["attention_forward"], found["selective"]["products"]) == (2, 27)
 
 
+def order_of_a_layer(broken: bool) -> dict[str, list[str]]:
+    """By mode: gathers of keys, products and attention of a step of one layer, in the order in which they are started."""
+    from megacpt.model.run import accumulate
+    from megacpt.parallel import collectives, context
+
+    if broken:
+        context.Gather.start_again = lambda self: None
+    model, gather, seen = model_of(1, context=2), collectives._all_gather, []
+    collectives._all_gather = lambda *args, **more: seen.append("gather") or gather(*args, **more)
+    names = {"mm": "product", "addmm_": "product", "attention_forward": "forward", "attention_backward": "backward"}
+
+    class Order(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = names.get(function.name().split("::")[-1].split(".")[0])
+            seen.extend([name] if name else [])
+            return function(*args, **(kwargs or {}))
+
+    found = {}
+    for mode in MODES:
+        model.set_activation_checkpointing(mode)
+        seen.clear()
+        with Order():
+            accumulate(model, [batch()], TOKENS, "step")
+        found[mode] = list(seen)
+    return found
+
+
+def hidden_behind(order: list[str]) -> tuple[int, int]:
+    """Products between the first gather and forward's attention, and between the last gather and backward's."""
+    first, last = order.index("gather"), len(order) - 1 - order[::-1].index("gather")
+    return order[first : order.index("forward")].count("product"), order[last : order.index("backward")].count(
+        "product"
+    )
+
+
+def test_keys_travel_behind_products():
+    """Forward: the queries' product. Backward: both gradients of the output projection, or under full all that follows in the repetition
+    (queries, output, gate, up) and in the MLP's backward (six) besides."""
+    for found in on_ranks(2, order_of_a_layer, False):
+        assert {mode: hidden_behind(order) for mode, order in found.items()} == {
+            "none": (1, 2),
+            "selective": (1, 2),
+            "full": (1, 12),
+        }
+
+
+def test_the_order_sees_a_gather_that_starts_too_late():
+    for found in on_ranks(2, order_of_a_layer, True):
+        assert hidden_behind(found["none"])[1] == hidden_behind(found["selective"])[1] == 0
+
+
 @pytest.mark.parametrize("name", [*attention_libraries.FUNCTIONS, None], ids=str)
 def test_selective_keeps_attention_whoever_computes_it(name, mesh, monkeypatch):
     """The kernels themselves are counted: forward once but under full, backward once; gradients are those of no recomputation."""
