@@ -89,10 +89,8 @@ def cluster(work: Path):
     daemons = []
     try:
         for words in (munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]):
-            output = open(work / f"{words[0]}.out", "w")
-            daemons.append(
-                subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
-            )
+            said = open(work / f"{words[0]}.out", "w")
+            daemons.append(subprocess.Popen(words, env=environment, stdout=said, stderr=said, start_new_session=True))
         until(lambda: node_state(environment) == "idle", 120, lambda: _logs(work))
         yield environment
     finally:

@@ -32,6 +32,8 @@ TORCH_FREE = [
     "config",
     "data",
     "plan",
+    "train/lease.py",
+    "train/run_directory.py",
     "train/watchdog.py",
     "train/supervise.py",
     "cli",
