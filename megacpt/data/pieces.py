@@ -59,15 +59,10 @@ def from_sentencepiece(file: Path, side: SideFiles) -> tuple[tokenizers.Tokenize
     if kind not in CLASSES:
         raise _refused(file, f"tokenizer_class {kind} is not read from a .model. {CONVERT}")
     model = read_model(file)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    config = dict(side.config)
-    if not side.has_own:
-        config |= {"add_bos_token": trainer.bos_id >= 0, "add_prefix_space": normalizer.add_dummy_prefix}
-    elif kind in BARE:
+    named = {key: model.pieces[i].piece for key, i in _named_pieces(model)}
+    config = (named if side.has_own else config_of_model(file)) | side.config
+    if kind in BARE:
         config["add_prefix_space"] = False
-    for key, i in (("bos_token", trainer.bos_id), ("eos_token", trainer.eos_id), ("unk_token", trainer.unk_id)):
-        if 0 <= i < len(model.pieces):
-            config.setdefault(key, model.pieces[i].piece)
     _warn_of_differences(file, model, config)
     vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
     unknown = next((piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN), None)
@@ -84,6 +79,23 @@ def from_sentencepiece(file: Path, side: SideFiles) -> tuple[tokenizers.Tokenize
         bos = bos or "<s>"
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, i)])
     return tokenizer, replace(side, config=config)
+
+
+def config_of_model(file: Path) -> dict[str, Any]:
+    """tokenizer_config.json that makes transformers read a sentencepiece model as it is read here where there is none."""
+    model = read_model(file)
+    prefix = model.normalizer_spec.add_dummy_prefix
+    names = {key: model.pieces[i].piece for key, i in _named_pieces(model)}
+    return {
+        "tokenizer_class": "LlamaTokenizer", **names, "add_bos_token": "bos_token" in names, "add_prefix_space": prefix, "legacy": False,
+    }  # fmt: skip
+
+
+def _named_pieces(model) -> list[tuple[str, int]]:
+    """bos_token, eos_token and unk_token with the ids that the model gives them."""
+    trainer = model.trainer_spec
+    pairs = (("bos_token", trainer.bos_id), ("eos_token", trainer.eos_id), ("unk_token", trainer.unk_id))
+    return [(key, i) for key, i in pairs if 0 <= i < len(model.pieces)]
 
 
 def _llama(
