@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from samples import TEXTS
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 PROBES = [
     *TEXTS[:20],
@@ -17,6 +17,8 @@ PROBES = [
     "a<|im_start|>user\nhi<|im_end|> b<|im_end|><|im_end|>",
     "<|im_start|>",
     "x<s> y</s>z",
+    "a <|im_end|> b  <|im_start|>  c",
+    "[PAD] x",
     " ",
     "",
 ]
@@ -196,9 +198,137 @@ def whitespace_pieces(path: Path) -> Path:
     return folder(path, tokenizer_config=LLAMA)
 
 
+IM = {"<|im_start|>": 0, "<|im_end|>": 1}
+FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+def llama2_file(path: Path, texts=TEXTS, more: bool = False, **config) -> Path:
+    """Llama 2's tokenizer.json; with `more`, ChatML's tokens in added_tokens.json and EOS in special_tokens_map.json alone."""
+    from megacpt.data.pieces import ranked_merges, read_model
+
+    pieces(path, texts)
+    vocabulary = {piece.piece: i for i, piece in enumerate(read_model(path / "tokenizer.model").pieces)}
+    (path / "tokenizer.model").unlink()
+    model = models.BPE(vocabulary, ranked_merges(vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    side = {}
+    if more:
+        side["added_tokens"] = {token: len(vocabulary) + i for token, i in IM.items()}
+        side["special_tokens_map"] = {"eos_token": "<|im_end|>"}
+    return folder(path, with_template(tokenizer, "<s>"), tokenizer_config=LLAMA | config, **side)
+
+
+def llama2_file_legacy(path: Path) -> Path:
+    return llama2_file(path, legacy=True)
+
+
+def llama2_file_as_written(path: Path) -> Path:
+    return llama2_file(path, tokenizer_class="PreTrainedTokenizerFast")
+
+
+def chatml_on_llama2_file(path: Path) -> Path:
+    return llama2_file(path, more=True)
+
+
+def map_over_config(path: Path) -> Path:
+    """Both name an EOS: special_tokens_map.json wins."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>", "<|im_end|>"])
+    named = {"eos_token": "<|im_end|>"}
+    return folder(path, tokenizer, tokenizer_config=FAST | {"eos_token": "<|end_of_text|>"}, special_tokens_map=named)
+
+
+def config_over_map(path: Path) -> Path:
+    """Where tokenizer_config.json has ids of its added tokens, the map does not count."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>", "<|im_end|>"])
+    decoder = {str(i): {"content": token, **FLAGS} for i, token in enumerate(("<|end_of_text|>", "<|im_end|>"))}
+    config = FAST | {"eos_token": "<|end_of_text|>", "added_tokens_decoder": decoder}
+    return folder(path, tokenizer, tokenizer_config=config, special_tokens_map={"eos_token": "<|im_end|>"})
+
+
+def named_without_an_id(path: Path) -> Path:
+    """Tokens that are named and nowhere in the vocabulary: they come behind it."""
+    config = FAST | {"eos_token": "</s>", "pad_token": "[PAD]", "additional_special_tokens": ["<|im_start|>"]}
+    return folder(path, byte_bpe(special=["</s>"]), tokenizer_config=config)
+
+
+def other_flags(path: Path) -> Path:
+    """tokenizer_config.json lets a token take the spaces around it."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>", "<|im_end|>"])
+    decoder = {
+        "0": {"content": "<|end_of_text|>", **FLAGS},
+        "1": {"content": "<|im_end|>", **FLAGS, "lstrip": True, "rstrip": True},
+    }
+    return folder(
+        path, tokenizer, tokenizer_config=FAST | {"eos_token": "<|end_of_text|>", "added_tokens_decoder": decoder}
+    )
+
+
+def split_special(path: Path) -> Path:
+    """Special tokens in a text are text."""
+    tokenizer = byte_bpe(special=["<|end_of_text|>", "<|im_end|>"])
+    return folder(
+        path, tokenizer, tokenizer_config=FAST | {"eos_token": "<|end_of_text|>", "split_special_tokens": True}
+    )
+
+
+def bos_and_eos_in_the_template(path: Path) -> Path:
+    tokenizer = byte_bpe(special=["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return folder(path, tokenizer, tokenizer_config=FAST | {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def eos_in_the_template(path: Path) -> Path:
+    tokenizer = byte_bpe(special=["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return folder(path, tokenizer, tokenizer_config=FAST | {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def llama2_without_bos(path: Path) -> Path:
+    """No add_bos_token: transformers 5 adds none."""
+    pieces(path)
+    return folder(path, tokenizer_config={key: value for key, value in LLAMA.items() if key != "add_bos_token"})
+
+
+def pieces_as_another_class(path: Path) -> Path:
+    """PreTrainedTokenizerFast of a sentencepiece model puts no space before the text."""
+    pieces(path)
+    return folder(path, tokenizer_config=FAST | {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def pieces_and_names_without_an_id(path: Path) -> Path:
+    pieces(path)
+    return folder(path, tokenizer_config=LLAMA | {"pad_token": "[PAD]", "additional_special_tokens": list(IM)})
+
+
+def pieces_and_map_over_config(path: Path) -> Path:
+    number = pieces(path)
+    added = {token: number + i for token, i in IM.items()}
+    return folder(path, tokenizer_config=LLAMA, added_tokens=added, special_tokens_map={"eos_token": "<|im_end|>"})
+
+
+def pieces_and_flags(path: Path) -> Path:
+    """As transformers saves it: ids and flags in tokenizer_config.json."""
+    number = pieces(path)
+    decoder = {
+        str(number): {"content": "<|im_start|>", **FLAGS, "lstrip": True, "rstrip": True, "special": False},
+        str(number + 1): {"content": "<|im_end|>", **FLAGS, "rstrip": True, "normalized": True},
+    }
+    return folder(path, tokenizer_config=LLAMA | {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder})
+
+
 JSON = [
     llama3, inside, both, with_gaps, string_merges, eos_in_the_map, eos_in_the_map_as_a_table, added_beside, without_a,
+    map_over_config, config_over_map, named_without_an_id, other_flags, split_special, bos_and_eos_in_the_template, eos_in_the_template,
+    llama2_file, llama2_file_legacy, llama2_file_as_written, chatml_on_llama2_file,
 ]  # fmt: skip
 SENTENCEPIECE = [
-    llama2, llama2_legacy, without_prefix, chatml_on_llama2, vicuna, user_defined, whitespace_pieces
+    llama2, llama2_legacy, without_prefix, chatml_on_llama2, vicuna, user_defined, whitespace_pieces, llama2_without_bos,
+    pieces_as_another_class, pieces_and_names_without_an_id, pieces_and_map_over_config, pieces_and_flags,
 ]  # fmt: skip

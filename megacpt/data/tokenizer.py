@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from megacpt.data.pieces import from_sentencepiece, text_of
+from megacpt.data.pieces import as_llama, from_sentencepiece
+from megacpt.data.side_files import SideFiles, add_tokens, read_side_files
 from megacpt.errors import ConfigError
 
 TOKENIZER_FILES = (
@@ -44,22 +45,23 @@ class Tokenizer:
     def __init__(self, path: str | Path, eos_token: str | None = None):
         self.path = str(path)
         file = _tokenizer_file(Path(path))
-        content, config, added = file.read_bytes(), _side_files(file.parent), _added_tokens(file.parent)
-        more: dict = {}
+        content, side = file.read_bytes(), read_side_files(file.parent)
         if file.suffix == ".model":
-            self._tokenizer = from_sentencepiece(file, config, added)
-            more = {key: config[key] for key in ("legacy", "add_prefix_space") if key in config}
-            more |= {token.content: i for i, token in added.items()}
+            self._tokenizer, side = from_sentencepiece(file, side)
         else:
-            self._tokenizer = _from_json(file, content)
-            more = _add_missing(self._tokenizer, added, file)
+            self._tokenizer = _from_json(file, content, side)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        digest = content + json.dumps(more, sort_keys=True).encode() if more else content
+        added = add_tokens(self._tokenizer, side, file)
+        keys = ("legacy", "add_prefix_space") if file.suffix == ".model" or side.is_llama else ()
+        more = {key: side.config[key] for key in (*keys, "split_special_tokens") if side.config.get(key) is not None}
+        if more.get("split_special_tokens"):
+            self._tokenizer.encode_special_tokens = True
+        digest = content + json.dumps([more, added], sort_keys=True).encode() if more or added else content
         self.sha256 = hashlib.sha256(digest).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = _find_eos(self._tokenizer, config, eos_token)
-        self.bos_id = _find_bos(self._tokenizer, config, file)
+        self.eos_id = _find_eos(self._tokenizer, side, eos_token)
+        self.bos_id = _find_bos(self._tokenizer, side, file)
         if eos_token and self.eos_id is None:
             raise ConfigError([f"--eos-token {eos_token}: is not in the vocabulary of {file}."], "the tokenizer")
 
@@ -139,14 +141,15 @@ def _tokenizer_file(path: Path) -> Path:
     )
 
 
-def _from_json(file: Path, content: bytes) -> tokenizers.Tokenizer:
+def _from_json(file: Path, content: bytes, side: SideFiles) -> tokenizers.Tokenizer:
     """Raises ConfigError for what is no tokenizer.json, and for added tokens that get other ids than the file says."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        written = json.loads(content).get("added_tokens", [])
+        written = json.loads(content)
+        added = written.get("added_tokens", [])
     except Exception as error:  # the library raises plain Exception
         raise ConfigError([f"{file}: not a tokenizer.json ({error})."], "the tokenizer") from None
-    for token in written:
+    for token in added:
         if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise ConfigError(
                 [
@@ -155,86 +158,15 @@ def _from_json(file: Path, content: bytes) -> tokenizers.Tokenizer:
                 ],
                 "the tokenizer",
             )
-    return tokenizer
+    return as_llama(tokenizer, side, file) if side.is_llama else tokenizer
 
 
-def _read_json(file: Path) -> dict:
-    """A side file of a tokenizer; nothing if there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError([f"{file}: not valid JSON: {error}"], "the tokenizer") from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{file}: holds no JSON object."], "the tokenizer")
-    return content
-
-
-def _side_files(directory: Path) -> dict:
-    """tokenizer_config.json over special_tokens_map.json over generation_config.json over config.json, what there is of them."""
-    merged: dict = {}
-    for name in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
-        merged.update({k: v for k, v in _read_json(directory / name).items() if v is not None})
-    return merged
-
-
-def _added_tokens(directory: Path) -> dict[int, tokenizers.AddedToken]:
-    """By id, what added_tokens.json and tokenizer_config.json's `added_tokens_decoder` (which says more) add to a vocabulary."""
-    special = {text_of(token) for token in _named(_read_json(directory / "special_tokens_map.json"))}
-    special |= {text_of(token) for token in _named(_read_json(directory / "tokenizer_config.json"))}
-    found: dict[int, tokenizers.AddedToken] = {}
-    try:
-        for text, number in _read_json(directory / "added_tokens.json").items():
-            found[int(number)] = tokenizers.AddedToken(text, normalized=False, special=text in special)
-        described = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        for number, table in described.items():
-            flags = {key: bool(table[key]) for key in _FLAGS if key in table}
-            found[int(number)] = tokenizers.AddedToken(table["content"], **flags)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError([f"{directory}: its added tokens are not understood ({error})."], "the tokenizer") from None
-    return found
-
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _named(config: dict) -> list:
-    """The tokens that a configuration names: bos_token, eos_token, …, and its lists of further ones."""
-    single = [value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)]
-    lists = [config.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
-    return [
-        *single,
-        *(token for tokens in lists for token in (tokens.values() if isinstance(tokens, dict) else tokens)),
-    ]
-
-
-def _add_missing(
-    tokenizer: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken], file: Path
-) -> dict[str, int]:
-    """Adds what side files add to a tokenizer.json. Returns it.
-
-    Raises:
-        ConfigError: if one would not get the id that it has there.
-    """
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    missing = {i: token for i, token in sorted(added.items()) if token.content not in known}
-    tokenizer.add_tokens(list(missing.values()))
-    for i, token in added.items():
-        if (found := tokenizer.token_to_id(token.content)) != i:
-            raise ConfigError(
-                [f"{file.parent}: token {token.content!r} has id {i} in a side file and {found} in {file.name}."],
-                "the tokenizer",
-            )
-    return {token.content: i for i, token in missing.items()}
-
-
-def _find_eos(tokenizer: tokenizers.Tokenizer, config: dict, eos_token: str | None) -> int | None:
+def _find_eos(tokenizer: tokenizers.Tokenizer, side: SideFiles, eos_token: str | None) -> int | None:
     """As named on the command line, by the folder's files, or by its model; guessed only where nobody names it."""
-    name = eos_token or text_of(config.get("eos_token"))
+    name = eos_token or side.name("eos_token")
     if name is not None:
         return tokenizer.token_to_id(name)
-    ids = config.get("eos_token_id")
+    ids = side.config.get("eos_token_id")
     ids = ids[0] if isinstance(ids, list) and ids else ids
     if isinstance(ids, int):
         return ids
@@ -242,7 +174,7 @@ def _find_eos(tokenizer: tokenizers.Tokenizer, config: dict, eos_token: str | No
     return next((i for i in known if i is not None), None)
 
 
-def _find_bos(tokenizer: tokenizers.Tokenizer, config: dict, file: Path) -> int | None:
+def _find_bos(tokenizer: tokenizers.Tokenizer, side: SideFiles, file: Path) -> int | None:
     """What the tokenizer's own template puts before a text.
 
     Raises:
@@ -256,7 +188,7 @@ def _find_bos(tokenizer: tokenizers.Tokenizer, config: dict, file: Path) -> int 
     before = next((i for i in range(len(template)) if template[i : i + len(ids)] == ids), 0)
     if before == 0:
         return None
-    name, bos = text_of(config.get("bos_token")), template[0]
+    name, bos = side.name("bos_token"), template[0]
     named = None if name is None else tokenizer.token_to_id(name)
     if tokenizer.id_to_token(bos) is None or (named is not None and named not in template[:before]):
         raise ConfigError(

@@ -38,7 +38,8 @@ def train(inputs: list[str], output: Path, kind: str, vocab_size: int, eos_token
     """Trains a tokenizer and writes a Hugging Face directory. Returns its number of entries.
 
     Args:
-        kind: "bpe" (byte-level, as Llama 3) or "sentencepiece" (BPE with byte fall-back, as Llama 2).
+        kind: "bpe" (byte-level, as Llama 3) or "sentencepiece" (BPE with byte fall-back, as Llama 2, but without a space before the text:
+            with it, transformers 5 takes away one of those that the text begins with).
     """
     if output.exists():
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
@@ -52,9 +53,13 @@ def train(inputs: list[str], output: Path, kind: str, vocab_size: int, eos_token
             model_prefix=str(output / "tokenizer"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
             character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity",
             max_sentence_length=1 << 20, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
         )  # fmt: skip
         (output / "tokenizer.vocab").unlink()
-        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
+        config = {
+            "tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True,
+            "add_prefix_space": False, "legacy": False,
+        }  # fmt: skip
     else:
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -154,19 +159,24 @@ def _merge_merges(base: Path, new: Path, output: Path, most: int | None, tokeniz
     for i in range(tokenizer.vocab_size):
         if (entry := tokenizer.token(i)) is not None:
             vocabulary.setdefault(entry, i)
-    taken, following = set(vocabulary), tokenizer.vocab_size
+    known, following = set(vocabulary), tokenizer.vocab_size
     pair = lambda merge: tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
     as_list = not merges or isinstance(merges[0], list)
-    added = 0
+    new: dict[str, int] = {}
+    room = lambda: most is None or len(new) < most
+    if tokenizer.alphabet != "bytes":  # there a character may have no entry
+        for entry in sorted((e for e in other["model"]["vocab"] if len(e) == 1), key=other["model"]["vocab"].get):
+            if entry not in known and room():
+                new[entry] = following + len(new)
+        parts |= set(new)
     for left, right in map(pair, other["model"]["merges"]):
         whole = left + right
-        if whole in taken or left not in parts or right not in parts or (most is not None and added >= most):
+        if whole in known or left not in parts or right not in parts or (whole not in new and not room()):
             continue
-        vocabulary[whole] = following + added
-        taken.add(whole)
+        new.setdefault(whole, following + len(new))
         parts.add(whole)
         merges.append([left, right] if as_list else f"{left} {right}")
-        added += 1
+    vocabulary |= new
     output.write_text(json.dumps(old, ensure_ascii=False), encoding="utf-8")
 
 
@@ -178,6 +188,11 @@ def _read_bpe(path: Path) -> dict:
         raise ConfigError([f"{path}: not a tokenizer.json ({error})."], "the tokenizers") from None
     if kind != "BPE":
         raise ConfigError([f"{path}: is {kind}, not BPE."], "the tokenizers")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if content["model"].get(key):
+            raise ConfigError(
+                [f"{path}: its {key} is {content['model'][key]!r}; such merges are not appended."], "the tokenizers"
+            )
     return content
 
 

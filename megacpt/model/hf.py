@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError, NumbersError
 from megacpt.files import new_folder, write_atomically
@@ -217,15 +218,17 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
     target.mkdir(parents=True, exist_ok=True)
     for name in (*MODEL_FILES, *TOKENIZER_FILES):
         (target / name).unlink(missing_ok=True)
-    folder = Path(tokenizer)
-    chosen = TOKENIZER_FILES
-    if folder.is_file():
-        folder, own = folder.parent, folder.name
-        chosen = tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES or name == own)
+    folder, chosen = Path(tokenizer), TOKENIZER_FILES
+    if folder.is_file():  # of any name
+        shutil.copyfile(folder, target / f"tokenizer{folder.suffix}")
+        folder, chosen = folder.parent, tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES)
     for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
         for name in names:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
+    have = {name for name in TOKENIZER_FILES if (target / name).is_file()}
+    if "tokenizer.model" in have and not have & {"tokenizer.json", "tokenizer_config.json"}:
+        _write_json(target / "tokenizer_config.json", config_of_model(target / "tokenizer.model"))
 
 
 def write_pretrained(
@@ -236,6 +239,7 @@ def write_pretrained(
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokens: dict[str, int] | None = None,
 ) -> None:
     """Writes a complete Hugging Face directory; peak memory is one shard.
 
@@ -244,6 +248,7 @@ def write_pretrained(
         read: gives a whole tensor by name, with its true shape.
         dtypes: type of each tensor by name.
         longest: the longest row that was trained.
+        tokens: eos_token_id and bos_token_id of a tokenizer that is not the model's own; both configurations will say them.
     Raises:
         CheckpointError: if `output` exists.
         NumbersError: if a value is not finite in the type that it is written in. Nothing is left under `output`.
@@ -266,10 +271,15 @@ def _write_into(
 ) -> None:
     copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    _write_json(partial / "config.json", export_config(config, common, longest))
-    if not (partial / "generation_config.json").exists():
+    own = export_config(config, common, longest)
+    _write_json(partial / "config.json", own | _changed_ids(own, tokens or {}))
+    generation = partial / "generation_config.json"
+    if not generation.exists():
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
-        _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        _write_json(generation, {"_from_model_config": True, **ids, **(tokens or {})})
+    elif tokens:
+        own = json.loads(generation.read_text(encoding="utf-8"))
+        _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     weight_map, total, problems = {}, 0, []
     for i, names in enumerate(shards):
@@ -307,6 +317,12 @@ def _not_written(name: str, whole: Tensor, cast: Tensor) -> list[str]:
         return [f"{name}: {before:,} values are not finite. Export an earlier step (megacpt checkpoint list)."]
     most = f"{torch.finfo(cast.dtype).max:g}"
     return [f"{name}: {bad:,} values are above {most}, the most that {cast.dtype} holds. Write it as --dtype bfloat16."]
+
+
+def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
+    """Those of the tokens that a configuration does not name, alone or in a list."""
+    listed = lambda ids: ids if isinstance(ids, list) else [ids]
+    return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
 
 
 def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:

@@ -17,6 +17,7 @@ from made_tokenizers import (
     chatml_on_llama2,
     folder,
     llama2,
+    llama2_file,
     llama3,
     pieces,
     whitespace_pieces,
@@ -24,6 +25,7 @@ from made_tokenizers import (
     without_a,
 )
 from samples import TEXTS
+from tokenizers import Tokenizer, models
 
 from megacpt.cli import run
 from megacpt.data import vocabulary
@@ -76,6 +78,8 @@ def grow(base: Path, tmp_path: Path, most: int | None = None) -> Path:
     if (base / "tokenizer.model").exists():
         pieces(new, CHINESE, 330)
         folder(new, tokenizer_config=LLAMA)
+    elif "▁the" in Ours(base)._tokenizer.get_vocab():
+        llama2_file(new, CHINESE)
     else:
         folder(new, byte_bpe(CHINESE, 330), tokenizer_config=FAST)
     vocabulary.merge(base, new, tmp_path / "grown", most)
@@ -102,6 +106,22 @@ def test_growth_moves_no_id(make, tmp_path):
         assert ours.encode_batch([text])[0] == after(text, add_special_tokens=False).input_ids, text
     assert (ours.bos_id, ours.eos_id) == (Ours(base).bos_id, Ours(base).eos_id)
     assert len(after(CHINESE[0]).input_ids) < len(before(CHINESE[0]).input_ids)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0), "is Unigram, not BPE"),
+        (models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), "is WordPiece, not BPE"),
+        (models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), "is WordLevel, not BPE"),
+        (models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
+    ],
+)
+def test_kinds_that_do_not_grow_are_refused_by_name(tmp_path, model, message):
+    base = folder(tmp_path / "base", Tokenizer(model), tokenizer_config=FAST)
+    with pytest.raises(ConfigError, match=message):
+        grow(base, tmp_path)
+    assert not (tmp_path / "grown").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_growth_that_would_move_an_id_writes_nothing(tmp_path, monkeypatch):
@@ -143,6 +163,32 @@ def test_every_moved_id_is_seen():
     assert "1 of 5000 ids" in problem and "4321: 't4321', now 'other'" in problem
 
 
+def test_an_added_token_that_would_get_another_id_is_refused(tmp_path):
+    """Behind a gap: transformers counts it from the pieces' end, whatever the file says."""
+    path = llama2(tmp_path / "t")
+    size = Ours(path).vocab_size
+    (path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 9}))
+    with pytest.raises(ConfigError, match=f"im_end.*has id {size + 9}; with tokenizer.model it gets id {size}"):
+        Ours(path)
+
+
+def test_an_eos_that_is_not_in_the_vocabulary_is_not_invented(tmp_path):
+    path = folder(tmp_path / "t", byte_bpe(special=["</s>"]), tokenizer_config=FAST | {"eos_token": "<nope>"})
+    assert Ours(path).eos_id is None and "<nope>" not in Ours(path)._tokenizer.get_vocab()
+    assert Ours(path, "</s>").eos_id == 0
+
+
+def test_what_has_neither_piece_nor_bytes_is_unknown_not_lost(tmp_path):
+    """sentencepiece's own reading; transformers 5 drops it."""
+    import sentencepiece
+
+    pieces(tmp_path / "t", size=90, byte_fallback=False, character_coverage=0.999)
+    path = folder(tmp_path / "t", tokenizer_config=LLAMA)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    for text in ("of 中文 data", "é", TEXTS[0]):
+        assert Ours(path).encode_batch([text])[0] == reference.encode(text)
+
+
 def test_a_file_whose_added_tokens_moved_is_refused(tmp_path):
     """What an older growth made: entries of the vocabulary stand where the added tokens were, and the template still names them."""
     path = llama3(tmp_path / "t")
@@ -181,7 +227,8 @@ def test_what_is_not_understood_is_refused(tmp_path, spoil, message):
 
 
 def test_a_trained_sentencepiece_keeps_indentation(tmp_path):
-    """As Llama 2's: what is decoded is the text, and transformers gives the same ids."""
+    """What is decoded is the text, and transformers and sentencepiece give the same ids."""
+    import sentencepiece
     import transformers
 
     text = tmp_path / "t.jsonl"
@@ -190,10 +237,24 @@ def test_a_trained_sentencepiece_keeps_indentation(tmp_path):
     output = tmp_path / "out"
     run(["vocab", "train", str(text), "--output", str(output), "--type", "sentencepiece", "--vocab-size", "420"])
     ours, theirs = Ours(output), transformers.AutoTokenizer.from_pretrained(output)
-    for probe in [code, "a  b   c    d", "x\n\n\n  y", "\tz", "    indented"]:
+    itself = sentencepiece.SentencePieceProcessor(model_file=str(output / "tokenizer.model"))
+    probes = [
+        code,
+        "a  b   c    d",
+        "x\n\n\n  y",
+        "\tz",
+        "    indented",
+        " ",
+        "  \n ",
+        "ends in two  ",
+        "\r\n",
+        "中 文",
+        "",
+    ]
+    for probe in probes:
         ids = ours.encode_batch([probe])[0]
-        assert ids == theirs(probe, add_special_tokens=False).input_ids
-        assert ours.decode(ids) == probe or probe[0] == " "  # one leading space is the decoder's
+        assert ids == theirs(probe, add_special_tokens=False).input_ids == itself.encode(probe), probe
+        assert ours.decode(ids) == theirs.decode(ids) == probe
     eight = ours.encode_batch(["x\n        y"])[0]
     assert len(eight) < 8, "runs of spaces have pieces"
 

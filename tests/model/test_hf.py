@@ -297,6 +297,42 @@ def test_an_export_carries_the_tokenizer_that_was_trained_with(directory, tmp_pa
     assert {p.name for p in (tmp_path / "one").glob("tokenizer.*")} == {"tokenizer.model"}
 
 
+def test_a_bare_sentencepiece_model_is_exported_as_it_was_read(directory, tmp_path):
+    """A .model of any name and nothing beside it: transformers needs a tokenizer_config.json to read it as we did."""
+    import made_tokenizers as made
+
+    from megacpt.data.tokenizer import Tokenizer
+    from megacpt.model.hf import copy_side_files
+
+    made.pieces(tmp_path / "t")
+    (tmp_path / "t/tokenizer.model").rename(tmp_path / "t/llama.model")
+    ours = Tokenizer(tmp_path / "t/llama.model")
+    copy_side_files(directory, tmp_path / "t/llama.model", tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in made.PROBES:
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode_batch([text])[0]
+        assert theirs(text).input_ids == [ours.bos_id, *ours.encode_batch([text])[0]]
+    assert theirs.eos_token_id == ours.eos_id
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": [7, 9], "bos_token_id": 5, "top_p": 0.9}, None])
+def test_an_export_with_another_tokenizer_names_its_eos_and_bos(directory, tmp_path, generation):
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if generation:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    config, weights = read_config(directory), Weights(directory)
+    read = lambda name: weights.read(name, (slice(None),))
+    dtypes = dict.fromkeys(config.shapes(), "float32")
+    for name, tokens in (("own", None), ("other", {"eos_token_id": 9, "bos_token_id": 3})):
+        hf.write_pretrained(tmp_path / name, config, directory, read, dtypes, 64, tokens=tokens)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "other")
+    assert theirs.bos_token_id == 3 and theirs.eos_token_id == (generation["eos_token_id"] if generation else 9)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "other").eos_token_id == 9
+    assert read_config(tmp_path / "own").eos_token_id == config.eos_token_id
+    if generation:
+        assert json.loads((tmp_path / "own/generation_config.json").read_text()) == generation
+
+
 def test_a_truncated_file_is_named(directory):
     file = sorted(directory.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
