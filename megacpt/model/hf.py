@@ -241,7 +241,7 @@ def write_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokens: dict[str, int] | None = None,
 ) -> None:
-    """Writes a complete Hugging Face directory; peak memory is one shard.
+    """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
         side_files: folder with generation config and tokenizer files.
@@ -293,7 +293,7 @@ def _write_into(
             continue
         try:
             save_file(tensors, partial / file, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise CheckpointError(
                 f"{partial / file}: could not be written: {error}. Make room and try again."
             ) from None

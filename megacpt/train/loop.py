@@ -20,8 +20,9 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError
+from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, SaveError
 from megacpt.evaluate.validation import ValidationSets
+from megacpt.files import DISK_ERRORS, disk_told
 from megacpt.model.config import config_of_stage, frozen_names
 from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
@@ -60,8 +61,10 @@ def train(recipe: Recipe) -> str:
         directory.status(status, 0, signal=stop.signal or ("on another rank" if stop.agreed else None))
         dist.destroy_process_group()
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error = SaveError(disk_told(error))
         watch.failed(error)
-        raise
+        raise error
     finally:
         keeper.close()
         stop.close()
@@ -109,8 +112,6 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: 
             raise
         finally:
             gc.enable()
-            if run.board:
-                run.board.close()
         run.saver.close()
         if status:
             return status

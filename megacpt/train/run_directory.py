@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import megacpt
 from megacpt import log
 from megacpt.config.load import plain, save_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.errors import ConfigError, LeaseError, MegacptError
+from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
+from megacpt.files import Journal, disk_told, remove_abandoned, write_atomically
 from megacpt.train.lease import Lease
 
 
 class RunDirectory:
-    """The folder of a run.
+    """The folder of a run. While the disk takes nothing, training goes on: rows are kept and written when it does again.
 
     Args:
         write: whether this rank writes; the others only know the paths.
@@ -30,6 +30,11 @@ class RunDirectory:
         self.facts: dict[str, Any] = {}
         self.useful_seconds = 0.0
         """Of steps whose updates the weights hold."""
+        self.journals: dict[str, Journal] = {}
+        self.disk: dict[str, str] = {}
+        """Files that cannot be written at present, and why; it stands in run.json where that can be."""
+        self._at = (0, 0)
+        """Step and tokens of the last row."""
 
     def make(self) -> None:
         """Makes the folder and becomes its owner.
@@ -46,6 +51,7 @@ class RunDirectory:
         lease = Lease(self.path, self.attempt)
         lease.take()
         self.lease = lease
+        remove_abandoned(self.path)
 
     @property
     def lost(self) -> bool:
@@ -88,8 +94,50 @@ class RunDirectory:
         return round(min(1.0, self.useful_seconds / max(1e-9, time.time() - self.facts["first_started"])), 4)
 
     def status(self, status: str, exit_code: int | None = None, **more: Any) -> None:
-        if self.facts and self._writes():
-            write_status(self.path, {"status": status, "exit_code": exit_code, **more, **self.facts})
+        """Writes run.json.
+
+        Raises:
+            SaveError: if that cannot be done for an end with exit code 0: nobody would know of it.
+        """
+        if not (self.facts and self._writes()):
+            return
+        self.flush()
+        if waiting := [
+            f"{len(j.waiting)} of {j.path.name}" for j in self.journals.values() if j.waiting and status != "running"
+        ]:
+            log.warn(f"{self.path}: lines that could not be written are lost: {', '.join(waiting)}")
+        disk = {name: why for name, why in self.disk.items() if name != "run.json"}
+        content = {"status": status, "exit_code": exit_code, **more, **self.facts, **({"disk": disk} if disk else {})}
+        try:
+            write_status(self.path, content)
+        except OSError as error:
+            told = disk_told(error, self.path / "run.json")
+            if exit_code == 0:
+                raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
+            if "run.json" not in self.disk:
+                log.warn(told)
+            self.disk["run.json"] = error.strerror or str(error)
+        else:
+            self.disk.pop("run.json", None)
+
+    def flush(self) -> None:
+        """Tries again to write what waits."""
+        for journal in list(self.journals.values()):
+            journal.flush()
+
+    def _told(self, journal: Journal, problem: str) -> None:
+        """A file cannot be written, or can be again."""
+        name = journal.path.name
+        if problem:
+            self.disk[name] = problem
+            log.warn(f"{journal.path}: {problem}. Training goes on; lines are kept and written when that works again.")
+            self.event("disk", *self._at, file=name, error=problem)
+        else:
+            self.disk.pop(name, None)
+            lost = f"; {journal.lost} more were too many to keep" if journal.lost else ""
+            log.info(f"{journal.path}: is written again, {journal.kept} lines that were kept{lost}")
+            self.event("disk_again", *self._at, file=name, kept=journal.kept, lost=journal.lost)
+        self.status("running")
 
     def failed(self, error: BaseException) -> None:
         if isinstance(error, LeaseError):
@@ -104,11 +152,20 @@ class RunDirectory:
 
     def metrics(self, row: dict[str, Any]) -> None:
         if self._writes():
+            self._at = row["step"], row.get("tokens", 0)
             self._append("metrics.jsonl", row)
+            self.flush()
+            if "run.json" in self.disk:
+                self.status("running")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain_numbers(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self.journal(name).add((json.dumps(plain_numbers(row), ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def journal(self, name: str) -> Journal:
+        """A file of the run to which records are added."""
+        if name not in self.journals:
+            self.journals[name] = Journal(self.path / name, self._told)
+        return self.journals[name]
 
     def cut_metrics(self, step: int) -> None:
         """Keeps the last row of each step up to `step`. A row that cannot be read is told; a last line that a kill left unfinished is
@@ -122,9 +179,7 @@ class RunDirectory:
         if damaged:
             self.event("damaged_rows", step, 0, file=path.name, lines=damaged)
         kept = {row["step"]: line + "\n" for row, line in rows if row["step"] <= step}
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(kept[number] for number in sorted(kept)), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, "".join(kept[number] for number in sorted(kept)))
         self.useful_seconds = useful_seconds(self.path)
 
 
@@ -196,10 +251,8 @@ def _fits(key: str, value: Any) -> bool:
 
 def write_status(directory: Path, content: dict[str, Any]) -> None:
     """run.json, in one act."""
-    partial = directory / f"run.json.{os.getpid()}.tmp"
     text = json.dumps(plain_numbers({"time": time.time(), **content}), indent=1, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, directory / "run.json")
+    write_atomically(directory / "run.json", text + "\n")
 
 
 FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")

@@ -26,6 +26,7 @@ from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
+from megacpt.files import Journal
 from megacpt.train.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
 from megacpt.train.run_directory import read_status, useful_seconds
 from megacpt.train.watchdog import told_by_ranks
@@ -79,7 +80,7 @@ def supervise(command: Sequence[str], options: Options) -> int:
     recipe = recipe_of(command)
     run, barren, attempt = Path(recipe.directory), 0, 0
     checkpoints, unfinished = run / "checkpoints", UNFINISHED if _requires_the_end(command) else 0
-    stop = _Stop()
+    stop, ledger = _Stop(), Journal(run / LEDGER, _told)
     while True:
         attempt += 1
         nodes = _choose_nodes(recipe, options) if "SLURM_JOB_NODELIST" in os.environ else []
@@ -103,7 +104,8 @@ def supervise(command: Sequence[str], options: Options) -> int:
             "nodes": nodes,
             "effective_time": effective_time(run),
         }
-        _enter(run, row)
+        if run.is_dir():
+            ledger.add((json.dumps(row) + "\n").encode())
         log.info(
             f"attempt {attempt}: {row['status']}, checkpoint of step {after}, effective training time {_percent(run)}"
         )
@@ -118,6 +120,11 @@ def supervise(command: Sequence[str], options: Options) -> int:
         stop.wait(min(300.0, options.backoff_seconds * 2 ** max(0, barren - 1)))
         if stop.asked:
             return unfinished if status["status"] == "preempted" else SaveError.exit_code
+
+
+def _told(ledger: Journal, problem: str) -> None:
+    state = f"{problem}. Lines are kept and written when that works again." if problem else "is written again"
+    log.warn(f"{ledger.path}: {state}")
 
 
 def judge(status: dict[str, Any], code: int, asked: bool, unfinished: int = 0) -> int | None:
@@ -195,16 +202,6 @@ def _brought_one(checkpoints: Path, known: dict[int, tuple[int, int]]) -> bool:
 def _requires_the_end(command: Sequence[str]) -> bool:
     pairs = zip(command, [*command[1:], ""], strict=True)
     return any(pair == ("--require", "finished") or pair[0] == "--require=finished" for pair in pairs)
-
-
-def _enter(run: Path, row: dict[str, Any]) -> None:
-    if not run.is_dir():
-        return
-    try:
-        with open(run / LEDGER, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        log.warn(f"{run / LEDGER}: this attempt could not be written down ({error.strerror})")
 
 
 def effective_time(run: Path) -> float | None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from megacpt import log, points
 from megacpt.errors import ConfigError, LeaseError, MegacptError
+from megacpt.files import disk_told, write_atomically
 from megacpt.points import POINTS, Beat, Heartbeat, read_beat
 from megacpt.train.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
@@ -61,9 +62,8 @@ class Watch:
             self.done()
             return
         if supervised() or (self.folder and self.run.is_dir()):
-            with contextlib.suppress(OSError):
-                folder = _incident(self.run, self.attempt or self.folder.name)
-                _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error))
+            folder = _incident(self.run, self.attempt or self.folder.name)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
         if not self.folder:
             return
         points.allow("failed", 0.0)
@@ -146,14 +146,20 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 def _incident(run: Path, attempt: str) -> Path:
     path = run / INCIDENTS / attempt
-    path.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # what is written there tells
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+def _write(path: Path, content: dict[str, Any], spare: Path | None) -> None:
+    """Into the run directory, or, where its disk takes nothing, into a folder of this node, from which the watchdog reads too."""
+    text = json.dumps(content, indent=1)
+    try:
+        write_atomically(path, text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if spare:
+                write_atomically(spare / path.name, text)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -230,11 +236,11 @@ class Watchdog:
             return
         folder = _incident(self.run, self._attempt())
         report = folder / f"node-{self.node}.json"
-        _write(report, {"kind": kind})  # the other nodes need not wait for the rest
+        _write(report, {"kind": kind}, self.folder)  # the other nodes need not wait for the rest
         ranks = {rank: self._evidence(beat) for rank, beat in sorted(self.beats.items())}
         if kind == "hung":
             self._dump(folder, ranks)
-        _write(report, {"kind": kind, "ranks": ranks})
+        _write(report, {"kind": kind, "ranks": ranks}, self.folder)
         if 0 in ranks:
             self._wait_for_nodes(folder)
         self._end(0.0 if kind in ("hung", "orphaned") else GRACE_SECONDS)
@@ -270,7 +276,8 @@ class Watchdog:
         time.sleep(0.2)
         for path in [*self.folder.glob("rank-*.stack"), *self.folder.glob("flight_recorder_*")]:
             if path.is_file() and path.stat().st_size:
-                shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
+                with contextlib.suppress(OSError):
+                    shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
         for rank, found in ranks.items():
             lines = _main_thread(stack(rank).read_text(errors="replace")) if stack(rank).exists() else []
             found["waits"] = any(WAITS.search(line) for line in lines[:1])
@@ -278,7 +285,7 @@ class Watchdog:
 
     def _wait_for_nodes(self, folder: Path) -> None:
         until = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < until and len(_all_ranks(folder)) < self.world_size > self.size:
+        while time.monotonic() < until and len(_all_ranks(folder, self.folder)) < self.world_size > self.size:
             time.sleep(0.5)
 
     def _end(self, grace: float) -> None:
@@ -309,13 +316,17 @@ class Watchdog:
         from megacpt.train.run_directory import read_status, write_status
 
         run = read_status(self.run)
-        code, suspects, reason = conclusion(kind, _all_ranks(folder), _failures(folder))
+        ranks = _all_ranks(folder, self.folder)
+        code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
         told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        _write(folder / "conclusion.json", told)
+        _write(folder / "conclusion.json", told, self.folder)
         if not self._may_say(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
-        write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+        try:
+            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+        except OSError as error:
+            log.say(f"megacpt watchdog: {disk_told(error, self.run / 'run.json')}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
 
     def _may_say(self, run: dict[str, Any]) -> bool:
@@ -342,14 +353,15 @@ def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
     return {}
 
 
-def _failures(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("failed-rank-*.json")}
+def _failures(*folders: Path) -> dict[int, dict[str, Any]]:
+    paths = [path for folder in folders for path in folder.glob("failed-rank-*.json")]
+    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in paths}
     return {rank: failure for rank, failure in found.items() if failure}
 
 
-def _all_ranks(folder: Path) -> dict[int, dict[str, Any]]:
+def _all_ranks(*folders: Path) -> dict[int, dict[str, Any]]:
     ranks: dict[int, dict[str, Any]] = {}
-    for path in folder.glob("node-*.json"):
+    for path in (path for folder in folders for path in folder.glob("node-*.json")):
         ranks |= {int(rank): found for rank, found in _read(path).get("ranks", {}).items()}
     return ranks
 
