@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacpt import __version__
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.errors import ConfigError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, write_atomically
 from megacpt.log import printable
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
@@ -25,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output has left
         os._exit(0)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"megacpt: {printable(disk_told(error))}", file=sys.stderr)
+        sys.exit(SaveError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -353,9 +359,7 @@ def _check(options) -> int:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
     if options.schedule_picture:
-        Path(options.schedule_picture).write_text(
-            schedule_svg(recipe, world_size, files=not options.no_files), encoding="utf-8"
-        )
+        write_atomically(options.schedule_picture, schedule_svg(recipe, world_size, files=not options.no_files))
         print(f"written {options.schedule_picture}")
     return 0
 
@@ -499,7 +503,7 @@ def _evaluate(options) -> None:
         for gate, numbers in results.get("gates", {}).items():
             print(f"gate {gate}: {json.dumps(numbers)}")
         if options.output:
-            Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically(options.output, json.dumps(results, indent=1) + "\n")
 
 
 def _export(options) -> None:

@@ -1,5 +1,5 @@
-"""Files that are whole or not there: written beside their name, brought to the disk, renamed, and the folder brought to the disk too, so that
-neither a kill nor a power loss leaves half of one. What a process that is gone has left beside them is removed by the next that writes
+"""Files that are whole or not there: written beside their name, brought to the disk, renamed, and the folder brought to the disk too, so
+that neither a kill nor a power loss leaves half of one. What a process that is gone has left beside them is removed by the next that writes
 there. Lines of a file that a full disk does not take are kept until it does.
 
 Temporary names are .tmp-NAME--HOST-PID-START, START being the tick of the machine at which the process began: they say whether their maker
@@ -7,6 +7,7 @@ still lives. Of a maker on another machine one only knows when it last wrote.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,18 +19,47 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
+"""What a write meets where a disk is full, a limit is reached, it is read-only, forbidden or ill."""
 ABANDONED_SECONDS = 86400.0
 """Without a write, after which what another machine has left counts as abandoned."""
 _TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>\d+)-(?P<start>\d+)")
 
 
+def disk_told(error: OSError, path: str | Path | None = None) -> str:
+    """In a sentence: which file, what is wrong, the way out."""
+    where = error.filename if path is None else path
+    text = f"{where or 'a file'}: {error.strerror or error}"
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        if where and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = Path(os.fsdecode(where)).absolute()
+            while not folder.is_dir():
+                folder = folder.parent
+            text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    ways = {
+        errno.ENOSPC: "Make room",
+        errno.EDQUOT: "Make room in the quota",
+        errno.EFBIG: "A limit of the file's size (ulimit -f) is reached; raise it",
+        errno.EROFS: "Mount it writable",
+        errno.EACCES: "Give the rights to write there",
+        errno.EPERM: "Give the rights to write there",
+    }
+    return f"{text}. {ways.get(error.errno, 'Look at the disk')} and try again."
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Writes a small file in one act, with the mode that the umask gives. Raises OSError, and then leaves what was there."""
-    path = Path(path)
+    """Writes a small file in one act, with the mode that the umask gives; through a link, and into a pipe or a device as they are. Raises
+    OSError, and then leaves what was there."""
+    path, content = Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
     partial = temporary(path)
     try:
         with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
         publish_file(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -139,28 +169,25 @@ def _start_of(pid: int) -> int:
 
 def sealed(content: dict[str, Any]) -> str:
     """JSON of a dictionary with its own CRC32 in it."""
-    return json.dumps({"crc32": _crc_of(content), **content})
+    return json.dumps({"crc32": crc_of(content), **content})
 
 
-def unsealed(text: str | bytes) -> dict[str, Any]:
-    """The dictionary that was sealed.
+def unsealed(content: Any) -> dict[str, Any]:
+    """The dictionary that was sealed, from its parsed JSON.
 
     Raises:
         ValueError: if it is another, or none.
     """
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict) or "crc32" not in content:
         raise ValueError("it has no checksum")
-    said, found = content.pop("crc32"), _crc_of(content)
-    if said != found:
-        raise ValueError(f"its CRC32 is {found}, it says {said!r}")
-    return content
+    rest = {key: value for key, value in content.items() if key != "crc32"}
+    if content["crc32"] != crc_of(rest):
+        raise ValueError(f"its CRC32 is {crc_of(rest)}, it says {content['crc32']!r}")
+    return rest
 
 
-def _crc_of(content: dict[str, Any]) -> int:
+def crc_of(content: dict[str, Any]) -> int:
+    """CRC32 of a dictionary as JSON."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 

@@ -2,7 +2,6 @@
 a rank checks just what it reads, and the few numbers that are the state of a run. Imports no torch."""
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from pydantic import TypeAdapter
 
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
+from megacpt.files import crc_of as _crc
+from megacpt.files import sealed, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -82,26 +83,7 @@ def amend(directory: Path, state: State) -> None:
 
 
 def _write(directory: Path, manifest: Manifest) -> None:
-    content = {"format": FORMAT, **asdict(manifest)}
-    partial = directory / f".{MANIFEST}.tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"crc32": _crc(content), **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / MANIFEST)
-    sync_directory(directory)
-
-
-def _crc(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **asdict(manifest)}))
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -29,10 +29,10 @@ from megacpt.checkpoint.manifest import (
     directory_name,
     list_steps,
     read_manifest,
-    sync_directory,
     write_manifest,
 )
 from megacpt.errors import CheckpointError, SaveError
+from megacpt.files import sync_directory
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from megacpt.config.recipe import Recipe
 from megacpt.errors import ConfigError
+from megacpt.files import write_atomically
 
 Path_ = tuple[str | int, ...]
 
@@ -189,4 +190,4 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe; reading it again gives an equal one."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(plain(recipe)), encoding="utf-8")
+    write_atomically(path, tomli_w.dumps(plain(recipe)))

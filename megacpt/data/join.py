@@ -16,6 +16,7 @@ from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
 from megacpt.data.manifest import FORMAT, crc32_of
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
+from megacpt.files import publish_file, write_atomically
 from megacpt.log import warn
 
 _COPY_BYTES = 8 << 20
@@ -69,7 +70,7 @@ def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> di
         part = facts["part"]
         text = f" of part {part[0]}/{part[1]}" if part else ""
         raise DataError(f"{facts['num_sources']} files{text} hold no documents. Nothing was written.")
-    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx", "json")}
+    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx")}
     crc = _concatenate([parts / f"{i:06d}.bin" for i in range(num_pieces)], tmp["bin"])
     lengths, dtype = _Lengths(parts, num_pieces), token_dtype(facts["vocab_size"])
     write_index(Path(tmp["idx"]), dtype, lengths, documents)
@@ -140,13 +141,10 @@ def _counts(lengths) -> dict[str, Any]:
 
 def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
     """Renames data, index, then the manifest; each is on disk before."""
-    with open(tmp["json"], "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-    for kind in ("bin", "idx", "labels", "json"):
+    for kind in ("bin", "idx", "labels"):
         if kind in tmp:
-            with open(tmp[kind], "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(tmp[kind], f"{prefix}.{kind}")
+            publish_file(Path(tmp[kind]), Path(f"{prefix}.{kind}"))
+    write_atomically(f"{prefix}.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:
@@ -186,5 +184,5 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
     }
     if not ends_with_eos:
         warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
-    _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)
+    _publish(prefix, {}, manifest)
     return manifest

@@ -235,14 +235,14 @@ class PackingIndex:
         if not directory.exists():
             raise FileNotFoundError(directory)
         try:
-            meta = unsealed((directory / "index.json").read_bytes())
+            meta = unsealed(json.loads((directory / "index.json").read_bytes()))
             if (meta["version"], meta["name"]) != (VERSION, directory.name):
                 raise ValueError(f"it is {meta['name']!r} of version {meta['version']}")
             self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]
             self.bucket_rows: list[int] = meta["bucket_rows"]
             """Rows before each bucket of a curriculum, and all of them; [0, rows] without one."""
             files = {name: CheckedFile(directory / name, *meta["files"][name]) for name in FILES}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unsound(str(error) if isinstance(error, DataError) else f"index.json: {error}") from None
         self._row_start = Numbers(files["row_start.bin"], np.int64, 0, self.num_rows + 1)
         self._document = Numbers(files["piece_document.bin"], meta["document_dtype"], 0, self.num_pieces)
@@ -366,12 +366,9 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
         with new_folder(final) as partial:
             rows = _write_rows(domain, selection, partial, final.name, workers)
     except OSError as error:
-        if error.errno in (
-            errno.EEXIST,
-            errno.ENOTEMPTY,
-        ):  # without locks: another process was faster; its index is the same
-            return
-        raise
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return  # without locks another process was faster; its index is the same
     seconds = time.monotonic() - begin
     if domain.num_documents > 100_000:
         rate = short_number(domain.num_documents / max(seconds, 1e-9) / max(1, workers))

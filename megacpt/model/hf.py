@@ -5,7 +5,6 @@ and renames it. Names are the model's own, so neither renames nor permutes.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError
+from megacpt.files import new_folder, write_atomically
 from megacpt.model.config import LlamaConfig, export_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -173,7 +173,7 @@ def write_pretrained(
     longest: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a complete Hugging Face directory; peak memory is one shard.
+    """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
         side_files: folder with generation config and tokenizer files.
@@ -186,9 +186,19 @@ def write_pretrained(
     output = Path(output)
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
-    partial = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with new_folder(output) as partial:
+        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes)
+
+
+def _write_into(
+    partial: Path,
+    config: LlamaConfig,
+    side_files: Path,
+    read: Callable[[str], Tensor],
+    dtypes: dict[str, str],
+    longest: int,
+    max_shard_bytes: int,
+) -> None:
     copy_side_files(side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     _write_json(partial / "config.json", export_config(config, common, longest))
@@ -200,14 +210,18 @@ def write_pretrained(
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: read(name).to(DTYPES[dtypes[name]]).contiguous() for name in names}
-        save_file(tensors, partial / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{partial / file}: could not be written: {error}. Make room and try again."
+            ) from None
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if len(shards) > 1:
         _write_json(
             partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    os.rename(partial, output)
 
 
 def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
@@ -224,4 +238,4 @@ def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) ->
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

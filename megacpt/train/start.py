@@ -24,6 +24,7 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
+from megacpt.files import write_atomically
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
 from megacpt.model.config import LlamaConfig, config_of
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
@@ -234,8 +235,8 @@ def _fill(
         if recipe.model.pretrained and recipe.model.tokenizer:
             copy_side_files(recipe.model.pretrained, side)
             copy_side_files(recipe.model.tokenizer, side)
-        (side / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
-        (side / "dtypes.json").write_text(json.dumps(dtypes))
+        write_atomically(side / "config.json", json.dumps(config.raw, indent=2) + "\n")
+        write_atomically(side / "dtypes.json", json.dumps(dtypes))
 
 
 def _device_name(device: torch.device) -> str:

@@ -100,7 +100,7 @@ def test_every_byte_of_a_packing_index_counts(domain, cache):
             damaged[at] ^= 1 << at % 8
             path.write_bytes(damaged)
             try:
-                unsealed(damaged) if path.suffix == ".json" else PackingIndex(folder, domain, 32)
+                unsealed(json.loads(damaged)) if path.suffix == ".json" else PackingIndex(folder, domain, 32)
             except (Unsound, ValueError):
                 continue
             assert json.loads(damaged) == json.loads(raw), (path.name, at)  # a blank between two words
@@ -115,7 +115,7 @@ def test_a_folder_of_another_index_or_version_is_built_again(domain, cache):
     os.rename(cache / "x", cache / name)
     assert rows_of(open_index(domain, Selection(32), str(cache))) == whole
     path = cache / name / "index.json"
-    path.write_text(sealed(unsealed(path.read_bytes()) | {"version": 2}))
+    path.write_text(sealed(unsealed(json.loads(path.read_bytes())) | {"version": 2}))
     assert rows_of(open_index(domain, Selection(32), str(cache))) == whole
     shutil.rmtree(cache / name)
     (cache / name).write_text("a file in its place")
@@ -223,6 +223,9 @@ def test_large_reads_are_compared_page_by_page(tmp_path):
         file.read(0, len(content))
 
 
+BUILD = packing._build
+
+
 def test_two_that_build_the_same_index_build_it_once(prepared, tmp_path, domain):
     """Four processes at once; what a killed one has left is removed, what a living one writes is not."""
     cache = tmp_path / "cache"
@@ -241,8 +244,7 @@ def test_two_that_build_the_same_index_build_it_once(prepared, tmp_path, domain)
         if child == 0:
             code = 1
             try:
-                build = packing._build
-                packing._build = lambda *given: ((tmp_path / f"built-{os.getpid()}").touch(), build(*given))
+                packing._build = lambda *given: ((tmp_path / f"built-{os.getpid()}").touch(), BUILD(*given))
                 open_index(domain, Selection(32), str(cache))
                 code = 0
             finally:
