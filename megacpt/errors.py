@@ -53,7 +53,8 @@ class GateError(MegacptError):
 
 
 class SaveError(MegacptError):
-    """A checkpoint could not be written where the run cannot go on without it. Started again, it resumes from the one before."""
+    """A checkpoint, or another file, could not be written where the run cannot go on without it. Started again, it resumes from the
+    last checkpoint."""
 
     exit_code = 75
 

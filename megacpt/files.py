@@ -192,25 +192,26 @@ def crc_of(content: dict[str, Any]) -> int:
 
 
 class Journal:
-    """A file to which lines are added. While the disk takes none they are kept, and written before the next that it takes.
+    """A file to which records are added. While the disk takes none they are kept, and written before the next that it takes.
 
     Args:
         tell: called with what went wrong when that begins, and with "" when all is written again.
     Attributes:
-        problem: why nothing is written at present; "" if it is. waiting: lines that are kept. lost: lines that were too many to keep.
+        problem: why nothing is written at present; "" if it is. waiting: records that are kept. kept: how many
+            the last write held. lost: records that were too many to keep.
     """
 
     KEPT = 20_000
 
     def __init__(self, path: Path, tell: Callable[["Journal", str], None]):
         self.path, self.tell = path, tell
-        self.problem, self.waiting, self.lost = "", [], 0
+        self.problem, self.kept, self.lost = "", 0, 0
+        self.waiting: list[bytes] = []
         self._sound: int | None = None
         """Bytes up to which the file is whole, where a write was left unfinished."""
 
-    def add(self, line: str) -> None:
-        """One line, without its end."""
-        self.waiting.append(line)
+    def add(self, record: bytes) -> None:
+        self.waiting.append(record)
         if len(self.waiting) > self.KEPT:
             self.waiting.pop(0)
             self.lost += 1
@@ -221,18 +222,19 @@ class Journal:
         if not self.waiting:
             return True
         try:
-            self._write("".join(line + "\n" for line in self.waiting).encode())
+            self._write(b"".join(self.waiting))
         except OSError as error:
             before, self.problem = self.problem, error.strerror or str(error)
             if not before:
                 self.tell(self, self.problem)
             return False
-        self.waiting, before, self.problem = [], self.problem, ""
+        before, self.problem, self.kept, self.waiting = self.problem, "", len(self.waiting), []
         if before:
             self.tell(self, "")
         return True
 
     def _write(self, content: bytes) -> None:
+        self.path.parent.mkdir(exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(handle).st_size

@@ -9,7 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from megacpt.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megacpt.errors import CheckpointError, SaveError
-from megacpt.files import sync_directory
+from megacpt.errors import CheckpointError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, sync_directory
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def save(
     return time.monotonic() - begin, removed
 
 
-class NotOnAll(Exception):
+class NotOnAll(SaveError):
     """What went wrong, on which ranks: the same on all."""
 
 
@@ -109,8 +109,11 @@ def together(group: dist.ProcessGroup | None):
     problem = None
     try:
         yield
-    except dcp.api.CheckpointException as error:  # it is the same on all ranks, with a cause for each that failed
-        problem = "; ".join(sorted({_told(failure[0]) for failure in error.failures.values()}))
+    except (
+        dcp.api.CheckpointException
+    ) as error:  # it is the same on all ranks, with a cause for each that failed: each tells its own
+        mine = error.failures.get(dist.get_rank(group)) if error.failures else (error,)
+        problem = _told(mine[0]) if mine else None
     except Exception as error:
         problem = _told(error)
     found = [f"rank {rank}: {text}" for rank, text in enumerate(_gathered(problem, group)) if text]
@@ -119,7 +122,9 @@ def together(group: dist.ProcessGroup | None):
 
 
 def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename:
+        return disk_told(error)
+    return str(error) if isinstance(error, MegacptError) else f"{type(error).__name__}: {error}"
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -167,14 +172,20 @@ class _Checked(WriteResult):
 
 
 class _Summed:
-    """A file whose items, between two calls of tell, are summed up on their way."""
+    """A file whose items, between two calls of tell, are summed up on their way. What the disk said is kept: torch's writer of archives
+    makes another error of it."""
 
     def __init__(self, file):
         self.file, self.at, self.begin, self.crc, self.sums = file, 0, 0, 0, {}
+        self.error: OSError | None = None
 
     def write(self, content) -> int:
         self.crc = zlib.crc32(content, self.crc)
-        count = self.file.write(content)
+        try:
+            count = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
         self.at += count
         return count
 
@@ -206,8 +217,16 @@ class _SummedFiles(dcp.filesystem.FileSystem):
         with super().create_stream(path, mode) as file:
             stream = _Summed(file)
             self.opened[Path(path).name] = stream
-            yield stream
-            stream.close()
+            try:
+                yield stream
+                stream.close()
+            except Exception as error:
+                cause = stream.error or error
+                if not isinstance(cause, OSError):
+                    raise
+                with suppress(OSError):  # what is still in its buffer finds no room either
+                    file.close()
+                raise CheckpointError(f"{disk_told(cause, path)} {stream.at:,} bytes of it were written.") from None
 
 
 class CheckedWriter(dcp.FileSystemWriter):

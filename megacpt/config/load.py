@@ -190,4 +190,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe; reading it again gives an equal one."""
     import tomli_w
 
-    write_atomically(path, tomli_w.dumps(plain(recipe)))
+    text = tomli_w.dumps(plain(recipe))
+    if not path.is_file() or path.read_bytes() != text.encode():  # a resume needs no room for it
+        write_atomically(path, text)

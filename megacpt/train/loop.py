@@ -20,8 +20,9 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.errors import ConfigError, MegacptError, SaveError
 from megacpt.evaluate.validation import ValidationSets
+from megacpt.files import DISK_ERRORS, disk_told
 from megacpt.model.config import config_of, config_of_stage, frozen_names
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
@@ -57,8 +58,10 @@ def train(recipe: Recipe) -> str:
         directory.status(status, 0, signal=stop.signal or ("on another rank" if stop.agreed else None))
         dist.destroy_process_group()
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error = SaveError(disk_told(error))
         watch.failed(error)
-        raise
+        raise error
     finally:
         stop.close()
     watch.done()
@@ -92,8 +95,6 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: 
             raise
         finally:
             gc.enable()
-            if run.board:
-                run.board.close()
         run.saver.close()
         if status:
             return status

@@ -10,11 +10,13 @@ from typing import Any
 import megacpt
 from megacpt.config.load import plain, save_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.errors import ConfigError, MegacptError, SaveError
+from megacpt.files import Journal, disk_told, remove_abandoned, write_atomically
+from megacpt.log import info, warn
 
 
 class RunDirectory:
-    """The folder of a run.
+    """The folder of a run. While the disk takes nothing, training goes on: rows are kept and written when it does again.
 
     Args:
         write: whether this rank writes; the others only know the paths.
@@ -26,6 +28,11 @@ class RunDirectory:
         self.facts: dict[str, Any] = {}
         self.useful_seconds = 0.0
         """Of steps whose updates the weights hold."""
+        self.journals: dict[str, Journal] = {}
+        self.disk: dict[str, str] = {}
+        """Files that cannot be written at present, and why; it stands in run.json where that can be."""
+        self._at = (0, 0)
+        """Step and tokens of the last row."""
 
     def make(self) -> None:
         """Makes the folder and writes into it. Raises OSError."""
@@ -33,6 +40,7 @@ class RunDirectory:
         probe = self.path / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
+        remove_abandoned(self.path)
 
     def begin(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Writes the resolved recipe and run.json with status running; counts the attempt."""
@@ -56,8 +64,50 @@ class RunDirectory:
         return round(min(1.0, self.useful_seconds / max(1e-9, time.time() - self.facts["first_started"])), 4)
 
     def status(self, status: str, exit_code: int | None = None, **more: Any) -> None:
-        if self.write and self.facts:
-            write_status(self.path, {"status": status, "exit_code": exit_code, **more, **self.facts})
+        """Writes run.json.
+
+        Raises:
+            SaveError: if that cannot be done for an end with exit code 0: nobody would know of it.
+        """
+        if not (self.write and self.facts):
+            return
+        self.flush()
+        if waiting := [
+            f"{len(j.waiting)} of {j.path.name}" for j in self.journals.values() if j.waiting and status != "running"
+        ]:
+            warn(f"{self.path}: lines that could not be written are lost: {', '.join(waiting)}")
+        disk = {name: why for name, why in self.disk.items() if name != "run.json"}
+        content = {"status": status, "exit_code": exit_code, **more, **self.facts, **({"disk": disk} if disk else {})}
+        try:
+            write_status(self.path, content)
+        except OSError as error:
+            told = disk_told(error, self.path / "run.json")
+            if exit_code == 0:
+                raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
+            if "run.json" not in self.disk:
+                warn(told)
+            self.disk["run.json"] = error.strerror or str(error)
+        else:
+            self.disk.pop("run.json", None)
+
+    def flush(self) -> None:
+        """Tries again to write what waits."""
+        for journal in list(self.journals.values()):
+            journal.flush()
+
+    def _told(self, journal: Journal, problem: str) -> None:
+        """A file cannot be written, or can be again."""
+        name = journal.path.name
+        if problem:
+            self.disk[name] = problem
+            warn(f"{journal.path}: {problem}. Training goes on; lines are kept and written when that works again.")
+            self.event("disk", *self._at, file=name, error=problem)
+        else:
+            self.disk.pop(name, None)
+            lost = f"; {journal.lost} more were too many to keep" if journal.lost else ""
+            info(f"{journal.path}: is written again, {journal.kept} lines that were kept{lost}")
+            self.event("disk_again", *self._at, file=name, kept=journal.kept, lost=journal.lost)
+        self.status("running")
 
     def failed(self, error: BaseException) -> None:
         self.status("failed", error.exit_code if isinstance(error, MegacptError) else 1, reason=str(error)[:2000])
@@ -70,11 +120,20 @@ class RunDirectory:
 
     def metrics(self, row: dict[str, Any]) -> None:
         if self.write:
+            self._at = row["step"], row.get("tokens", 0)
             self._append("metrics.jsonl", row)
+            self.flush()
+            if "run.json" in self.disk:
+                self.status("running")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.journal(name).add((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+    def journal(self, name: str) -> Journal:
+        """A file of the run to which records are added."""
+        if name not in self.journals:
+            self.journals[name] = Journal(self.path / name, self._told)
+        return self.journals[name]
 
     def cut_metrics(self, step: int) -> None:
         """Drops rows after a step, and a last line that a kill left unfinished."""
@@ -82,9 +141,7 @@ class RunDirectory:
         if not self.write or not path.exists():
             return
         kept = [line + "\n" for row, line in _rows(path) if row["step"] <= step]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, "".join(kept))
         self.useful_seconds = useful_seconds(self.path)
 
 
@@ -119,9 +176,7 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 def write_status(directory: Path, content: dict[str, Any]) -> None:
     """run.json, in one act."""
-    partial = directory / f"run.json.{os.getpid()}.tmp"
-    partial.write_text(json.dumps({"time": time.time(), **content}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "run.json")
+    write_atomically(directory / "run.json", json.dumps({"time": time.time(), **content}, indent=1) + "\n")
 
 
 FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")

@@ -13,6 +13,7 @@ from megacpt.errors import GateError, SaveError
 from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
+from megacpt.files import disk_told
 from megacpt.train.job import Run, measure, saved, slow_phase, state_of
 
 SNAPSHOTS = "snapshots"
@@ -122,9 +123,12 @@ def _draw(run: Run, name: str, picture, number: int) -> None:
     if run.directory.write:
         from PIL import Image
 
-        folder = run.directory.path / "gates"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"{name}-step-{number:08d}.png")
+        file = run.directory.path / "gates" / f"{name}-step-{number:08d}.png"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(file)
+        except OSError as error:  # the numbers stand in the decision
+            log.warn(disk_told(error, file))
     if run.board:
         run.board.picture(f"gates/{name}", picture, number)
 

@@ -34,7 +34,7 @@ from megacpt.optim.adamw import AdamW
 from megacpt.parallel.agreement import agree
 from megacpt.parallel.mesh import build_mesh, picture
 from megacpt.train.job import Run, StopRequest
-from megacpt.train.metrics import TensorBoard, peak_flops
+from megacpt.train.metrics import TensorBoard, event_file, peak_flops
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
 from megacpt.train.step import compute_dtype
 
@@ -134,7 +134,8 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
         run.accepted = [tuple(pair) for pair in start.state.accepted]
         run.skipped_in_row = start.state.skipped_in_row
     if recipe.log.tensorboard and directory.write:
-        run.board = TensorBoard(directory.path / "tb", layout.world_size, start.step + 1 if start.step else None)
+        journal = directory.journal(f"tb/{event_file()}")
+        run.board = TensorBoard(journal, layout.world_size, start.step + 1 if start.step else None)
     return run
 
 

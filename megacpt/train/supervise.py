@@ -21,6 +21,7 @@ from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
 from megacpt.errors import ConfigError, SaveError
+from megacpt.files import Journal
 from megacpt.train.run_directory import read_status, useful_seconds
 
 LEDGER = "ledger.jsonl"
@@ -66,7 +67,7 @@ def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
     run, barren, attempt = Path(recipe.directory), 0, 0
-    stop = _Stop()
+    stop, ledger = _Stop(), Journal(run / LEDGER, _told)
     while True:
         attempt += 1
         nodes = _choose_nodes(recipe, options) if "SLURM_JOB_NODELIST" in os.environ else []
@@ -90,8 +91,7 @@ def supervise(command: Sequence[str], options: Options) -> int:
             "effective_time": effective_time(run),
         }
         if run.is_dir():
-            with open(run / LEDGER, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            ledger.add((json.dumps(row) + "\n").encode())
         log.info(
             f"attempt {attempt}: {row['status']}, checkpoint of step {after}, effective training time {_percent(run)}"
         )
@@ -106,6 +106,11 @@ def supervise(command: Sequence[str], options: Options) -> int:
         stop.wait(min(300.0, options.backoff_seconds * 2 ** max(0, barren - 1)))
         if stop.asked:
             return 0 if status["status"] == "preempted" else SaveError.exit_code
+
+
+def _told(ledger: Journal, problem: str) -> None:
+    state = f"{problem}. Lines are kept and written when that works again." if problem else "is written again"
+    log.warn(f"{ledger.path}: {state}")
 
 
 def judge(status: dict[str, Any], code: int, asked: bool) -> int | None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from megacpt import points
 from megacpt.errors import ConfigError, MegacptError
+from megacpt.files import disk_told, write_atomically
 from megacpt.points import POINTS, Beat, Heartbeat, read_beat
 
 INCIDENTS = "incidents"
@@ -53,11 +54,8 @@ class Watch:
         if not self.folder:
             return
         if self.run.is_dir():
-            with contextlib.suppress(OSError):
-                _write(
-                    _incident(self.run, self.attempt or self.folder.name) / f"failed-rank-{self.rank:05d}.json",
-                    _told(error),
-                )
+            folder = _incident(self.run, self.attempt or self.folder.name)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
         points.allow("failed", 0.0)
         points.begin(None)
 
@@ -122,14 +120,19 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 def _incident(run: Path, attempt: str) -> Path:
     path = run / INCIDENTS / attempt
-    path.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # what is written there tells
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+def _write(path: Path, content: dict[str, Any], spare: Path) -> None:
+    """Into the run directory, or, where its disk takes nothing, into a folder of this node, from which the watchdog reads too."""
+    text = json.dumps(content, indent=1)
+    try:
+        write_atomically(path, text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            write_atomically(spare / path.name, text)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -219,11 +222,11 @@ class Watchdog:
             return
         folder = _incident(self.run, self._attempt())
         report = folder / f"node-{self.node}.json"
-        _write(report, {"kind": kind})  # the other nodes need not wait for the rest
+        _write(report, {"kind": kind}, self.folder)  # the other nodes need not wait for the rest
         ranks = {rank: self._evidence(beat) for rank, beat in sorted(self.beats.items())}
         if kind == "hung":
             self._dump(folder, ranks)
-        _write(report, {"kind": kind, "ranks": ranks})
+        _write(report, {"kind": kind, "ranks": ranks}, self.folder)
         if 0 in ranks:
             self._wait_for_nodes(folder)
         self._end(0.0 if kind == "hung" else GRACE_SECONDS)
@@ -259,7 +262,8 @@ class Watchdog:
         time.sleep(0.2)
         for path in [*self.folder.glob("rank-*.stack"), *self.folder.glob("flight_recorder_*")]:
             if path.is_file() and path.stat().st_size:
-                shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
+                with contextlib.suppress(OSError):
+                    shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
         for rank, found in ranks.items():
             lines = _main_thread(stack(rank).read_text(errors="replace")) if stack(rank).exists() else []
             found["waits"] = any(WAITS.search(line) for line in lines[:1])
@@ -267,7 +271,7 @@ class Watchdog:
 
     def _wait_for_nodes(self, folder: Path) -> None:
         until = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < until and len(_all_ranks(folder)) < self.world_size > self.size:
+        while time.monotonic() < until and len(_all_ranks(folder, self.folder)) < self.world_size > self.size:
             time.sleep(0.5)
 
     def _end(self, grace: float) -> None:
@@ -290,23 +294,27 @@ class Watchdog:
         run = _read(self.run / "run.json")
         if run.get("status") in ("finished", "preempted") and kind != "hung":
             return
-        ranks = _all_ranks(folder)
-        code, suspects, reason = conclusion(kind, ranks, _failures(folder))
+        ranks = _all_ranks(folder, self.folder)
+        code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
         told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        write_status(self.run, run | {"time": time.time()} | told)
-        _write(folder / "conclusion.json", told)
+        try:
+            write_status(self.run, run | {"time": time.time()} | told)
+        except OSError as error:
+            print(f"megacpt watchdog: {disk_told(error, self.run / 'run.json')}", file=sys.stderr, flush=True)
+        _write(folder / "conclusion.json", told, self.folder)
         print(f"megacpt watchdog: {status}: {reason} Evidence: {folder}", file=sys.stderr, flush=True)
 
 
-def _failures(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("failed-rank-*.json")}
+def _failures(*folders: Path) -> dict[int, dict[str, Any]]:
+    paths = [path for folder in folders for path in folder.glob("failed-rank-*.json")]
+    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in paths}
     return {rank: failure for rank, failure in found.items() if failure}
 
 
-def _all_ranks(folder: Path) -> dict[int, dict[str, Any]]:
+def _all_ranks(*folders: Path) -> dict[int, dict[str, Any]]:
     ranks: dict[int, dict[str, Any]] = {}
-    for path in folder.glob("node-*.json"):
+    for path in (path for folder in folders for path in folder.glob("node-*.json")):
         ranks |= {int(rank): found for rank, found in _read(path).get("ranks", {}).items()}
     return ranks
 
