@@ -21,7 +21,13 @@ def local_count() -> None:
     import megacpt.train.step as step
 
     original = step.accumulate
-    step.accumulate = lambda m, b, n, r: original(m, b, sum(int((x.labels >= 0).sum()) for x in b), r)
+    step.accumulate = lambda model, b, n, r: original(model, b, sum(_labels_of(model, x) for x in b), r)
+
+
+def _labels_of(model, micro_batch) -> int:
+    from megacpt.model.inputs import to_inputs
+
+    return int((to_inputs(micro_batch, model.mesh).labels >= 0).sum())
 
 
 def tied() -> None:
@@ -87,7 +93,7 @@ def mean_of_means() -> None:
     original = run._Gradients.__init__
 
     def each_alone(self, model, schedule, micro_batches, scale, every):
-        labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches[:1]))
+        labels = max(1, _labels_of(model, micro_batches[0]))
         original(self, model, schedule, micro_batches, 1 / (labels * len(micro_batches)), every)
 
     run._Gradients.__init__ = each_alone
