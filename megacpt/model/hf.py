@@ -257,7 +257,7 @@ def write_pretrained(
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
     with new_folder(output) as partial:
-        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes)
+        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes, tokens or {})
 
 
 def _write_into(
@@ -268,15 +268,16 @@ def _write_into(
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int,
+    tokens: dict[str, int],
 ) -> None:
     copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     own = export_config(config, common, longest)
-    _write_json(partial / "config.json", own | _changed_ids(own, tokens or {}))
+    _write_json(partial / "config.json", own | _changed_ids(own, tokens))
     generation = partial / "generation_config.json"
     if not generation.exists():
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
-        _write_json(generation, {"_from_model_config": True, **ids, **(tokens or {})})
+        _write_json(generation, {"_from_model_config": True, **ids, **tokens})
     elif tokens:
         own = json.loads(generation.read_text(encoding="utf-8"))
         _write_json(generation, own | _changed_ids(own, tokens))

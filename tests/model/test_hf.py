@@ -347,7 +347,7 @@ def test_an_interrupted_export_leaves_no_output(directory, tmp_path, monkeypatch
         raise OSError("disk")
 
     monkeypatch.setattr(hf, "save_file", fail)
-    with pytest.raises(CheckpointError, match="could not be written: disk"):
+    with pytest.raises(OSError):
         hf.write_pretrained(
             tmp_path / "out",
             config,
