@@ -5,7 +5,6 @@ row is one document of EOS without labels. A document cut at a row's edge is two
 """
 
 import queue
-import resource
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,12 @@ from megacpt.config.decisions import Decision, skips_of, weight_changes
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.curriculum import digest_of
-from megacpt.data.manifest import expand_files, expand_paths
+from megacpt.data.manifest import expand_files, expand_paths, make_room_for
 from megacpt.data.mixture import Order, row_of
 from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
 from megacpt.errors import ConfigError, DataError
 
 IGNORE = -100
-OTHER_FILES = 128
-"""Kept free for what a process opens beside its data: libraries, sockets, logs, indices, a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +115,6 @@ def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
     if problems := make_room_for(sum(map(len, prefixes.values()))):
         raise ConfigError(problems)
     return {name: DomainData(found) for name, found in prefixes.items()}
-
-
-def make_room_for(num_sets: int) -> list[str]:
-    """Raises this process's limit of open files where so many prepared sets need it (two each). What is wrong if it may not go so high."""
-    need = 2 * num_sets + OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < need:
-        if hard != resource.RLIM_INFINITY and hard < need:
-            return [
-                f"[data]: {num_sets:,} prepared sets need {need:,} open files, the system allows a process {hard:,} (ulimit -Hn). "
-                "Raise the limit, or prepare the data in fewer parts."
-            ]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-    return []
 
 
 def pad_token(domains: dict[str, DomainData], fallback: int | None) -> int:

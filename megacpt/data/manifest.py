@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import resource
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from megacpt.errors import DataError
 
 FORMAT = 1
+OTHER_FILES = 128
+"""Kept free for what a process opens beside its data: libraries, sockets, logs, indices, a checkpoint."""
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
@@ -105,6 +108,20 @@ def expand_files(paths: Sequence[str]) -> list[str]:
             raise DataError(f"{path}: no such file.")
         files += found
     return files
+
+
+def make_room_for(num_sets: int) -> list[str]:
+    """Raises this process's limit of open files where so many prepared sets need it (two each). What is wrong if it may not go so high."""
+    need = 2 * num_sets + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            return [
+                f"[data]: {num_sets:,} prepared sets need {need:,} open files, the system allows a process {hard:,} (ulimit -Hn). "
+                "Raise the limit, or prepare the data in fewer parts."
+            ]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    return []
 
 
 def crc32_of(path: str | Path) -> int:

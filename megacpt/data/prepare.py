@@ -79,7 +79,10 @@ def prepare(
     tokenizer = Tokenizer(options.tokenizer, options.eos_token)
     if options.eos and tokenizer.eos_id is None:
         raise ConfigError(
-            [f"{options.tokenizer}: names no end-of-text token. Give --eos-token TEXT, or --no-eos."], "the tokenizer"
+            [
+                f"{options.tokenizer}: names no end-of-text token that is in its vocabulary. Give --eos-token TEXT, or --no-eos."
+            ],
+            "the tokenizer",
         )
     if options.engine == "gigatoken":
         _require_gigatoken()

@@ -12,8 +12,7 @@ from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.stage import Parallel, Stage
 from megacpt.data.curriculum import score_problems
-from megacpt.data.loader import make_room_for
-from megacpt.data.manifest import expand_files, expand_paths, read_manifest
+from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
