@@ -8,7 +8,8 @@ of rows are filled at once: work grows with the number of distinct lengths, not 
 
 An index is a folder: `row_start.bin` int64 [rows + 1] into the pieces, `piece_document.bin` uint32 or int64 [pieces],
 `piece_offset.bin` and `piece_length.bin` int32 [pieces]. A piece ends where its document or its row ends.
-`index.json`, written last, holds the sizes and checksums of all and its own. An index that is not what it says is built again: it follows from the data alone.
+`index.json`, written last, holds the sizes and checksums of all and its own. An index that is not what it says is built again:
+it follows from the data alone.
 """
 
 import contextlib

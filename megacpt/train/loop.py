@@ -4,6 +4,7 @@ Which step comes next, its rows, its rate and its stage are functions of the ste
 holds no schedule of its own. It begins at the step after the checkpoint's.
 """
 
+import errno
 import gc
 import time
 from collections.abc import Iterator
@@ -48,8 +49,9 @@ def train(recipe: Recipe) -> str:
         start_process_group(device, recipe.health.start_timeout_seconds)
         watch.joined(share("attempt", time.strftime("%Y%m%d-%H%M%S")))
         directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
-        if problem := share("directory", _made(directory)):
-            raise ConfigError([problem])
+        kind, _, problem = share("directory", _made(directory)).partition(":")
+        if kind:
+            raise SaveError(problem) if kind == "full" else ConfigError([problem])
         try:
             status = _train(recipe, directory, device, stop)
         except BaseException as error:
@@ -69,13 +71,15 @@ def train(recipe: Recipe) -> str:
 
 
 def _made(directory: RunDirectory) -> str:
-    """The run's folder, without what a kill left. Returns what is wrong with it, or nothing."""
+    """The run's folder, without what a kill left. Returns what is wrong with it, behind "full:" if that may pass, or nothing."""
     try:
         if directory.write:
             directory.make()
             mend(directory.checkpoints)
     except OSError as error:
-        return f"run.directory: {directory.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"full:{disk_told(error, directory.path)}"
+        return f"config:run.directory: {directory.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
     return ""
 
 

@@ -138,6 +138,8 @@ class RunDirectory:
     def cut_metrics(self, step: int) -> None:
         """Drops rows after a step, and a last line that a kill left unfinished."""
         path = self.path / "metrics.jsonl"
+        if self.write:
+            self.journal(path.name).flush()  # a run that goes back may hold rows that are to be dropped
         if not self.write or not path.exists():
             return
         kept = [line + "\n" for row, line in _rows(path) if row["step"] <= step]
