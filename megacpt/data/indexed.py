@@ -81,12 +81,10 @@ class CheckedFile:
         Raises:
             DataError: if they are no longer what they were.
         """
-        first, last = begin // _PAGE, -(-(begin + count) // _PAGE)
-        start = first * _PAGE
-        content = memoryview(self._raw(start, min(last * _PAGE, self.size) - start))
-        for page in range(first, last):
-            at = (page - first) * _PAGE
-            if zlib.crc32(content[at : at + _PAGE]) != self._pages[page]:
+        first, start = begin // _PAGE, begin // _PAGE * _PAGE
+        content = memoryview(self._raw(start, min(-(-(begin + count) // _PAGE) * _PAGE, self.size) - start))
+        for at in range(0, len(content), _PAGE):
+            if zlib.crc32(content[at : at + _PAGE]) != self._pages[first + at // _PAGE]:
                 raise DataError(
                     f"{self.path}: bytes {start + at:,} to {min(start + at + _PAGE, self.size):,} are not what they were when it was "
                     "opened: it was changed under the run, or the disk reads it wrong."
@@ -103,14 +101,14 @@ def read_exactly(descriptor: int, path: Path | str, begin: int, count: int) -> b
     Raises:
         DataError: if the file does not have them, or cannot be read.
     """
-    content = b""
     try:
+        content = os.pread(descriptor, count, begin)
         while len(content) < count and (more := os.pread(descriptor, count - len(content), begin + len(content))):
-            content = content + more if content else more
-        size = os.fstat(descriptor).st_size
+            content += more
     except OSError as error:
         raise DataError(f"{path}: bytes from {begin:,} on cannot be read: {error.strerror}.") from None
     if len(content) != count:
+        size = os.fstat(descriptor).st_size
         raise DataError(
             f"{path}: {len(content):,} of {count:,} bytes at {begin:,} are there, the file has {size:,}, at least {begin + count:,} are "
             "expected: the file was cut since it was opened."
@@ -119,7 +117,7 @@ def read_exactly(descriptor: int, path: Path | str, begin: int, count: int) -> b
 
 
 class Numbers:
-    """An array in a checked file: `len`, and slices of it as numpy arrays."""
+    """An array of integers in a checked file: `len`, single ones, and slices as numpy arrays."""
 
     def __init__(self, file: CheckedFile, kind: str | np.dtype, begin: int, count: int):
         self.file, self.dtype, self.begin, self.count = file, np.dtype(kind), begin, count
@@ -128,12 +126,12 @@ class Numbers:
         return self.count
 
     def __getitem__(self, wanted: slice | int):
+        size = self.dtype.itemsize
         if not isinstance(wanted, slice):
-            place = range(self.count)[wanted]
-            return self[place : place + 1][0]
+            raw = self.file.read(self.begin + range(self.count)[wanted] * size, size)
+            return int.from_bytes(raw, "little", signed=self.dtype.kind == "i")
         begin, end, step = wanted.indices(self.count)
         assert step == 1, wanted
-        size = self.dtype.itemsize
         raw = self.file.read(self.begin + begin * size, max(0, end - begin) * size)
         return np.frombuffer(raw, self.dtype)
 
@@ -169,6 +167,9 @@ class IndexedDataset:
     def lengths(self) -> np.ndarray:
         """int32 [documents], tokens of each document, all in memory from here on; `lengths_of` gives some."""
         return self.lengths_of(0, self.num_documents)
+
+    def length_of(self, document: int) -> int:
+        return int(self._lengths[document])
 
     def lengths_of(self, begin: int, end: int) -> np.ndarray:
         """int32 [end - begin], tokens of documents [begin, end)."""

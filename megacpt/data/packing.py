@@ -7,8 +7,9 @@ processes, and the result does not depend on their number. Items of one length a
 of rows are filled at once: work grows with the number of distinct lengths, not of documents.
 
 An index is a folder: `row_start.bin` int64 [rows + 1] into the pieces, `piece_document.bin` uint32 or int64 [pieces],
-`piece_offset.bin` int32 [pieces]. A piece ends where its document or its row ends. `index.json`, written last, holds the sizes and
-checksums of all and its own. An index that is not what it says is built again: it follows from the data alone.
+`piece_offset.bin` and `piece_length.bin` int32 [pieces]. A piece ends where its document or its row ends.
+`index.json`, written last, holds the sizes and checksums of all and its own. An index that is not what it says is built again:
+it follows from the data alone.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ import json
 import os
 import shutil
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,18 @@ def pack_concatenated(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np
     return counts, documents, begins - starts[documents]
 
 
+def piece_lengths(documents: np.ndarray, counts: np.ndarray, offsets: np.ndarray, seq_len: int) -> np.ndarray:
+    """Tokens of each piece: to the end of its document or of its row. Only a row's last piece can be cut by its row.
+
+    Args:
+        documents: [pieces] tokens of each piece's document. counts: [rows] pieces of each row. offsets: [pieces].
+    """
+    rest = documents.astype(np.int64) - offsets
+    before = np.cumsum(rest) - rest
+    begins = before - np.repeat(before[np.cumsum(counts) - counts], counts)
+    return np.minimum(rest, seq_len - begins)
+
+
 class DomainData:
     """The prepared sets of a domain as one run of documents, numbered through.
 
@@ -159,8 +172,8 @@ class DomainData:
             IndexedDataset(prefix, check=False, crc32=manifest["idx"]["crc32"] if verify else None)
             for prefix, manifest in zip(prefixes, self.manifests, strict=True)
         ]
-        self.first = np.cumsum([0] + [data.num_documents for data in self.sets])
-        self.num_documents = int(self.first[-1])
+        self.first = [0, *accumulate(data.num_documents for data in self.sets)]
+        self.num_documents = self.first[-1]
         self.num_tokens = sum(data.num_tokens for data in self.sets)
         self._labels: dict[int, Numbers] = {}
 
@@ -210,13 +223,12 @@ class DomainData:
         return self._labels[which]
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        which = int(np.searchsorted(self.first, document, side="right")) - 1
-        return self.sets[which].read(document - int(self.first[which]), offset, length)
+        which = bisect_right(self.first, document) - 1
+        return self.sets[which].read(document - self.first[which], offset, length)
 
     def length(self, document: int) -> int:
-        which = int(np.searchsorted(self.first, document, side="right")) - 1
-        place = document - int(self.first[which])
-        return int(self.sets[which].lengths_of(place, place + 1)[0])
+        which = bisect_right(self.first, document) - 1
+        return self.sets[which].length_of(document - self.first[which])
 
 
 class Unsound(Exception):
@@ -247,6 +259,7 @@ class PackingIndex:
         self._row_start = Numbers(files["row_start.bin"], np.int64, 0, self.num_rows + 1)
         self._document = Numbers(files["piece_document.bin"], meta["document_dtype"], 0, self.num_pieces)
         self._offset = Numbers(files["piece_offset.bin"], np.int32, 0, self.num_pieces)
+        self._length = Numbers(files["piece_length.bin"], np.int32, 0, self.num_pieces)
 
     def row(self, row: int) -> list[tuple[int, int, int]]:
         """(document, offset, length) of every piece of a row.
@@ -256,18 +269,13 @@ class PackingIndex:
         """
         try:
             begin, end = self._row_start[row : row + 2].tolist()
-            documents, offsets = self._document[begin:end].tolist(), self._offset[begin:end].tolist()
+            columns = [numbers[begin:end].tolist() for numbers in (self._document, self._offset, self._length)]
         except DataError as error:
             raise DataError(f"{error} Start again: this packing index is then built again.") from None
-        pieces, room = [], self.seq_len
-        for document, offset in zip(documents, offsets, strict=True):
-            length = min(room, self.domain.length(document) - offset)
-            pieces.append((document, offset, length))
-            room -= length
-        return pieces
+        return list(zip(*columns, strict=True))
 
 
-FILES = ("row_start.bin", "piece_document.bin", "piece_offset.bin")
+FILES = ("row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin")
 
 
 def open_index(domain: DomainData, selection: Selection, cache: str, workers: int = 1) -> PackingIndex:
@@ -384,14 +392,17 @@ def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: st
     dtype = np.dtype(np.uint32 if domain.num_documents < 2**32 else np.int64)
     rows = pieces = 0
     with contextlib.ExitStack() as stack:
-        row_file, document_file, offset_file = (stack.enter_context(open(folder / file, "wb")) for file in FILES)
+        row_file, document_file, offset_file, length_file = (
+            stack.enter_context(open(folder / file, "wb")) for file in FILES
+        )
         row_file.write(np.zeros(1, np.int64).tobytes())
         edges = [0]
-        for bucket, counts, documents, offsets in _parts(domain, selection, withheld, workers):
+        for bucket, counts, documents, offsets, lengths in _parts(domain, selection, withheld, workers):
             edges += [rows] * (bucket + 1 - len(edges))
             row_file.write((np.cumsum(counts) + pieces).astype(np.int64).tobytes())
             document_file.write(documents.astype(dtype).tobytes())
             offset_file.write(offsets.astype(np.int32).tobytes())
+            length_file.write(lengths.astype(np.int32).tobytes())
             rows, pieces = rows + len(counts), pieces + len(documents)
     facts = {
         "version": VERSION,
@@ -410,8 +421,8 @@ def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: st
 
 def _parts(
     domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(bucket, pieces of each row, documents, offsets) in the order of the index."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(bucket, pieces of each row, documents, offsets, lengths) in the order of the index."""
     if not selection.scores:
         yield from ((0, *block) for block in _blocks(domain, selection, withheld, workers))
         return
@@ -427,7 +438,7 @@ def _parts(
 
 def _blocks(
     domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     starts = range(0, domain.num_documents, BLOCK_DOCUMENTS)
     tasks = ((domain, selection, withheld, start) for start in starts)
     if workers <= 1 or len(starts) <= 1:
@@ -453,7 +464,7 @@ def _domain_of(prefixes: tuple[str, ...]) -> DomainData:
     return DomainData(list(prefixes), verify=False)
 
 
-def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     domain, selection, withheld, start = task
     lengths = domain.lengths(start, min(start + BLOCK_DOCUMENTS, domain.num_documents))
     inside = withheld[(withheld >= start) & (withheld < start + len(lengths))] - start
@@ -466,4 +477,5 @@ def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         documents = np.flatnonzero(keep)
     pack = pack_best_fit if selection.method == "best_fit" else pack_concatenated
     counts, which, offsets = pack(lengths[documents], selection.seq_len)
-    return counts, documents[which] + start, offsets
+    places = documents[which]
+    return counts, places + start, offsets, piece_lengths(lengths[places], counts, offsets, selection.seq_len)

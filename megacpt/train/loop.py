@@ -4,6 +4,7 @@ Which step comes next, its rows, its rate and its stage are functions of the ste
 holds no schedule of its own. It begins at the step after the checkpoint's.
 """
 
+import errno
 import gc
 import time
 from collections.abc import Iterator
@@ -82,18 +83,20 @@ def _own(directory: RunDirectory) -> None:
             directory.make()
             mend(directory.checkpoints)
     except OSError as error:
-        why = error.strerror or error
-        kind, told = (
-            "config",
-            f"run.directory: {directory.path} cannot be written ({why}). Choose another, or make it writable.",
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kind, told = "full", disk_told(error, directory.path)
+        else:
+            why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
+            kind, told = "config", f"run.directory: {directory.path} {why}"
     except ConfigError as error:
         kind, told = "config", "\n".join(error.problems)
     except LeaseError as error:
         kind, told = "lease", str(error)
     kind, _, told = share("directory", f"{kind}:{told}").partition(":")
+    if kind == "config":
+        raise ConfigError(told.split("\n"))
     if kind:
-        raise LeaseError(told) if kind == "lease" else ConfigError(told.split("\n"))
+        raise {"lease": LeaseError, "full": SaveError}[kind](told)
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:

@@ -171,6 +171,8 @@ class RunDirectory:
         """Keeps the last row of each step up to `step`. A row that cannot be read is told; a last line that a kill left unfinished is
         not."""
         path = self.path / "metrics.jsonl"
+        if self.write:
+            self.journal(path.name).flush()  # a run that goes back may hold rows that are to be dropped
         if not self.write or not path.exists():
             return
         rows, damaged = _rows(path)

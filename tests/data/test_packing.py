@@ -7,7 +7,15 @@ from hypothesis.extra.numpy import arrays
 import megacpt.data.packing as packing
 from megacpt.data.indexed import write_index
 from megacpt.data.manifest import crc32_of
-from megacpt.data.packing import DomainData, Selection, held_out, open_index, pack_best_fit, pack_concatenated
+from megacpt.data.packing import (
+    DomainData,
+    Selection,
+    held_out,
+    open_index,
+    pack_best_fit,
+    pack_concatenated,
+    piece_lengths,
+)
 from megacpt.data.permutation import permute
 from megacpt.errors import DataError
 
@@ -38,6 +46,13 @@ def test_every_token_is_packed_once(lengths, seq_len, pack):
         for document, offset, length in row:
             seen[document][offset : offset + length] += 1
     assert all((count == 1).all() for count in seen)
+
+
+@given(LENGTHS, st.integers(2, 70), st.sampled_from([pack_best_fit, pack_concatenated]))
+def test_lengths_of_pieces_follow_from_documents_and_rows(lengths, seq_len, pack):
+    counts, documents, offsets = pack(lengths, seq_len)
+    found = piece_lengths(lengths[documents], counts, offsets, seq_len).tolist()
+    assert found == [length for row in rows_of((counts, documents, offsets), lengths, seq_len) for _, _, length in row]
 
 
 @given(LENGTHS, st.integers(2, 70))
@@ -109,7 +124,7 @@ def test_workers_do_not_change_the_index(domain, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", 64)
     for workers in (1, 2):
         open_index(domain, Selection(32, holdout_documents=3), str(tmp_path / str(workers)), workers)
-    for name in ("row_start.bin", "piece_document.bin", "piece_offset.bin"):
+    for name in ("row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin"):
         a, b = (next((tmp_path / w).glob(f"*/{name}")).read_bytes() for w in "12")
         assert a == b
 

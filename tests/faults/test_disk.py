@@ -143,6 +143,25 @@ def test_an_end_that_run_json_cannot_tell_is_no_success(recipe_file, tmp_path):
     assert codes == [75] and "the run is finished, but run.json cannot say so" in errors[0] and "Make room" in errors[0]
 
 
+def test_a_disk_without_a_byte_at_the_start_may_be_tried_again(recipe_file, small):
+    (small / "run").mkdir()
+    fill(small)
+    codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={small}/run"])
+    assert codes == [75, 75] and all("No space left on device (0 bytes free). Make room" in error for error in errors)
+
+
+def test_rows_that_wait_are_cut_with_the_others(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path, True)
+    directory.metrics({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        for step in (2, 3):
+            directory.metrics({"step": step})
+    directory.cut_metrics(2)
+    directory.metrics({"step": 3, "again": True})
+    assert rows(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
 def test_a_disk_that_is_full_at_the_start_is_a_sentence(recipe_file, tmp_path):
     run = tmp_path / "run"
 
@@ -328,6 +347,24 @@ def test_a_profile_or_picture_that_cannot_be_written_is_told(tmp_path, monkeypat
     torch.ones(2) + 1
     profiler.after(1)
     assert "profile/rank0-steps1-1.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EACCES", "EIO"])
+def test_a_verb_that_cannot_write_says_so_in_a_sentence(recipe_file, tmp_path, monkeypatch, capsys, name):
+    from megacpt.cli import main
+
+    number = getattr(errno, name)
+    picture = tmp_path / "picture.svg"
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number), str(picture))
+
+    monkeypatch.setattr(files.os, "replace", refused)
+    with pytest.raises(SystemExit) as left:
+        main(["check", recipe_file(), "--schedule-picture", str(picture)])
+    told = capsys.readouterr().err
+    assert left.value.code == 75 and f"{picture}: {os.strerror(number)}" in told and "try again" in told
+    assert "Traceback" not in told and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_recipe_and_run_json_are_written_in_one_act(recipe_file, tmp_path, monkeypatch):

@@ -168,7 +168,9 @@ def test_data_cut_while_it_is_read_is_an_error(prepared, tmp_path):
         data.read(data.num_documents - 1, 0, int(data.lengths[-1]))
 
 
-@pytest.mark.parametrize("name", ["row_start.bin", "piece_document.bin", "piece_offset.bin", "a.idx"])
+@pytest.mark.parametrize(
+    "name", ["row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin", "a.idx"]
+)
 def test_an_index_cut_under_a_run_is_an_error_with_its_name(recipe_file, prepared, tmp_path, name):
     """At step 3, to ten bytes: no zeros are trained, no SIGBUS, and the same command goes on where the data can be had again."""
     for kind in ("bin", "idx", "json"):

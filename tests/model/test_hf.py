@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -340,6 +342,26 @@ def test_a_truncated_file_is_named(directory):
         check_names(Weights(directory), read_config(directory))
 
 
+def test_what_a_killed_export_leaves_is_removed_by_the_next(directory, tmp_path, monkeypatch):
+    config = read_config(directory)
+    write = lambda name: hf.write_pretrained(
+        tmp_path / name,
+        config,
+        directory,
+        lambda tensor: torch.zeros(config.shapes()[tensor]),
+        dict.fromkeys(config.shapes(), "float32"),
+        64,
+    )
+    child = os.fork()
+    if child == 0:
+        hf.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        write("out")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.name.partition("--")[0] for path in tmp_path.glob(".tmp-*")] == [".tmp-out"]
+    write("another")
+    assert not list(tmp_path.glob(".tmp-*")) and (tmp_path / "another/model.safetensors").is_file()
+
+
 def test_an_interrupted_export_leaves_no_output(directory, tmp_path, monkeypatch):
     config = read_config(directory)
 
@@ -356,7 +378,7 @@ def test_an_interrupted_export_leaves_no_output(directory, tmp_path, monkeypatch
             dict.fromkeys(config.shapes(), "float32"),
             64,
         )
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
     monkeypatch.undo()
     shutil.rmtree(directory)
     (tmp_path / "out").mkdir()
