@@ -121,8 +121,8 @@ class RunDirectory:
             self.disk.pop("run.json", None)
 
     def flush(self) -> None:
-        """Tries again to write what waits."""
-        for journal in list(self.journals.values()):
+        """Tries again to write what waits; nothing any more once another job has the directory."""
+        for journal in list(self.journals.values()) if self._writes() else ():
             journal.flush()
 
     def _told(self, journal: Journal, problem: str) -> None:
