@@ -202,7 +202,7 @@ def train(out: Path, name: str, recipe: str) -> None:
     path.write_text(recipe)
     status = out / name / "run.json"
     if not status.exists() or json.loads(status.read_text())["status"] != "finished":
-        subprocess.run([sys.executable, "-m", "megacpt", "train", str(path)], check=True)
+        subprocess.run([sys.executable, "-m", "megacpt", "train", str(path), "--require", "finished"], check=True)
 
 
 def write_code(path: Path) -> None:

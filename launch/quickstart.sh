@@ -7,6 +7,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 megacpt_environment hf
 megacpt() { "$VENV_PYTHON" -m megacpt "$@"; }
+# An export of half a run, with its losses, would look like the result.
+train() {
+    local code=0
+    megacpt train "$1" --require finished || code=$?
+    [ "$code" = 0 ] && return
+    echo "launch/quickstart.sh: not finished, so nothing is exported (train left with $code). The next call begins anew." >&2
+    exit "$code"
+}
 work=runs/quickstart-data
 if [ -d runs/base ] || [ -d runs/quickstart ]; then
     old="runs/before-$(date +%Y%m%d-%H%M%S)"
@@ -23,12 +31,12 @@ megacpt prepare "$work/docs.jsonl" --tokenizer "$work/tokenizer" --output "$work
 megacpt prepare "$work/code.jsonl" --tokenizer "$work/tokenizer" --output "$work/code"
 
 echo "== 3. a tiny base, from scratch, on the documentation"
-megacpt train launch/recipes/quickstart_base.toml
+train launch/recipes/quickstart_base.toml
 megacpt export runs/base --output runs/base/export
 
 echo "== 4. its continued pre-training: code, with documentation as replay"
 megacpt check launch/recipes/quickstart.toml
-megacpt train launch/recipes/quickstart.toml
+train launch/recipes/quickstart.toml
 megacpt export runs/quickstart --output runs/quickstart/export
 
 echo "== 5. what came of it"

@@ -28,10 +28,13 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # What torchrun waits after a stop request before it kills.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-600}"
+# A pipeline's rank has more streams (compute, FSDP's, one for each communicator) than the 8 queues that a process has by default, and
+# those that share a queue wait for each other.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-32}"
 # One thread a process unless asked otherwise: processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Orders all streams one behind the other, so nothing overlaps under FSDP.
-if [ "${CUDA_DEVICE_MAX_CONNECTIONS:-}" = 1 ]; then
+if [ "$CUDA_DEVICE_MAX_CONNECTIONS" = 1 ]; then
     echo "launch/torchrun.sh: CUDA_DEVICE_MAX_CONNECTIONS=1 keeps FSDP's collectives from overlapping; unset it" >&2
     exit 2
 fi
@@ -44,5 +47,8 @@ else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
     rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=${RUN_ID:-megacpt}")
 fi
+# A closed terminal ends nothing: torchrun's own default hands SIGHUP on to the ranks and ends.
+trap '' HUP
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}"
 exec "${PYTHON:-python}" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${rendezvous[@]}" \
     -m megacpt train "$@"

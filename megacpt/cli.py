@@ -1,32 +1,52 @@
 """The verbs. Thin: each reads its arguments, calls its room, prints. A verb that needs no torch imports none."""
 
 import argparse
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacpt import __version__
-from megacpt.errors import ConfigError, MegacptError
-from megacpt.log import printable
+from megacpt.errors import UNFINISHED, ConfigError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, write_atomically
+from megacpt.log import printable, say
 
 _OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and leaves with its exit code: 0 done, 2 arguments or recipe, 76 damaged data or checkpoint."""
+    """Runs a verb and leaves with its exit code: 0 done, 2 arguments or recipe, 3 stopped where the end was required, 75 may be tried
+    again, 76 damaged data or checkpoint."""
     try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+        code = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        sys.exit(code)
     except MegacptError as error:
-        print(f"megacpt: {printable(str(error))}", file=sys.stderr)
+        say(f"megacpt: {printable(str(error))}")
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has left
-        os._exit(0)
+    except OSError as error:
+        if error.errno == errno.EPIPE or (error.errno == errno.EIO and _terminal_is_gone()):
+            os._exit(128 + signal.SIGPIPE)  # as of any program that such an end stops: its work may not be done
+        if error.errno not in DISK_ERRORS:
+            raise
+        say(f"megacpt: {printable(disk_told(error))}")
+        sys.exit(SaveError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _terminal_is_gone() -> bool:
+    """Whether what cannot be written to is our terminal, and no disk."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        return True
+    return False
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -155,6 +175,7 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="GIB",
         help="of one card, which every stage must fit (default: 79.1, an 80 GB card; an H200 has 139.8)",
     )
+    p.add_argument("--timeline", action="store_true", help="print what happens after which step")
     p.add_argument("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
     p = verb("index", _index, "Build the packing indices of a recipe before the GPUs start.", recipe=True)
@@ -171,6 +192,11 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
     p = verb("train", _train, "Train; resumes by itself when the run directory holds a checkpoint.", recipe=True)
     p.add_argument("recipe")
+    p.add_argument(
+        "--require",
+        choices=["finished"],
+        help="leave with 3 where a run that is stopped before its end leaves with 0: what comes next needs the end",
+    )
     _dtype(p)
 
     p = verb(
@@ -208,6 +234,9 @@ def _run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     for axis in ("tensor", "context", "pipeline", "data-replicate"):
         p.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="degree of the layout whose axes are timed")
+    p.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the run that is meant (default: those that are here)"
+    )
 
 
 def _model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -359,10 +388,13 @@ def _check(options) -> int:
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
     print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    if options.timeline:
+        from megacpt.config.clock import Clock
+        from megacpt.config.timeline import folded, timeline
+
+        print("\n".join(folded(timeline(recipe, Clock(recipe)), recipe)))
     if options.schedule_picture:
-        Path(options.schedule_picture).write_text(
-            schedule_svg(recipe, world_size, files=not options.no_files), encoding="utf-8"
-        )
+        write_atomically(options.schedule_picture, schedule_svg(recipe, world_size, files=not options.no_files))
         print(f"written {options.schedule_picture}")
     return 0
 
@@ -440,14 +472,27 @@ def _inspect(options) -> None:
         print(f"written {options.output}")
 
 
-def _train(options) -> None:
-    recipe = _load(options, with_dtype=True)
-    _checked(options, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+def _train(options) -> int:
     from megacpt.log import info
+    from megacpt.train.watchdog import tell_supervisor
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal is closed, and the run goes on
+    recipe = _load(options, with_dtype=True)
+    try:
+        _checked(options, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        tell_supervisor(Path(recipe.directory), error)
+        raise
     from megacpt.train.loop import train
 
     status = train(recipe)
-    info(f"{status}: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export")
+    if status == "finished":
+        info(
+            f"finished: {recipe.directory}. Export: megacpt export {recipe.directory} --output {recipe.directory}/export"
+        )
+        return 0
+    info(f"{status}: {recipe.directory} is saved and not finished. The same command goes on from there.")
+    return UNFINISHED if options.require else 0
 
 
 def _assess(options) -> None:
@@ -496,6 +541,7 @@ def _evaluate(options) -> None:
     if not recipe.validation and not recipe.gates:
         raise ConfigError([f"{options.recipe}: has no [[validation]] and no [gates]."], "the arguments")
     from megacpt.log import is_rank0
+    from megacpt.train.run_directory import plain_numbers
     from megacpt.train.standalone import evaluate
 
     results = evaluate(options.model, recipe, options.dtype, options.step)
@@ -506,7 +552,7 @@ def _evaluate(options) -> None:
         for gate, numbers in results.get("gates", {}).items():
             print(f"gate {gate}: {json.dumps(numbers)}")
         if options.output:
-            Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically(options.output, json.dumps(plain_numbers(results), indent=1) + "\n")
 
 
 def _export(options) -> None:
@@ -599,17 +645,21 @@ def _supervise(options) -> int:
     from megacpt.train.supervise import Options, supervise
 
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if options.max_restarts < 0 or options.backoff < 0 or options.min_nodes < 1:
-        raise ConfigError(["--max-restarts, --backoff: not negative; --min-nodes: at least 1."], "the arguments")
+    if options.max_restarts < 0 or not 0 <= options.backoff <= 86400 or options.min_nodes < 1:
+        raise ConfigError(
+            ["--max-restarts: not negative; --backoff: from 0 to 86400 seconds; --min-nodes: at least 1."],
+            "the arguments",
+        )
     return supervise(command, Options(options.max_restarts, options.backoff, options.min_nodes))
 
 
 def _doctor(options) -> None:
     from megacpt.doctor import axes, report
 
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
-        print("\n".join(report()))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("\n".join(report(options.world_size or size)))
+    if size > 1:
         from megacpt.config.stage import Parallel
 
         degrees = {name: getattr(options, name) for name in ("tensor", "context", "pipeline", "data_replicate")}

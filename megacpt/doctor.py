@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import resource
 import shutil
 import statistics
 import time
@@ -34,8 +35,12 @@ _PACKAGES = (
 )
 
 
-def report() -> list[str]:
-    """Lines to print."""
+def report(world_size: int = 1) -> list[str]:
+    """Lines to print.
+
+    Args:
+        world_size: of the run that is meant.
+    """
     import torch
     import torch.distributed as dist
     from megacpt_kernels.attention import available_backends, resolve_backend
@@ -73,8 +78,25 @@ def report() -> list[str]:
         else "not available"
     )
     lines.append(f"NCCL {nccl}; gloo {'available' if dist.is_gloo_available() else 'not available'}")
+    lines.append(open_files(world_size))
     lines.append(f"disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB free")
     return lines
+
+
+def open_files(world_size: int) -> str:
+    """Whether a process may open what a run of so many ranks needs; a run itself raises the limit to what is allowed."""
+    from megacpt.parallel.mesh import files_needed
+
+    unlimited = resource.RLIM_INFINITY
+    most, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[1], files_needed(world_size)
+    allowed = "any number" if most == unlimited else f"{most:,}"
+    if most == unlimited or most >= needed:
+        return f"open files: {allowed} allowed, rank 0 of {world_size:,} needs up to {needed:,}"
+    return (
+        f"open files: {allowed} allowed, but rank 0 of {world_size:,} NEEDS up to {needed:,} (a connection to each rank when a checkpoint "
+        f"is planned, one when it serves the rendezvous). Raise the hard limit where ranks are started: `ulimit -Hn {needed}`, nofile "
+        "in /etc/security/limits.conf, or LimitNOFILE= of the service (slurmd, containerd)."
+    )
 
 
 def operations_checked(device: str) -> list[str]:
@@ -184,11 +206,12 @@ def slowest(everyone: list[dict], size: int, ranks: dict[str, int]) -> list[str]
 
 def _seconds(run: Callable[[], None], device, repeats: int) -> list[float]:
     import torch
-    import torch.distributed as dist
+
+    from megacpt.parallel.mesh import meet
 
     times = []
     for _ in range(repeats + 2):
-        dist.barrier()
+        meet(device)
         begin = time.perf_counter()
         run()
         if device.type == "cuda":

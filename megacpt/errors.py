@@ -1,5 +1,8 @@
 """Errors for users. Each message says what is wrong, the numbers, and the way out; the class carries the exit code."""
 
+UNFINISHED = 3
+"""Exit code of a run that was stopped on request, where its end was required."""
+
 
 class MegacptError(ValueError):
     """Something the user can mend. The command line prints it without a traceback and leaves with `exit_code`."""
@@ -53,7 +56,14 @@ class GateError(MegacptError):
 
 
 class SaveError(MegacptError):
-    """A checkpoint could not be written where the run cannot go on without it. Started again, it resumes from the one before."""
+    """A checkpoint, or another file, could not be written where the run cannot go on without it. Started again, it resumes from the
+    last checkpoint."""
+
+    exit_code = 75
+
+
+class LeaseError(MegacptError):
+    """A run directory belongs to another job. It may be free later."""
 
     exit_code = 75
 
@@ -79,4 +89,4 @@ class ReplicaError(MegacptError):
 
 
 class NumbersError(MegacptError):
-    """Losses or gradients stay bad, and going back no longer helps."""
+    """Losses or gradients stay bad and going back no longer helps, or weights are not finite and are not given out."""

@@ -1,8 +1,12 @@
-"""Plain lines to stderr from rank 0, so that stdout stays free for results."""
+"""Plain lines to stderr from rank 0, so that stdout stays free for results. A console that has gone, as when its terminal was closed or the
+reader of a pipe has left, ends nothing: what would be printed there is lost, and `lost` says why."""
 
 import os
 import sys
 import time
+
+lost: str | None = None
+"""Why nothing is printed any more."""
 
 
 def is_rank0() -> bool:
@@ -12,7 +16,28 @@ def is_rank0() -> bool:
 def info(message: str) -> None:
     """One line, with the time, from rank 0 only."""
     if is_rank0():
-        print(f"[{time.strftime('%H:%M:%S')}] {printable(message)}", file=sys.stderr, flush=True)
+        say(f"[{time.strftime('%H:%M:%S')}] {printable(message)}")
+
+
+def say(line: str) -> None:
+    """To stderr, if anybody still reads it."""
+    global lost
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError) as error:  # EPIPE, EIO of a closed terminal, a closed file
+        lost = lost or str(error)
+        _to_nowhere()
+
+
+def _to_nowhere() -> None:
+    """From now on stderr is /dev/null: what was not written would fail again at the interpreter's end, and change its exit code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stderr.fileno())
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")
+    finally:
+        os.close(nowhere)
 
 
 def printable(text: str) -> str:

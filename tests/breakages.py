@@ -25,10 +25,16 @@ def local_count() -> None:
     original = step.accumulate
 
     def local(model, batches, counts, reduce):
-        labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        labels = sum(_labels_of(model, batch) for batch in batches)
         return original(model, batches, replace(counts, weight=labels), reduce)
 
     step.accumulate = local
+
+
+def _labels_of(model, micro_batch) -> int:
+    from megacpt.model.inputs import to_inputs
+
+    return int((to_inputs(micro_batch, model.mesh).labels >= 0).sum())
 
 
 def tied() -> None:
@@ -94,7 +100,7 @@ def mean_of_means() -> None:
     original = run._Gradients.__init__
 
     def each_alone(self, model, schedule, micro_batches, objective, scale, every):
-        labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches[:1]))
+        labels = max(1, _labels_of(model, micro_batches[0]))
         original(self, model, schedule, micro_batches, objective, 1 / (labels * len(micro_batches)), every)
 
     run._Gradients.__init__ = each_alone

@@ -66,6 +66,16 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
     return lambda **sections: write_recipe(tmp_path, prepared, tokenizer_dir, **sections)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, prepared, tokenizer_dir):
+    """Runs of a tiny model by layout (layout_runs.Trained), each made once."""
+    from layout_runs import Trained
+    from samples import write_recipe
+
+    folder = tmp_path_factory.mktemp("trained")
+    return Trained(folder, write_recipe(folder, prepared, tokenizer_dir))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def honest_interpreter():
     import importlib.util

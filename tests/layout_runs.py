@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from ranks import on_ranks
+from samples import tiny_config
 from tolerances import difference
 
 from megacpt.config.load import load_recipe
@@ -19,6 +20,8 @@ AXES = {
     "hsdp": "data_replicate",
 }
 STEPS = 8
+ROWS = ["--parallel.micro_batch_tokens=64", "--stages.s.batch_tokens=320", "--stages.s.tokens=2560"]
+"""5 micro-batches a step on one data rank, 3 on two, 2 on four: more, as many and fewer than stages."""
 
 
 def flags_of(layout: str) -> list[str]:
@@ -91,6 +94,38 @@ def train(path: str, flags: list[str], layout: str, directory: Path, breakage: s
         f"--run.directory={directory}",
     ]
     return on_ranks(world_size(layout), body, path, [*common, *flags, *flags_of(layout)], breakage)
+
+
+class Trained:
+    """What runs of a model under a layout found, each trained once.
+
+    Args:
+        folder: for their directories. path: of the recipe.
+    """
+
+    def __init__(self, folder: Path, path: str):
+        self.folder, self.path = folder, path
+        self._found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+
+    def __call__(self, kind: str, layout: str, breakage: str = "") -> list[dict[str, Any]]:
+        """By rank. `kind` is tied or untied, of two layers or with "six"; 2 of 4 heads are key heads."""
+        key = kind, layout, breakage
+        if key not in self._found:
+            self._found[key] = train(self.path, self.flags(kind), layout, self.directory(*key), breakage)
+        return self._found[key]
+
+    def one(self, kind: str) -> dict[str, Any]:
+        """What one process found."""
+        return self(kind, "dp1")[0]
+
+    def directory(self, kind: str, layout: str = "dp1", breakage: str = "") -> Path:
+        return self.folder / "-".join(filter(None, (kind, layout, breakage))).replace(" ", "_")
+
+    def flags(self, kind: str) -> list[str]:
+        config = self.folder / f"{kind}.json"
+        raw = tiny_config(num_hidden_layers=6 if "six" in kind else 2, tie_word_embeddings="untied" not in kind)
+        config.write_text(json.dumps(raw))
+        return [*ROWS, f"--model.config={config}"]
 
 
 def worst(ranks: list[dict[str, Any]], one: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,3 +43,31 @@ def peak_of(function: Callable) -> int:
     with watch:
         function()
     return watch.peak
+
+
+class Alive(TorchDispatchMode):
+    """Every storage that an operation touches, and which of them are alive: also those that only C++ holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor):
+                storage = getattr(x, "_local_tensor", x).untyped_storage()
+                known = self.known.get(storage._cdata)
+                if known is None or known.expired():
+                    self.known[storage._cdata] = StorageWeakRef(storage)
+        return out
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        self.known = {key: ref for key, ref in self.known.items() if not ref.expired()}
+        return [torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self.known.values()]
+
+    def count(self) -> int:
+        return len(self._storages())
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages() if storage is not None)

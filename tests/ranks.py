@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
     gc.freeze()  # the parent's garbage is not this process's: a process group's end would wait for threads that fork left behind
+    forget_groups()
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), TORCH_GLOO_LAZY_INIT="1")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
         result = ("value", function(*arguments))
@@ -31,6 +32,19 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments
         dist.barrier()
         dist.destroy_process_group()
     os._exit(0)
+
+
+def forget_groups() -> None:
+    """In a child: the parent's process groups are not this one's, nor can they end here, where none of their threads runs."""
+    world = dist.distributed_c10d._world
+    _inherited.extend(world.pg_map)
+    for registry in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config):
+        registry.clear()
+    world.tags_to_pg.clear()
+    world.pg_to_tag.clear()
+
+
+_inherited: list = []
 
 
 def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:

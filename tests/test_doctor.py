@@ -3,7 +3,7 @@
 import torch
 from ranks import on_ranks
 
-from megacpt.doctor import slowest
+from megacpt.doctor import open_files, slowest
 
 
 def times() -> list[str]:
@@ -37,3 +37,14 @@ def test_operations_are_run_and_a_broken_one_is_named(monkeypatch):
     )
     broken = operations_checked("cpu")
     assert [line.split(":")[0].strip() for line in broken if "WRONG" in line] == ["swiglu"]
+
+
+def test_the_file_limit_is_held_against_what_a_run_needs(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    assert open_files(8) == "open files: 4,096 allowed, rank 0 of 8 needs up to 528"
+    line = open_files(16384)
+    assert "4,096 allowed, but rank 0 of 16,384 NEEDS up to 33,280" in line and "`ulimit -Hn 33280`" in line
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    assert open_files(16384) == "open files: any number allowed, rank 0 of 16,384 needs up to 33,280"

@@ -58,6 +58,17 @@ def test_scripts_are_bash(name):
     subprocess.run(["bash", "-n", str(ROOT / "launch" / name)], check=True)
 
 
+@pytest.mark.parametrize("given, expected", [({}, "32"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "16"}, "16")])
+def test_torchrun_sh_gives_a_process_queues_for_its_streams(tmp_path, given, expected):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$CUDA_DEVICE_MAX_CONNECTIONS"\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    environment |= {"PYTHON": str(python), "NPROC": "1"} | given
+    command = ["bash", str(ROOT / "launch/torchrun.sh"), "recipe.toml"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == expected
+
+
 def test_the_job_set_is_whole():
     job = yaml.safe_load((ROOT / "launch/k8s.yaml").read_text())
     (group,) = job["spec"]["replicatedJobs"]
@@ -92,6 +103,7 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
     stand_ins = {
         "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # one node: this one
         "sinfo": "echo localhost idle",
+        "squeue": "echo RUNNING",
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$*" >> {tmp_path}/scontrol.log; fi',
     }
     for name, body in stand_ins.items():

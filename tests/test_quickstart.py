@@ -1,7 +1,8 @@
-"""The quickstart as a new user runs it, and its export in lm-evaluation-harness. Slow: with tests/run.sh --full."""
+"""The quickstart as a new user runs it, and its export in lm-evaluation-harness (slow: --full); and one that is stopped."""
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -25,3 +26,24 @@ def test_the_quickstart_and_its_export_in_lm_eval(tmp_path):
     losses = [event["losses"] for event in events if event["kind"] == "validation"]
     assert losses[-1]["code"] < losses[0]["code"] - 1
     assert 0 <= run_lm_eval(ROOT / "runs/quickstart/export", tmp_path) <= 1
+
+
+@pytest.mark.parametrize("code", [3, 75])
+def test_a_quickstart_that_is_stopped_shows_no_result(tmp_path, code):
+    """A stand-in of Python that says what it was called for; the second training is stopped on request, or fails."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\necho "$*" >> {tmp_path}/calls\n'
+        f'[[ "$*" == "-m megacpt train launch/recipes/quickstart.toml --require finished" ]] && exit {code}\nexit 0\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "launch/environment.sh").write_text(f'megacpt_environment() {{ VENV_PYTHON="{python}"; }}\n')
+    out = subprocess.run(["bash", str(tmp_path / "launch/quickstart.sh")], capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert out.returncode == code and "not finished, so nothing is exported" in out.stderr
+    assert "-m megacpt export runs/base --output runs/base/export" in calls
+    assert (
+        calls[-1].startswith("-m megacpt train launch/recipes/quickstart.toml")
+        and "5. what came of it" not in out.stdout
+    )

@@ -1,7 +1,7 @@
 """Operations of Llama training, one a file. Each runs in any float type on any device; usable without the trainer."""
 
 from megacpt_kernels.adamw import adamw_
-from megacpt_kernels.attention import Documents, attention
+from megacpt_kernels.attention import Documents, attention, attention_backward, attention_forward
 from megacpt_kernels.cross_entropy import cross_entropy_, label_weights
 from megacpt_kernels.embedding import embedding
 from megacpt_kernels.grad_norm import grad_norm
@@ -15,6 +15,8 @@ __all__ = [
     "adamw_",
     "add_rms_norm",
     "attention",
+    "attention_backward",
+    "attention_forward",
     "cross_entropy_",
     "embedding",
     "grad_norm",

@@ -7,23 +7,20 @@ Queries and keys of document i are q[cu_q[i]:cu_q[i+1]] and k[cu_k[i]:cu_k[i+1]]
     flash-attn    FlashAttention-2                  varlen        torch's own FlashAttention-2
     triton        ours, flash_attention.py          cudnn         cuDNN through SDPA: documents whose queries are all its keys
     sdpa          SDPA document by document, any device and type; runs of equally long documents go in one call
+
+Whatever computes it, a profile, a pretended run and torch.compile see two operations: megacpt_kernels::attention_forward and
+attention_backward. attention_backends.py holds what is behind them.
 """
 
-import contextlib
 import functools
-import importlib
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megacpt_kernels.backend import missing_triton
-from megacpt_kernels.flash_attention import flash_attention
+from megacpt_kernels.attention_backends import BACKENDS, LIBRARIES, missing_library
+from megacpt_kernels.backend import missing_triton, operation
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Documents:
         edges = (*(int(start) for start in starts), tokens)
         if edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise ValueError(f"document starts must begin at 0 and grow below {tokens}; they are {edges[:-1][:20]}")
-        cu = torch.tensor(edges, dtype=torch.int32).to(device, non_blocking=True)
+        cu = torch.tensor(edges, dtype=torch.int32, device=device)
         return cls(edges, edges, cu, cu)
 
     def check(self) -> None:
@@ -65,9 +62,19 @@ class Documents:
                     f"document {i} has {queries} queries and {keys} keys; causal attention needs as many keys."
                 )
 
-    @property
-    def longest(self) -> tuple[int, int]:
-        return tuple(max(b - a for a, b in zip(e, e[1:], strict=False)) for e in (self.q, self.k))
+    @functools.cached_property
+    def longest(self) -> list[int]:
+        """Most queries and most keys of a document."""
+        return [max(b - a for a, b in zip(e, e[1:], strict=False)) for e in (self.q, self.k)]
+
+    @functools.cached_property
+    def edges(self) -> Tensor:
+        """int64 [2, documents + 1] on the host: of queries and of keys."""
+        return torch.tensor([self.q, self.k])
+
+    def bounds(self, backend: str) -> list[Tensor]:
+        """The tensors by which a backend knows where documents begin and end."""
+        return [getattr(self, name) for name in BACKENDS[backend].bounds]
 
     @functools.cached_property
     def seen(self) -> Tensor:
@@ -85,30 +92,12 @@ class Documents:
         return torch.stack([torch.maximum(self.cu_q[document], key - self.cu_k[document + 1] + end), end - 1])
 
 
-@functools.cache
-def _import(module: str, name: str) -> Callable | None:
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except Exception:  # a package built for another CUDA or torch fails in many ways: it cannot be used
-        return None
-
-
-_LIBRARIES = {
-    "flash-attn-3": ("flash_attn_interface", "flash_attn_varlen_func", ((9, 0),)),
-    "flash-attn-4": ("flash_attn.cute", "flash_attn_varlen_func", ((9, 0), (10, 0), (10, 3))),
-    "flash-attn": ("flash_attn", "flash_attn_varlen_func", None),
-    "varlen": ("torch.nn.attention.varlen", "varlen_attn", None),
-}
-"""Module and function of each, and the compute capabilities that it is for (None: Ampere and later)."""
-BACKENDS = (*_LIBRARIES, "triton", "cudnn", "sdpa")
-
-
 def available_backends(device_type: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     """{backend: '' if usable on this device and type, else why not}, the fastest first."""
     half = dtype in (torch.bfloat16, torch.float16)
     reasons = {}
     for name in BACKENDS:
-        library = _LIBRARIES.get(name)
+        library = LIBRARIES.get(name)
         if name == "sdpa":
             reasons[name] = ""
         elif name == "triton":
@@ -117,11 +106,11 @@ def available_backends(device_type: str, dtype: torch.dtype = torch.bfloat16) ->
             reasons[name] = "needs a GPU"
         elif not half:
             reasons[name] = f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-        elif library and library[2] and torch.cuda.get_device_capability() not in library[2]:
-            wanted = ", ".join(f"sm_{major}{minor}" for major, minor in library[2])
+        elif library and library.capabilities and torch.cuda.get_device_capability() not in library.capabilities:
+            wanted = ", ".join(f"sm_{major}{minor}" for major, minor in library.capabilities)
             reasons[name] = f"is for {wanted}, this is sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
-        elif library and _import(*library[:2]) is None:
-            reasons[name] = "torch has no varlen_attn" if name == "varlen" else f"{library[0]} cannot be imported"
+        elif library:
+            reasons[name] = missing_library(name)
         else:
             reasons[name] = ""
     return reasons
@@ -167,23 +156,84 @@ def attention(
     Raises:
         ValueError: for shapes, types or documents that do not fit together, or a backend that cannot run them.
     """
-    _check(q, k, v, documents)
     if check:
+        _check(q, k, v, documents)
         documents.check()
-    backend = resolve_backend(backend, q.device.type, q.dtype)
-    if backend == "triton":
-        out, lse = flash_attention(q, k, v, documents.seen, documents.seen_by, 1 / math.sqrt(q.shape[2]))
-    elif backend == "sdpa" and q.device.type == "cpu":
-        out, lse = _DocumentSDPA.apply(q, k, v, documents)
-    elif backend in ("sdpa", "cudnn"):
-        out, lse = _sdpa_loop(q, k, v, documents, backend == "cudnn"), None
-    else:
-        out, lse = _library(backend, q, k, v, documents, deterministic, return_lse)
-    if return_lse and lse is None:
+    out, lse = _Attention.apply(q, k, v, documents, backend, deterministic)
+    if return_lse and lse.shape[-1] != q.shape[0]:
         raise ValueError(
             f"attention backend {backend!r} does not return the log-sum-exp on {q.device.type}. Use triton."
         )
     return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, backend: str, deterministic: bool):
+        out, lse = attention_forward(q, k, v, documents, backend=backend, deterministic=deterministic)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.documents, ctx.backend, ctx.deterministic = documents, backend, deterministic
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout: Tensor, _):
+        how = dict(backend=ctx.backend, deterministic=ctx.deterministic)
+        return *attention_backward(dout, *ctx.saved_tensors, ctx.documents, **how), None, None, None
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, backend: str = "auto", deterministic: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`attention` without autograd: for those who decide themselves what is kept until `attention_backward`.
+
+    Returns:
+        (out [t_q, heads, d], lse at least fp32 [heads, t_q], or empty where the backend has none).
+    """
+    _check(q, k, v, documents)
+    backend = resolve_backend(backend, q.device.type, q.dtype)
+    return _forward(q, k, v, documents.bounds(backend), documents.longest, backend, deterministic)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Documents,
+    *,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) from that of `out`, and what `attention_forward` took and gave under the same backend."""
+    backend = resolve_backend(backend, q.device.type, q.dtype)
+    return _backward(dout, q, k, v, out, lse, documents.bounds(backend), documents.longest, backend, deterministic)
+
+
+def _empty_results(q, k, v, bounds, longest, backend, deterministic):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (0,) if backend == "sdpa" and q.device.type != "cpu" else (q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=wide)
+
+
+@operation(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor[] bounds, int[] longest, str backend, bool deterministic) "
+    "-> (Tensor, Tensor)",
+    _empty_results,
+)
+def _forward(q, k, v, bounds, longest, backend, deterministic):
+    return BACKENDS[backend].forward(q, k, v, bounds, longest, deterministic)
+
+
+@operation(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] bounds, int[] longest, "
+    "str backend, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+def _backward(dout, q, k, v, out, lse, bounds, longest, backend, deterministic):
+    return BACKENDS[backend].backward(dout, q, k, v, out, lse, bounds, longest, deterministic)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
@@ -198,133 +248,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
         raise ValueError(
             f"the documents end at query {documents.q[-1]} and key {documents.k[-1]}; there are {q.shape[0]} and {k.shape[0]}."
         )
-
-
-def _library(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, documents: Documents, deterministic: bool, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """FlashAttention 2 to 4 and torch's: one call, and what each calls its arguments in its versions."""
-    function = _import(*_LIBRARIES[backend][:2])
-    names = inspect.signature(function).parameters
-    longest_q, longest_k = documents.longest
-    if deterministic and backend == "varlen" and not torch.are_deterministic_algorithms_enabled():
-        raise ValueError(
-            "attention backend 'varlen' is deterministic only under torch.use_deterministic_algorithms(True)."
-        )
-    if backend == "varlen":
-        arguments = (documents.cu_q, documents.cu_k, longest_q, longest_k)
-        options = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-        options |= {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in names else {}
-        if return_lse:
-            options["return_aux"] = importlib.import_module("torch.nn.attention.varlen").AuxRequest(lse=True)
-        return _pair(function(q, k, v, *arguments, **options))
-    named = {
-        "cu_seqlens_q": documents.cu_q,
-        "cu_seqlens_k": documents.cu_k,
-        "max_seqlen_q": longest_q,
-        "max_seqlen_k": longest_k,
-    }
-    wanted = {"return_lse": return_lse, "return_attn_probs": return_lse, "deterministic": deterministic}
-    options = {name: value for name, value in (named | wanted).items() if name in names}
-    if deterministic and "deterministic" not in names:
-        raise ValueError(f"attention backend {backend!r} has no deterministic backward in this version. Use triton.")
-    return _pair(function(q, k, v, causal=True, **options))
-
-
-def _pair(result) -> tuple[Tensor, Tensor | None]:
-    return (result, None) if isinstance(result, Tensor) else (result[0], result[1])
-
-
-def runs_of(documents: Documents) -> list[tuple[int, int, int, int, int]]:
-    """(q begin, q length, k begin, k length, count) of runs of neighbouring documents of the same lengths."""
-    runs: list[tuple[int, int, int, int, int]] = []
-    for q0, q1, k0, k1 in zip(documents.q, documents.q[1:], documents.k, documents.k[1:], strict=False):
-        if runs and runs[-1][1] == q1 - q0 and runs[-1][3] == k1 - k0:
-            runs[-1] = (*runs[-1][:4], runs[-1][4] + 1)
-        else:
-            runs.append((q0, q1 - q0, k0, k1 - k0, 1))
-    return runs
-
-
-def _heads_first(x: Tensor, begin: int, length: int, count: int) -> Tensor:
-    """[t, heads, d] -> [count, heads, length, d], a view."""
-    return x[begin : begin + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
-
-
-def _corner_mask(length_q: int, length_k: int, like: Tensor) -> Tensor | None:
-    """None for a square causal mask, else the bottom-right aligned one as an additive mask."""
-    if length_q == length_k:
-        return None
-    keep = torch.ones(length_q, length_k, dtype=torch.bool, device=like.device).tril(length_k - length_q)
-    return torch.zeros_like(keep, dtype=like.dtype).masked_fill_(~keep, float("-inf"))
-
-
-class _DocumentSDPA(torch.autograd.Function):
-    """SDPA's flash kernel for CPUs on each run of documents, writing into one output. GQA is native in it."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = []
-        for q0, lq, k0, lk, n in runs_of(documents):
-            mask = _corner_mask(lq, lk, q)
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(q, q0, lq, n),
-                _heads_first(k, k0, lk, n),
-                _heads_first(v, k0, lk, n),
-                0.0,
-                mask is None,
-                attn_mask=mask,
-            )
-            _heads_first(out, q0, lq, n).copy_(part)
-            lse.append(part_lse)
-        ctx.save_for_backward(q, k, v, out, *lse)
-        ctx.documents = documents
-        whole = torch.cat([part.transpose(0, 1).flatten(1) for part in lse], 1)
-        ctx.mark_non_differentiable(whole)
-        return out, whole
-
-    @staticmethod
-    def backward(ctx, dout: Tensor, _):
-        q, k, v, out, *lse = ctx.saved_tensors
-        dout = dout.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for (q0, lq, k0, lk, n), part_lse in zip(runs_of(ctx.documents), lse, strict=True):
-            mask = _corner_mask(lq, lk, q)
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(dout, q0, lq, n),
-                _heads_first(q, q0, lq, n),
-                _heads_first(k, k0, lk, n),
-                _heads_first(v, k0, lk, n),
-                _heads_first(out, q0, lq, n),
-                part_lse,
-                0.0,
-                mask is None,
-                attn_mask=mask,
-            )
-            for whole, part, begin, length in zip((dq, dk, dv), grads, (q0, k0, k0), (lq, lk, lk), strict=True):
-                _heads_first(whole, begin, length, n).copy_(part)
-        return dq, dk, dv, None
-
-
-def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, documents: Documents, cudnn: bool) -> Tensor:
-    """On a GPU: torch chooses among its kernels, or takes cuDNN's."""
-    if cudnn and documents.q != documents.k:
-        raise ValueError(
-            "attention backend 'cudnn': there are keys before the queries of a document (context parallelism), which SDPA "
-            "takes only with a mask. Use auto."
-        )
-    parts = []
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if cudnn else contextlib.nullcontext():
-        for q0, lq, k0, lk, n in runs_of(documents):
-            mask = _corner_mask(lq, lk, q)
-            part = F.scaled_dot_product_attention(
-                _heads_first(q, q0, lq, n),
-                _heads_first(k, k0, lk, n),
-                _heads_first(v, k0, lk, n),
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            parts.append(part.transpose(1, 2).reshape(-1, *q.shape[1:]))
-    return torch.cat(parts)

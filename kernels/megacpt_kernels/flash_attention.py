@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import block_of, jit, operation, tl, triton
+from megacpt_kernels.backend import block_of, jit, tl, triton
 
 FORWARD = dict(M=128, N=64, num_warps=8, num_stages=3)
 QUERIES = dict(M=128, N=64, num_warps=8, num_stages=2)
@@ -37,40 +37,14 @@ def tile(which: dict, q: Tensor) -> dict:
     return which | AMPERE if older and which is not KEYS else which
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, seen_by: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Args:
         q: [t_q, heads, d]. k, v: [t_k, kv, d]. Any strides but of the last dim.
-        seen: int32 [2, t_q], first and last key of each query. seen_by: int32 [2, t_k], first and last query of each key. Neither
-            may fall along the sequence; first > last is nothing.
+        seen: int32 [2, t_q], first and last key of each query. May not fall along the sequence; first > last is nothing.
     Returns:
-        (out [t_q, heads, d], lse fp32 [heads, t_q], which has no gradient).
+        (out [t_q, heads, d], lse fp32 [heads, t_q]).
     """
-    return _FlashAttention.apply(q, k, v, seen, seen_by, scale)
-
-
-class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, seen_by: Tensor, scale: float):
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = _forward(q, k, v, seen, scale)
-        ctx.save_for_backward(q, k, v, out, lse, seen, seen_by)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout: Tensor, _):
-        q, k, v, out, lse, seen, seen_by = ctx.saved_tensors
-        return *_backward(dout.contiguous(), q, k, v, out, lse, seen, seen_by, ctx.scale), None, None, None
-
-
-@operation(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> (Tensor, Tensor)",
-    lambda q, k, v, seen, scale: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)),
-)
-def _forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     tokens, heads, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
@@ -82,14 +56,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tup
     return out, lse
 
 
-@operation(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor seen, Tensor seen_by, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda dout, q, k, v, out, lse, seen, seen_by, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)
-def _backward(
+def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor, seen_by: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Args:
+        dout, out: [t_q, heads, d]. lse: of `forward`. seen_by: int32 [2, t_k], first and last query of each key. May not fall either.
+    Returns:
+        (dq, dk, dv), contiguous.
+    """
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    dout, out = dout.contiguous(), out.contiguous()
     (tokens, heads, d), (keys, kv, _) = q.shape, k.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)

@@ -126,7 +126,7 @@ def watch(mesh) -> dict[tuple[str, str], tuple[int, int]]:
 
     from megacpt.parallel import collectives
 
-    axes = {mesh.full[axis].get_group(): axis for axis in ("tp", "cp", "pp", "dp_shard")}
+    axes = {mesh.groups[axis]: axis for axis in ("tp", "cp", "pp", "dp_shard")}
     axes |= dict.fromkeys(mesh.channels.values(), "pp") | {mesh.ends: "pp"}
     flat = mesh.fsdp.get_group() if mesh.fsdp.ndim == 1 else None
     counts: dict[tuple[str, str], tuple[int, int]] = {}

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--folder", help="default: the system's temporary folder")
     options = parser.parse_args()
     from megacpt.data.indexed import write_index
-    from megacpt.data.manifest import FORMAT
+    from megacpt.data.manifest import FORMAT, crc32_of
     from megacpt.data.packing import DomainData, Selection, open_index
 
     class Lengths:
@@ -42,6 +42,7 @@ def main() -> None:
         with open(work / "d.bin", "wb") as file:
             file.truncate(2 * tokens)
         sizes = {k: {"bytes": (work / f"d.{k}").stat().st_size, "crc32": 0} for k in ("bin", "idx")}
+        sizes["idx"]["crc32"] = crc32_of(work / "d.idx")
         (work / "d.json").write_text(
             json.dumps(
                 {
@@ -67,8 +68,11 @@ def main() -> None:
         index = open_index(
             DomainData([str(work / "d")]), Selection(options.seq_len, holdout_documents=1000), str(work / "c")
         )
-        index.row(index.num_rows // 2)
         opened = time.perf_counter() - begin
+        some = np.random.default_rng(0).integers(0, index.num_rows, 2048).tolist()
+        begin = time.perf_counter()
+        pieces = sum(len(index.row(row)) for row in some)
+        read = time.perf_counter() - begin
         grown = max(anonymous_peak() - before, 0)
         disk = sum(f.stat().st_size for f in (work / "c").rglob("*.bin"))
         cores = max(1, options.workers)
@@ -80,7 +84,8 @@ def main() -> None:
             f"padding {1 - tokens / (index.num_rows * options.seq_len):.4%}"
         )
         print(
-            f"opened and one row read in {opened * 1e3:.1f} ms; index {disk / options.documents:.2f} bytes a document on disk"
+            f"opened in {opened:.2f} s; {len(some):,} random rows, {pieces:,} pieces, read in {read * 1e3:.0f} ms; "
+            f"index {disk / options.documents:.2f} bytes a document on disk"
         )
         print(
             f"peak memory of the build {grown / 1e6:.0f} MB beyond the start = {grown / options.documents:.2f} bytes a document "

@@ -1,4 +1,4 @@
-"""Saving behind the training: tensors are copied to host memory, the rest happens in a thread on a process group of its own.
+"""Saving behind the training: tensors are copied to host memory, the rest happens in a thread, on the group for objects.
 
 The copies stay: a second save writes into the same host memory, after the first has ended.
 """
@@ -17,6 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from megacpt.checkpoint.manifest import State
 from megacpt.checkpoint.save import save
+from megacpt.parallel.mesh import object_group
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 @dataclass
@@ -33,12 +38,11 @@ class Saver:
     """One save at a time, behind the training or not; all ranks make one and call it alike.
 
     Args:
-        how, prune: as of `save`.
+        how, prune, fence: as of `save`.
     """
 
-    def __init__(self, how: str, prune: Callable[[], list[int]]):
-        self.how, self.prune = how, prune
-        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
+    def __init__(self, how: str, prune: Callable[[], list[int]], fence: Callable[[], None] = lambda: None):
+        self.how, self.prune, self.fence = how, prune, fence
         self.host: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.outcomes: list[Outcome] = []
@@ -49,7 +53,7 @@ class Saver:
         begin = time.monotonic()
         self.wait()
         staged = self._staged(tensors)
-        arguments = (checkpoints, staged, state, facts)
+        arguments = (checkpoints, staged, state, facts, self.group, _current_device())
         self.thread = threading.Thread(target=self._work, args=arguments, name="save", daemon=True)
         self.thread.start()
         return time.monotonic() - begin
@@ -57,7 +61,7 @@ class Saver:
     def now(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> None:
         """Writes, and returns when it is done."""
         self.wait()
-        self._work(checkpoints, tensors, state, facts)
+        self._work(checkpoints, tensors, state, facts, self.group)
 
     def wait(self) -> None:
         """Until nothing is under way."""
@@ -70,12 +74,15 @@ class Saver:
         """Whether this rank knows of a save that failed."""
         return any(outcome.error for outcome in self.outcomes)
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """For the ranks' agreement, to save and on what is saved; in this thread only while nothing is under way."""
+        return object_group()
+
     def close(self) -> None:
-        """Waits, and lets go of the process group and the host memory. Collective."""
+        """Waits, and lets go of the host memory."""
         self.wait()
-        if self.group is not None:
-            dist.destroy_process_group(self.group)
-        self.group, self.host = None, {}
+        self.host = {}
 
     def _staged(self, tree: dict[str, Any], path: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -97,11 +104,27 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return out
 
-    def _work(self, checkpoints: Path, tensors: dict, state: State, facts: dict) -> None:
+    def _work(
+        self,
+        checkpoints: Path,
+        tensors: dict,
+        state: State,
+        facts: dict,
+        group: dist.ProcessGroup,
+        device: int | None = None,
+    ) -> None:
+        """Saves.
+
+        Args:
+            device: in a thread, the GPU of this process. A thread begins on GPU 0, and whatever asks for its stream or memory would
+                open a context there, half a gigabyte for each rank of the node.
+        """
         outcome = Outcome(state)
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             outcome.seconds, outcome.removed = save(
-                checkpoints, tensors, state, facts, self.group, self.how, self.prune
+                checkpoints, tensors, state, facts, group, self.how, self.prune, self.fence
             )
         except BaseException as error:  # the training raises or reports it, on all ranks
             outcome.error = error

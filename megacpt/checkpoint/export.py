@@ -7,6 +7,7 @@ from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
 from megacpt.config.load import load_recipe
+from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
 from megacpt.model.config import LlamaConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
@@ -101,4 +102,15 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
             total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
         return total.to(part.dtype)
 
-    write_pretrained(output, config, run_directory / HUGGING_FACE, read, dtypes, longest)
+    side = run_directory / HUGGING_FACE
+    write_pretrained(output, config, side, read, dtypes, longest, tokens=_tokens_of(run_directory, side))
+
+
+def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:
+    """EOS and BOS of a tokenizer that was given beside the model; nothing for the model's own, whose configuration knows better."""
+    has_one = any((side / name).is_file() for name in VOCABULARIES)
+    if not has_one or not load_recipe(str(run_directory / "recipe.toml")).model.tokenizer:
+        return {}
+    tokenizer = Tokenizer(side)
+    ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    return {key: i for key, i in ids.items() if i is not None}

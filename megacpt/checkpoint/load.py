@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megacpt.checkpoint.manifest import read_item, read_manifest
 from megacpt.errors import CheckpointError
+from megacpt.parallel.mesh import object_group
 
 _ALLOWED = {
     ("collections", "OrderedDict"),
@@ -115,7 +117,8 @@ def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=reader, no_dist=alone)
+            group = object_group() if dist.is_initialized() and not alone else None
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except dcp.api.CheckpointException as error:  # the same on all ranks
         causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{directory}: {causes}") from None

@@ -2,7 +2,6 @@
 a rank checks just what it reads, and the few numbers that are the state of a run. Imports no torch."""
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from pydantic import TypeAdapter
 
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
+from megacpt.files import crc_of as _crc
+from megacpt.files import sealed, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -37,6 +38,12 @@ class State:
     accepted: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the steps that a spike is measured by."""
     skipped_in_row: int = 0
+    missed: dict[str, int] = field(default_factory=dict)
+    """By name of each parameter that was ever frozen: how many of the updates passed it by."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= count <= self.num_updates for count in self.missed.values()):
+            raise ValueError(f"missed = {self.missed}: counts from 0 to num_updates = {self.num_updates}")
 
 
 @dataclass(frozen=True)
@@ -82,26 +89,7 @@ def amend(directory: Path, state: State) -> None:
 
 
 def _write(directory: Path, manifest: Manifest) -> None:
-    content = {"format": FORMAT, **asdict(manifest)}
-    partial = directory / f".{MANIFEST}.tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"crc32": _crc(content), **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / MANIFEST)
-    sync_directory(directory)
-
-
-def _crc(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **asdict(manifest)}))
 
 
 def read_manifest(directory: Path) -> Manifest:

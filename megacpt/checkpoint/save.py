@@ -9,7 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from megacpt.checkpoint.manifest import (
     directory_name,
     list_steps,
     read_manifest,
-    sync_directory,
     write_manifest,
 )
-from megacpt.errors import CheckpointError, SaveError
+from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, disk_told, sync_directory
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -51,12 +51,14 @@ def save(
     group: dist.ProcessGroup | None = None,
     how: str = "rename",
     prune: Callable[[], list[int]] = list,
+    fence: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[int]]:
     """Publishes a checkpoint; all ranks call it. Returns (the seconds it took, what `prune` removed).
 
     Args:
         group: for the ranks' agreement. how: "rename" or "manifest", `checkpoint.publish`.
         prune: rank 0 calls it when the new checkpoint is there.
+        fence: raises on rank 0 if the run directory is another job's by now.
     Raises:
         SaveError: on all ranks, if anything went wrong on any. Nothing was published.
     """
@@ -68,6 +70,7 @@ def save(
         needed = sum(_gathered(_stored_bytes(tensors), group))
         with together(group):
             if dist.get_rank() == 0:
+                fence()
                 _begin(partial, needed)
             points.reached("save.staged", state.step)
         writer = CheckedWriter(partial)
@@ -80,26 +83,37 @@ def save(
         with together(group):
             if dist.get_rank() == 0:
                 points.reached("save.before_manifest", state.step)
+                fence()
                 write_manifest(partial, state, facts, writer.items)
                 points.reached("save.before_rename", state.step)
                 if how == "rename":
+                    fence()
                     _publish(partial, final)
                 sync_directory(checkpoints)
                 points.reached("save.after_rename", state.step)
     except NotOnAll as error:
-        if dist.get_rank() == 0 and how == "rename":
+        if dist.get_rank() == 0 and how == "rename" and _is_ours(fence):
             shutil.rmtree(partial, ignore_errors=True)  # the room is needed
         raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
     if dist.get_rank() == 0:
         try:
             points.reached("save.before_prune", state.step)
+            fence()
             removed = prune()
-        except OSError as error:  # there is a checkpoint too many
+        except (OSError, LeaseError) as error:  # there is a checkpoint too many
             log.warn(f"{checkpoints}: an old checkpoint could not be removed: {error}")
     return time.monotonic() - begin, removed
 
 
-class NotOnAll(Exception):
+def _is_ours(fence: Callable[[], None]) -> bool:
+    try:
+        fence()
+    except (OSError, LeaseError):
+        return False
+    return True
+
+
+class NotOnAll(SaveError):
     """What went wrong, on which ranks: the same on all."""
 
 
@@ -109,8 +123,11 @@ def together(group: dist.ProcessGroup | None):
     problem = None
     try:
         yield
-    except dcp.api.CheckpointException as error:  # it is the same on all ranks, with a cause for each that failed
-        problem = "; ".join(sorted({_told(failure[0]) for failure in error.failures.values()}))
+    except (
+        dcp.api.CheckpointException
+    ) as error:  # it is the same on all ranks, with a cause for each that failed: each tells its own
+        mine = error.failures.get(dist.get_rank(group)) if error.failures else (error,)
+        problem = _told(mine[0]) if mine else None
     except Exception as error:
         problem = _told(error)
     found = [f"rank {rank}: {text}" for rank, text in enumerate(_gathered(problem, group)) if text]
@@ -119,7 +136,9 @@ def together(group: dist.ProcessGroup | None):
 
 
 def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename:
+        return disk_told(error)
+    return str(error) if isinstance(error, MegacptError) else f"{type(error).__name__}: {error}"
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -167,14 +186,20 @@ class _Checked(WriteResult):
 
 
 class _Summed:
-    """A file whose items, between two calls of tell, are summed up on their way."""
+    """A file whose items, between two calls of tell, are summed up on their way. What the disk said is kept: torch's writer of archives
+    makes another error of it."""
 
     def __init__(self, file):
         self.file, self.at, self.begin, self.crc, self.sums = file, 0, 0, 0, {}
+        self.error: OSError | None = None
 
     def write(self, content) -> int:
         self.crc = zlib.crc32(content, self.crc)
-        count = self.file.write(content)
+        try:
+            count = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
         self.at += count
         return count
 
@@ -206,8 +231,16 @@ class _SummedFiles(dcp.filesystem.FileSystem):
         with super().create_stream(path, mode) as file:
             stream = _Summed(file)
             self.opened[Path(path).name] = stream
-            yield stream
-            stream.close()
+            try:
+                yield stream
+                stream.close()
+            except Exception as error:
+                cause = stream.error or error
+                if not isinstance(cause, OSError):
+                    raise
+                with suppress(OSError):  # what is still in its buffer finds no room either
+                    file.close()
+                raise CheckpointError(f"{disk_told(cause, path)} {stream.at:,} bytes of it were written.") from None
 
 
 class CheckedWriter(dcp.FileSystemWriter):
@@ -218,7 +251,9 @@ class CheckedWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, path: Path):
-        super().__init__(path, sync_files=False, overwrite=True)
+        # Nothing is copied ahead: that is for tensors on a GPU, and makes the thread wait again and again for all that its stream has
+        # to do, of which the training's own is one, though what is saved behind the training lies in host memory.
+        super().__init__(path, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
         self.fs = _SummedFiles()
         self.written: Items = {}
         self.items: Items = {}
@@ -256,15 +291,17 @@ def _publish(partial: Path, final: Path) -> None:
 
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
     """Removes what retention does not keep, oldest first. Returns the steps removed. What is not whole counts for nothing, and goes once
-    a newer one is whole."""
-    steps, sound = list_steps(checkpoints), []
+    a newer one is whole. The newest that does not stand in a streak of skipped updates stays: a rollback ends there."""
+    steps, sound, good = list_steps(checkpoints), [], []
     for step in steps:
         try:
-            read_manifest(checkpoints / directory_name(step))
-            sound.append(step)
+            state = read_manifest(checkpoints / directory_name(step)).state
         except CheckpointError:
             continue
-    keep = set(sound[-keep_last:]) | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
+        sound.append(step)
+        if not state.skipped_in_row:
+            good.append(step)
+    keep = {*sound[-keep_last:], *good[-1:]} | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
     removed = [step for step in steps if sound and step < sound[-1] and step not in keep]
     for step in removed:
         remove(checkpoints, step)

@@ -12,6 +12,13 @@ Tokens = Annotated[
     BeforeValidator(parse_tokens),
     WithJsonSchema({"type": ["integer", "string"], "pattern": "^[0-9][0-9_]*(\\.[0-9]+)? *(K|M|B|T|Ki|Mi|Gi|Ti)?$"}),
 ]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+ClipNorm = Annotated[float, Field(ge=1e-9)]  # norms over it stay within fp32
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0, le=31_536_000)]  # a year: clocks overflow far beyond
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 DType = Literal["bfloat16", "float32", "float64"]
@@ -33,6 +40,8 @@ class OrWord:
 
 
 class Section(BaseModel):
-    """Strict: no coercion. Frozen. Unknown keys are errors."""
+    """Strict: no coercion. Frozen. Unknown keys are errors, and so are numbers that are none: inf and nan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

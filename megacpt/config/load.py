@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from megacpt.config.recipe import Recipe
 from megacpt.errors import ConfigError
+from megacpt.files import write_atomically
 
 Path_ = tuple[str | int, ...]
 
@@ -26,7 +27,34 @@ def load_recipe(path: str, flags: Sequence[str] = ()) -> Recipe:
     recipe, found = _validate(tree, overrides, path)
     if problems or recipe is None or found:
         raise ConfigError(problems + found, path)
-    return recipe
+    return _with_order_of_run(recipe, path)
+
+
+def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
+    """The recipe with its domains in the order of its run: as recipe.toml in the run directory has them, which a new run writes by name.
+
+    Which row is next depends on that order; it must not depend on the order in which somebody writes keys. A run of a version that took
+    the recipe's order keeps it.
+    """
+    stored = Path(recipe.directory) / "recipe.toml"
+    beside = (
+        Path(path).name == stored.name and (Path(path).parent / "run.json").is_file()
+    )  # a run's own, wherever it was moved to
+    stored = Path(path) if beside else stored
+    run = read_toml(str(stored)) if stored.is_file() else {}
+    stages = [stage for stage in run.get("stages", []) if isinstance(stage, dict)]
+    mixtures = {stage.get("name"): stage.get("mixture") for stage in stages}
+    ordered = [
+        stage.model_copy(update={"mixture": _ordered(stage.mixture, mixtures.get(stage.name))})
+        for stage in recipe.stages
+    ]
+    return recipe.model_copy(update={"data": _ordered(recipe.data, run.get("data")), "stages": ordered})
+
+
+def _ordered(content: dict[str, Any], like: Any) -> dict[str, Any]:
+    """Keys in the order of a dictionary with the same ones, else by name."""
+    same = isinstance(like, dict) and set(like) == set(content)
+    return {key: content[key] for key in (like if same else sorted(content))}
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -189,4 +217,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe; reading it again gives an equal one."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(plain(recipe)), encoding="utf-8")
+    text = tomli_w.dumps(plain(recipe))
+    if not path.is_file() or path.read_bytes() != text.encode():  # a resume needs no room for it
+        write_atomically(path, text)

@@ -6,9 +6,21 @@ from the world size, the device or the checkpoint.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from megacpt.config.base import Count, DType, Name, OrWord, Section, Tokens
+from megacpt.config.base import (
+    Betas,
+    ClipNorm,
+    Count,
+    DType,
+    Name,
+    NotNegative,
+    OrWord,
+    Positive,
+    Seconds,
+    Section,
+    Tokens,
+)
 from megacpt.config.stage import Gate, LearningRate, MixtureRules, Parallel, RopeChoice, Stage
 
 
@@ -53,13 +65,13 @@ class Precision(Section):
 class Optimizer(Section):
     lr: LearningRate | None = None
     """Learning rate over the whole run. Or one in every stage, not both."""
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
-    """AdamW's decay rates of the moments."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
+    betas: Betas = (0.9, 0.95)
+    """AdamW's decay rates of the moments, from 0 to below 1."""
+    eps: float = Field(1e-8, ge=1e-30, le=1)
+    """AdamW's epsilon. float32 holds nothing below 1e-38, and a moment that is 0 is divided by it."""
+    weight_decay: NotNegative = 0.1
     """Decoupled decay, on matrices only."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: ClipNorm | None = 1.0
     """Bound of the global gradient norm."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the moments. bfloat16 halves their memory; it is rounded stochastically, with the same bits on every layout. (A run in
@@ -142,17 +154,17 @@ class Kernels(Section):
 
 
 class Health(Section):
-    start_timeout_seconds: float = Field(1800, gt=0)
+    start_timeout_seconds: Seconds = 1800
     """How long a rank may give no sign of life, and a collective wait, up to the end of the first step: loading and compilation."""
-    step_timeout_seconds: float = Field(300, gt=0)
+    step_timeout_seconds: Seconds = 300
     """The same within a step."""
-    save_timeout_seconds: float = Field(1800, gt=0)
+    save_timeout_seconds: Seconds = 1800
     """The same while a checkpoint is written."""
-    evaluate_timeout_seconds: float = Field(1800, gt=0)
+    evaluate_timeout_seconds: Seconds = 1800
     """The same while validation or gates run, between two micro-batches."""
     watchdog: bool = True
     """A process beside each node's ranks that ends a hung run, with the stacks of all ranks in `incidents/`."""
-    spike_mads: float | None = Field(None, gt=0)
+    spike_mads: Positive | None = None
     """Skip the update if loss or gradient norm lies this many median absolute deviations (times 1.4826, a normal's sigma) above the
     median of the steps accepted last. Without it only numbers that are not finite are skipped."""
     spike_window: int = Field(128, ge=8)
@@ -172,7 +184,7 @@ class Log(Section):
     """Interval of the console line. metrics.jsonl and TensorBoard have every step."""
     tensorboard: bool = True
     """Write `tb/` in the run directory."""
-    peak_tflops: Annotated[PositiveFloat | None, OrWord("auto")] = None
+    peak_tflops: Annotated[Positive | None, OrWord("auto")] = None
     """Dense peak of one device that MFU refers to. auto: the device's data sheet; on a CPU, a measured matmul."""
 
 

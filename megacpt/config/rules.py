@@ -36,6 +36,12 @@ def warnings_of(recipe: Recipe) -> list[str]:
     ordered = [name for name, domain in recipe.data.items() if domain.order]
     for stage in recipe.stages:
         rate = stage.lr or recipe.optimizer.lr
+        decay = recipe.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
+        if rate and rate.peak * decay >= 1:
+            warnings.append(
+                f"stages.{stage.name}: lr.peak {rate.peak:g} x weight_decay {decay:g} = {rate.peak * decay:g}: from 1 on, a single update "
+                "turns the sign of every weight."
+            )
         used = [name for name in ordered if stage.mixture.get(name, 0) > 0]
         if used and rate and rate.shape != "constant":
             warnings.append(
@@ -176,15 +182,12 @@ def _stage(recipe: Recipe, stage: Stage) -> list[str]:
     problems += multiples(f"{name}: parallel.micro_batch_tokens", micro, text, unit)
     if stage.seq_len < 2:
         problems.append(f"{name}.seq_len = {stage.seq_len}: a row of one token has no label. At least 2.")
-    for domain, weight in stage.mixture.items():
+    for domain in stage.mixture:
         if domain not in recipe.data:
             problems.append(f"{name}.mixture.{domain}: no such domain in [data]. {nearest(domain, list(recipe.data))}")
-        if not 0 <= weight < float("inf"):
-            problems.append(f"{name}.mixture.{domain} = {weight}: weights are finite and not negative.")
-    if not sum(stage.mixture.values()) > 0:
-        problems.append(
-            f"{name}.mixture: the weights sum to {sum(stage.mixture.values())}. At least one must be positive."
-        )
+    total = sum(stage.mixture.values())
+    if not 0 < total < float("inf"):
+        problems.append(f"{name}.mixture: the weights sum to {total}. At least one is positive, and the sum is finite.")
     return problems
 
 

@@ -4,28 +4,39 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from megacpt.config.base import Count, Name, OrWord, Section, Tokens
+from megacpt.config.base import (
+    Betas,
+    ClipNorm,
+    Count,
+    Name,
+    NotNegative,
+    OrWord,
+    Positive,
+    Section,
+    Share,
+    Tokens,
+)
 from megacpt.config.quantity import parse_tokens
 
 
 class Rope(Section):
-    theta: float | None = Field(None, gt=0)
+    theta: float | None = Field(None, ge=1, le=1e15)
     """Base of the rotary frequencies. Default: the checkpoint's."""
     type: Literal["default", "linear", "llama3", "yarn"] | None = None
     """Scaling rule. Default: the checkpoint's."""
-    factor: float | None = Field(None, ge=1)
+    factor: float | None = Field(None, ge=1, le=1e6)
     """Scaling factor."""
     original_max_position_embeddings: Count | None = None
     """Context length before scaling."""
-    low_freq_factor: float | None = None
+    low_freq_factor: Positive | None = None
     """llama3: wavelengths above original / low are divided by the factor."""
-    high_freq_factor: float | None = None
+    high_freq_factor: Positive | None = None
     """llama3: wavelengths below original / high stay."""
-    attention_factor: float | None = Field(None, gt=0)
+    attention_factor: Positive | None = None
     """yarn: factor on cos and sin. Default: 0.1 ln(factor) + 1."""
-    beta_fast: float | None = Field(None, gt=0)
+    beta_fast: Positive | None = None
     """yarn: rotations above which a dimension is not interpolated. Default 32."""
-    beta_slow: float | None = Field(None, gt=0)
+    beta_slow: Positive | None = None
     """yarn: rotations below which a dimension is fully interpolated. Default 1."""
     rule: Literal["ntk", "ntk2"] | None = None
     """theta by rule, from the checkpoint's own theta and length and this stage's seq_len: theta s^(d / (d - 2)), ntk2 twice that."""
@@ -51,9 +62,9 @@ class Parallel(Section):
     """Bound on the stage activations that a rank keeps, in stages times micro-batches."""
     stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Layers of each stage. Default: balanced, with the embedding and the head counted as below."""
-    embedding_weight: float = Field(1.0, ge=0)
+    embedding_weight: NotNegative = 1.0
     """What the embedding counts in the split, in layers."""
-    head_weight: float = Field(1.0, ge=0)
+    head_weight: NotNegative = 1.0
     """What head and loss count in the split, in layers."""
     data_replicate: Count = 1
     """Replicas of the sharded model (HSDP)."""
@@ -79,19 +90,19 @@ class LearningRate(Section):
     shape: Literal["constant", "cosine", "linear", "wsd", "infinite"]
     """Course after the warm-up. wsd: constant, then a tail of `decay_tokens`. infinite: a cosine over `cooldown_tokens` to `constant`,
     which holds, then the tail."""
-    peak: float = Field(gt=0)
+    peak: Positive
     """Learning rate after the warm-up."""
-    min: float = Field(0.0, ge=0)
+    min: NotNegative = 0.0
     """Learning rate at the last token (not for constant)."""
     warmup_tokens: Tokens = 0
     """Linear warm-up from `start`."""
-    start: float = Field(0.0, ge=0)
+    start: NotNegative = 0.0
     """Learning rate before the warm-up: 0, or where an earlier run ended (re-warming)."""
     decay_tokens: Tokens | None = None
     """wsd, infinite: length of the tail."""
     tail: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"
     """wsd, infinite: shape of the tail. exponential needs a `min` above 0."""
-    constant: float | None = Field(None, gt=0)
+    constant: Positive | None = None
     """infinite: the rate that holds."""
     cooldown_tokens: Tokens | None = None
     """infinite: length of the way from `peak` to `constant`."""
@@ -104,17 +115,17 @@ class OnlineMixture(Section):
     """Interval between adjustments."""
     start_tokens: Tokens = 0
     """None before this many tokens of a stage: after the warm-up, which raises every loss."""
-    alpha: float = Field(2.0, gt=0)
+    alpha: Positive = 2.0
     """How strongly a relative change of perplexity changes a weight."""
-    pull: float = Field(0.1, ge=0, le=1)
+    pull: Share = 0.1
     """Pull to the stage's own weights: 0 is the published rule, which has no fixed point."""
-    floor: float = Field(0.2, ge=0, le=1)
+    floor: Share = 0.2
     """A weight never falls below this part of the stage's own."""
     cap: float = Field(4.0, ge=1)
     """Nor rises above this multiple of it."""
-    dead_band: float = Field(2.0, ge=0)
+    dead_band: NotNegative = 2.0
     """Changes of the loss below this many standard errors count as none."""
-    topic_weights: dict[str, float] = {}
+    topic_weights: dict[str, NotNegative] = {}
     """Factor of a domain's change; default 1."""
 
 
@@ -140,7 +151,7 @@ class NeedleGate(Section):
     """Needles in the hay."""
     asked: Count = 1
     """Of them, how many are asked for."""
-    minimum: float = Field(1.0, ge=0, le=1)
+    minimum: Share = 1.0
     """Least mean recall over lengths and depths."""
 
 
@@ -153,7 +164,7 @@ class RecoveryGate(Section):
     """Their validation losses, in rows of the first stage's seq_len."""
     tasks: list[str] = []
     """Multiple-choice files: lines of {"question", "choices", "answer"}."""
-    tolerance: float = Field(0.02, ge=0)
+    tolerance: NotNegative = 0.02
     """A loss may lie above the start's by this part of it, an accuracy below it by this much."""
 
 
@@ -166,9 +177,9 @@ class ForgettingGate(Section):
     """Their validation losses, in rows of the first stage's seq_len."""
     tasks: list[str] = []
     """Multiple-choice files."""
-    max_rise: float = Field(0.05, ge=0)
+    max_rise: NotNegative = 0.05
     """A loss may rise above the start's by at most this."""
-    max_fall: float = Field(0.02, ge=0)
+    max_fall: NotNegative = 0.02
     """An accuracy may fall by at most this."""
 
 
@@ -297,7 +308,7 @@ class Stage(Section):
     batch_tokens: BatchTokens
     """Tokens of a step; a ramp of pairs [tokens since the stage's start, tokens of a step]; or a linear one,
     {start, increment, over, final}."""
-    mixture: dict[str, float]
+    mixture: dict[str, NotNegative]
     """Share of tokens by domain; normalised to 1."""
     lr: LearningRate | None = None
     """Learning rate of this stage."""
@@ -305,11 +316,11 @@ class Stage(Section):
     """Change of the rotary embedding from this stage's start, or "keep"."""
     parallel: StageParallel = StageParallel()
     """Merged over `[parallel]`."""
-    betas: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    betas: Betas | None = None
     """As in `[optimizer]`, for this stage."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: NotNegative | None = None
     """As in `[optimizer]`, for this stage."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: ClipNorm | None = None
     """As in `[optimizer]`, for this stage."""
     freeze: list[str] = []
     """Parameters that this stage does not update: names, or patterns such as "model.layers.*"."""

@@ -7,6 +7,7 @@ it stays random.)
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,11 @@ def read_scores(scores: Sequence[str]) -> "np.ndarray":
                     row = json.loads(line)
                     if row["document"] != number:
                         raise ValueError(f"line {number + 1} is of document {row['document']}")
-                    values.append(float("nan") if row["nll"] is None else float(row["nll"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                    nll = row["nll"]
+                    if nll is not None and (type(nll) not in (int, float) or not math.isfinite(nll)):
+                        raise ValueError(f"line {number + 1}: nll is {nll!r}, neither null nor a finite number")
+                    values.append(float("nan") if nll is None else float(nll))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{file}: no scores ({error}).") from None
     return np.array(values)
 

@@ -3,11 +3,17 @@
 The index: magic, version 1, dtype code, S sequences, D document boundaries; then int32 lengths [S] in tokens, int64
 byte offsets [S], int64 document boundaries [D] in sequences. No alignment. Everything is checked on opening: a
 truncated file is an error with both sizes, never garbage tokens.
+
+Nothing is mapped: a mapped file that is cut under a run gives zeros, or ends the process. Opening reads an index once, compares its
+checksum with the manifest's and remembers one of every 4 KiB; what is read later is compared with that.
 """
 
 import os
 import struct
+import zlib
+from array import array
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +25,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _BLOCK = 1 << 20
+_PAGE, _READ = 4096, 1 << 22
+"""Bytes that share a checksum, and that are read at once on opening."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,22 +54,106 @@ def write_index(path: Path, dtype: np.dtype, lengths: Iterable[np.ndarray], coun
             file.write(np.arange(start, min(start + _BLOCK, count + 1), dtype="<i8").tobytes())
 
 
-class IndexedDataset:
-    """Reads documents by number. The index is mapped: opening costs one pass over it.
+class CheckedFile:
+    """A file of numbers that does not change: its bytes are read when they are asked for, and compared with what they were on opening.
 
+    Args:
+        size, crc32: what it must have; None where nobody knows.
+    Raises:
+        DataError: if it has not. FileNotFoundError.
+    """
+
+    def __init__(self, path: Path, size: int | None = None, crc32: int | None = None):
+        self.path, self.file = path, open(path, "rb", buffering=0)
+        self.size, self._pages, found = os.fstat(self.file.fileno()).st_size, array("I"), 0
+        if size is not None and self.size != size:
+            raise DataError(f"{path}: has {self.size:,} bytes, it must have {size:,}: it was cut, or is another file.")
+        for begin in range(0, self.size, _READ):
+            content = memoryview(self._raw(begin, min(_READ, self.size - begin)))
+            found = zlib.crc32(content, found)
+            self._pages.extend(zlib.crc32(content[at : at + _PAGE]) for at in range(0, len(content), _PAGE))
+        if crc32 is not None and found != crc32:
+            raise DataError(f"{path}: its CRC32 is {found:08x}, it must be {crc32:08x}: it is damaged.")
+
+    def read(self, begin: int, count: int) -> memoryview:
+        """Bytes [begin, begin + count).
+
+        Raises:
+            DataError: if they are no longer what they were.
+        """
+        first, start = begin // _PAGE, begin // _PAGE * _PAGE
+        content = memoryview(self._raw(start, min(-(-(begin + count) // _PAGE) * _PAGE, self.size) - start))
+        for at in range(0, len(content), _PAGE):
+            if zlib.crc32(content[at : at + _PAGE]) != self._pages[first + at // _PAGE]:
+                raise DataError(
+                    f"{self.path}: bytes {start + at:,} to {min(start + at + _PAGE, self.size):,} are not what they were when it was "
+                    "opened: it was changed under the run, or the disk reads it wrong."
+                )
+        return content[begin - start : begin - start + count]
+
+    def _raw(self, begin: int, count: int) -> bytes:
+        return read_exactly(self.file.fileno(), self.path, begin, count)
+
+
+def read_exactly(descriptor: int, path: Path | str, begin: int, count: int) -> bytes:
+    """Bytes [begin, begin + count) of an open file. They are read, not mapped: from a mapped file that is cut later a process dies.
+
+    Raises:
+        DataError: if the file does not have them, or cannot be read.
+    """
+    try:
+        content = os.pread(descriptor, count, begin)
+        while len(content) < count and (more := os.pread(descriptor, count - len(content), begin + len(content))):
+            content += more
+    except OSError as error:
+        raise DataError(f"{path}: bytes from {begin:,} on cannot be read: {error.strerror}.") from None
+    if len(content) != count:
+        size = os.fstat(descriptor).st_size
+        raise DataError(
+            f"{path}: {len(content):,} of {count:,} bytes at {begin:,} are there, the file has {size:,}, at least {begin + count:,} are "
+            "expected: the file was cut since it was opened."
+        )
+    return content
+
+
+class Numbers:
+    """An array of integers in a checked file: `len`, single ones, and slices as numpy arrays."""
+
+    def __init__(self, file: CheckedFile, kind: str | np.dtype, begin: int, count: int):
+        self.file, self.dtype, self.begin, self.count = file, np.dtype(kind), begin, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, wanted: slice | int):
+        size = self.dtype.itemsize
+        if not isinstance(wanted, slice):
+            raw = self.file.read(self.begin + range(self.count)[wanted] * size, size)
+            return int.from_bytes(raw, "little", signed=self.dtype.kind == "i")
+        begin, end, step = wanted.indices(self.count)
+        assert step == 1, wanted
+        raw = self.file.read(self.begin + begin * size, max(0, end - begin) * size)
+        return np.frombuffer(raw, self.dtype)
+
+
+class IndexedDataset:
+    """Reads documents by number. Opening reads the index once; what it keeps of it in memory is 4 bytes for 4 KiB.
+
+    Args:
+        check: compare every number of the index with the others.
+        crc32: of the index, where a manifest says it.
     Attributes:
-        lengths: int32 [documents], tokens of each document.
         num_documents, num_tokens, dtype.
     """
 
-    def __init__(self, prefix: str | Path, check: bool = True):
+    def __init__(self, prefix: str | Path, check: bool = True, crc32: int | None = None):
         self.prefix = str(prefix)
-        self.lengths, self._offsets, self.dtype = _open_index(Path(self.prefix + ".idx"), check)
-        self.num_documents = len(self.lengths)
+        self._lengths, self._offsets, self.dtype = _open_index(Path(self.prefix + ".idx"), check, crc32)
+        self.num_documents = len(self._lengths)
         binary = Path(self.prefix + ".bin")
         if not binary.is_file():
             raise DataError(f"{binary}: is missing although {self.prefix}.idx exists. Prepare the data again.")
-        expected = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
+        expected = int(self._offsets[-1]) + int(self._lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
         actual = binary.stat().st_size
         if actual != expected:
             raise DataError(
@@ -71,95 +163,104 @@ class IndexedDataset:
         self.num_tokens = expected // self.dtype.itemsize
         self._file = open(binary, "rb", buffering=0)
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [documents], tokens of each document, all in memory from here on; `lengths_of` gives some."""
+        return self.lengths_of(0, self.num_documents)
+
+    def length_of(self, document: int) -> int:
+        return int(self._lengths[document])
+
+    def lengths_of(self, begin: int, end: int) -> np.ndarray:
+        """int32 [end - begin], tokens of documents [begin, end)."""
+        return np.asarray(self._lengths[begin:end])
+
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """Tokens [offset, offset + length) of a document."""
         return self.tokens(int(self._offsets[document]) // self.dtype.itemsize + offset, length)
 
     def tokens(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of all. They are read, not mapped: from a mapped file that is cut later a process dies.
+        """Tokens [start, start + length) of all.
 
         Raises:
             DataError: if the file no longer has them.
         """
-        wanted, begin = length * self.dtype.itemsize, start * self.dtype.itemsize
-        content = os.pread(self._file.fileno(), wanted, begin) if wanted else b""
-        while 0 < len(content) < wanted:
-            more = os.pread(self._file.fileno(), wanted - len(content), begin + len(content))
-            if not more:
-                break
-            content += more
-        if len(content) != wanted:
-            raise DataError(
-                f"{self.prefix}.bin: {len(content):,} of {wanted:,} bytes at {begin:,} are there: the file was cut since it was opened."
-            )
-        return np.frombuffer(content, self.dtype)
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "_file"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _file=open(self.prefix + ".bin", "rb", buffering=0))
+        size = self.dtype.itemsize
+        return np.frombuffer(
+            read_exactly(self._file.fileno(), self.prefix + ".bin", start * size, length * size), self.dtype
+        )
 
 
-def _open_index(path: Path, check: bool) -> tuple[np.ndarray, np.ndarray, np.dtype]:
+def _open_index(
+    path: Path, check: bool, crc32: int | None
+) -> tuple[Numbers | np.ndarray, Numbers | np.ndarray, np.dtype]:
     """(lengths, byte offsets) per document, and the dtype. Sequences of one document are joined."""
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or header[:9] != MAGIC:
+            raise DataError(f"{path}: is not an indexed dataset (it begins with {header[:9]!r}, not {MAGIC!r}).")
+        raw = CheckedFile(path, crc32=crc32)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file. `megacpt prepare` writes PREFIX.bin, PREFIX.idx and PREFIX.json."
         ) from None
-    if len(header) < _HEADER.size or header[:9] != MAGIC:
-        raise DataError(f"{path}: is not an indexed dataset (it begins with {header[:9]!r}, not {MAGIC!r}).")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
         raise DataError(
             f"{path}: version {version}, dtype code {code}. Read are version 1 and codes {sorted(_DTYPES)}."
         )
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
-    if size != expected:
+    if raw.size != expected:
         raise DataError(
-            f"{path}: has {size:,} bytes, but its header asks for {expected:,} ({sequences:,} sequences, {boundaries:,} "
+            f"{path}: has {raw.size:,} bytes, but its header asks for {expected:,} ({sequences:,} sequences, {boundaries:,} "
             "document boundaries). The file is damaged or multimodal: copy it again or prepare it again."
         )
     dtype = np.dtype(_DTYPES[code])
-    raw = np.memmap(path, np.uint8, "r")
-    lengths = raw[34 : 34 + 4 * sequences].view("<i4")
-    offsets = raw[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
-    documents = raw[34 + 12 * sequences :].view("<i8")
+    lengths = Numbers(raw, "<i4", 34, sequences)
+    offsets = Numbers(raw, "<i8", 34 + 4 * sequences, sequences)
+    documents = Numbers(raw, "<i8", 34 + 12 * sequences, boundaries)
     if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences:
         raise DataError(f"{path}: document boundaries do not run from 0 to the {sequences:,} sequences.")
     if check:
-        _check_index(path, sequences, boundaries, dtype)
-    if boundaries != sequences + 1:
-        lengths = np.add.reduceat(lengths, documents[:-1], dtype=np.int64) if sequences else lengths
-        if lengths.size and lengths.max() >= 2**31:
-            raise DataError(f"{path}: a document has {lengths.max():,} tokens; at most {2**31 - 1:,} are read.")
-        lengths, offsets = lengths.astype(np.int32), np.asarray(offsets)[documents[:-1]]
+        _check_index(path, lengths, offsets, documents, dtype)
+    if not _one_sequence_each(documents, sequences):
+        return *_joined(path, lengths[:], documents[:], dtype), dtype
     return lengths, offsets, dtype
 
 
-def _check_index(path: Path, sequences: int, boundaries: int, dtype: np.dtype) -> None:
-    """Every offset is the sum of the lengths before it; boundaries grow. Read in blocks, not mapped: memory stays flat."""
+def _one_sequence_each(documents: Numbers, sequences: int) -> bool:
+    """Whether document i is sequence i. As many as there are sequences they may be with an empty one and one of two sequences, too."""
+    if len(documents) != sequences + 1:
+        return False
+    blocks = range(0, sequences + 1, _BLOCK)
+    return all(np.array_equal(documents[i : i + _BLOCK], np.arange(i, min(i + _BLOCK, sequences + 1))) for i in blocks)
 
-    def block(kind: str, base: int, start: int, end: int) -> np.ndarray:
-        item = np.dtype(kind).itemsize
-        return np.fromfile(path, kind, max(0, end - start), offset=base + start * item).astype(np.int64)
 
+def _joined(path: Path, lengths: np.ndarray, documents: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, byte offsets) of documents of any number of sequences. One of none, as Megatron writes for an empty text, has no tokens."""
+    if np.diff(documents).min() < 0:
+        raise DataError(f"{path}: document boundaries fall. The index is damaged.")
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
+    lengths = np.diff(ends)
+    if lengths.size and lengths.max() >= 2**31:
+        raise DataError(f"{path}: a document has {lengths.max():,} tokens; at most {2**31 - 1:,} are read.")
+    return lengths.astype(np.int32), ends[:-1] * dtype.itemsize
+
+
+def _check_index(path: Path, lengths: Numbers, offsets: Numbers, documents: Numbers, dtype: np.dtype) -> None:
+    """Every offset is the sum of the lengths before it; boundaries do not fall. In blocks: memory stays flat."""
     expected = 0
-    for start in range(0, sequences, _BLOCK):
-        end = min(start + _BLOCK, sequences)
-        lengths = block("<i4", _HEADER.size, start, end)
-        ends = np.cumsum(lengths * dtype.itemsize) + expected
-        offsets = block("<i8", _HEADER.size + 4 * sequences, start, end)
-        if lengths.min() < 0 or not np.array_equal(offsets, ends - lengths * dtype.itemsize):
+    for start in range(0, len(lengths), _BLOCK):
+        sizes = lengths[start : start + _BLOCK].astype(np.int64) * dtype.itemsize
+        ends = np.cumsum(sizes) + expected
+        if sizes.min() < 0 or not np.array_equal(offsets[start : start + _BLOCK], ends - sizes):
             raise DataError(
                 f"{path}: sequence offsets do not follow from the lengths near sequence {start:,}. The index is damaged."
             )
         expected = int(ends[-1])
-    for start in range(0, boundaries - 1, _BLOCK):
-        documents = block("<i8", _HEADER.size + 12 * sequences, start, min(start + _BLOCK + 1, boundaries))
-        if np.diff(documents).min() <= 0:
-            raise DataError(f"{path}: document boundaries do not grow near document {start:,}. The index is damaged.")
+    for start in range(0, len(documents) - 1, _BLOCK):
+        if np.diff(documents[start : start + _BLOCK + 1]).min() < 0:
+            raise DataError(f"{path}: document boundaries fall near document {start:,}. The index is damaged.")

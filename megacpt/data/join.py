@@ -16,6 +16,7 @@ from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
 from megacpt.data.manifest import FORMAT, crc32_of
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
+from megacpt.files import publish_file, write_atomically
 from megacpt.log import warn
 
 _COPY_BYTES = 8 << 20
@@ -69,7 +70,7 @@ def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> di
         part = facts["part"]
         text = f" of part {part[0]}/{part[1]}" if part else ""
         raise DataError(f"{facts['num_sources']} files{text} hold no documents. Nothing was written.")
-    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx", "json")}
+    tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx")}
     crc = _concatenate([parts / f"{i:06d}.bin" for i in range(num_pieces)], tmp["bin"])
     lengths, dtype = _Lengths(parts, num_pieces), token_dtype(facts["vocab_size"])
     write_index(Path(tmp["idx"]), dtype, lengths, documents)
@@ -140,13 +141,15 @@ def _counts(lengths) -> dict[str, Any]:
 
 def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
     """Renames data, index, then the manifest; each is on disk before."""
-    with open(tmp["json"], "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-    for kind in ("bin", "idx", "labels", "json"):
+    for kind in ("bin", "idx", "labels"):
         if kind in tmp:
-            with open(tmp[kind], "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(tmp[kind], f"{prefix}.{kind}")
+            publish_file(Path(tmp[kind]), Path(f"{prefix}.{kind}"))
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a source need not be UTF-8; escaped it is read back as it is
+        text = json.dumps(manifest, indent=1)
+    write_atomically(f"{prefix}.json", text)
 
 
 def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dict[str, Any]:
@@ -166,11 +169,11 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
                 f"{prefix}.bin: holds token id {int(block.max())} near token {start:,}, but {tokenizer_path} has "
                 f"{tokenizer.vocab_size} entries. Give the tokenizer that the data was made with."
             )
-    blocks = [data.lengths[i : i + (1 << 20)] for i in range(0, data.num_documents, 1 << 20)]
-    ends_with_eos = data.num_documents > 0 and all(
-        data.lengths[i] and int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) == tokenizer.eos_id
-        for i in range(min(100, data.num_documents))
-    )
+    blocks = [data.lengths_of(i, i + (1 << 20)) for i in range(0, data.num_documents, 1 << 20)]
+    empty = int(sum(np.count_nonzero(block == 0) for block in blocks))
+    first = [i for i in range(min(100 + empty, data.num_documents)) if data.lengths[i]][:100]
+    last_tokens = [int(data.read(i, int(data.lengths[i]) - 1, 1)[0]) for i in first]
+    ends_with_eos = bool(first) and all(token == tokenizer.eos_id for token in last_tokens)
     manifest = {
         "format": FORMAT,
         **_counts(blocks),
@@ -181,10 +184,15 @@ def adopt(prefix: str, tokenizer_path: str, eos_token: str | None = None) -> dic
         "bos_prepended": None,
         "eos_appended": ends_with_eos,
         "adopted": True,
+        "empty_documents": empty,
         **{k: {"bytes": os.path.getsize(f"{prefix}.{k}"), "crc32": crc32_of(f"{prefix}.{k}")} for k in ("bin", "idx")},
         "tokenizer": {"path": tokenizer_path, "sha256": tokenizer.sha256},
     }
+    if empty:
+        warn(
+            f"{prefix}: {empty:,} of {data.num_documents:,} documents hold no token. They keep their numbers and are not trained on."
+        )
     if not ends_with_eos:
         warn(f"{prefix}: documents do not end with the end-of-text token; the model will not learn where to stop.")
-    _publish(prefix, {"json": prefix + ".json.tmp"}, manifest)
+    _publish(prefix, {}, manifest)
     return manifest

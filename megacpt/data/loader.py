@@ -18,10 +18,10 @@ from megacpt.config.decisions import Decision, skips_of, weight_changes
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.curriculum import digest_of
-from megacpt.data.manifest import expand_files, expand_paths
+from megacpt.data.manifest import expand_files, expand_paths, make_room_for
 from megacpt.data.mixture import Order, row_of
 from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
-from megacpt.errors import DataError
+from megacpt.errors import ConfigError, DataError
 
 IGNORE = -100
 
@@ -114,7 +114,11 @@ def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -
 
 
 def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
-    return {name: DomainData(expand_paths(recipe.data[name].paths)) for name in names}
+    """Raises DataError for damaged data, ConfigError if this process may not open so many files."""
+    prefixes = {name: expand_paths(recipe.data[name].paths) for name in names}
+    if problems := make_room_for(sum(map(len, prefixes.values()))):
+        raise ConfigError(problems)
+    return {name: DomainData(found) for name, found in prefixes.items()}
 
 
 def pad_token(domains: dict[str, DomainData], fallback: int | None) -> int:
@@ -236,6 +240,7 @@ class StepData:
     """One step as one data rank sees it."""
 
     micro_batches: list[Batch]
+    """Or what model/inputs.py made of them ahead."""
     counts: StepCounts
     num_pairs: int
     """Visible pairs of query and key of the whole step."""

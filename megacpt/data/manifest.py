@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import resource
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from megacpt.errors import DataError
 
 FORMAT = 1
+OTHER_FILES = 128
+"""Kept free for what a process opens beside its data: libraries, sockets, logs, indices, a checkpoint."""
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
@@ -38,13 +41,20 @@ def read_manifest(prefix: str) -> dict[str, Any]:
         for kind in ("bin", "idx"):
             file, expected = f"{prefix}.{kind}", manifest[kind]["bytes"]
             actual = os.path.getsize(file) if os.path.isfile(file) else None
+            if type(expected) is not int:
+                raise TypeError(f"{kind}.bytes is {expected!r}")
             if actual != expected:
                 state = "is missing" if actual is None else f"has {actual:,} bytes"
                 raise DataError(f"{file}: {state}, but its manifest says {expected:,} bytes. Copy or prepare it again.")
         for key in ("documents", "tokens", "vocab_size", "eos_token_id"):
             if not isinstance(manifest[key], int | None):
                 raise TypeError(f"{key} is {manifest[key]!r}")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        for kind in ("bin", "idx", "labels"):
+            if (kind != "labels" or kind in manifest) and type(manifest[kind]["crc32"]) is not int:
+                raise TypeError(f"{kind}.crc32 is {manifest[kind]['crc32']!r}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}).") from None
     return manifest
 
@@ -56,7 +66,7 @@ def verify_data(prefix: str) -> dict[str, Any]:
         DataError: naming the file that differs.
     """
     manifest = read_manifest(prefix)
-    for kind in ("bin", "idx"):
+    for kind in ("bin", "idx", *(["labels"] if "labels" in manifest else [])):
         found, expected = crc32_of(f"{prefix}.{kind}"), manifest[kind]["crc32"]
         if found != expected:
             raise DataError(
@@ -98,6 +108,20 @@ def expand_files(paths: Sequence[str]) -> list[str]:
             raise DataError(f"{path}: no such file.")
         files += found
     return files
+
+
+def make_room_for(num_sets: int) -> list[str]:
+    """Raises this process's limit of open files where so many prepared sets need it (two each). What is wrong if it may not go so high."""
+    need = 2 * num_sets + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            return [
+                f"[data]: {num_sets:,} prepared sets need {need:,} open files, the system allows a process {hard:,} (ulimit -Hn). "
+                "Raise the limit, or prepare the data in fewer parts."
+            ]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    return []
 
 
 def crc32_of(path: str | Path) -> int:

@@ -7,32 +7,38 @@ processes, and the result does not depend on their number. Items of one length a
 of rows are filled at once: work grows with the number of distinct lengths, not of documents.
 
 An index is a folder: `row_start.bin` int64 [rows + 1] into the pieces, `piece_document.bin` uint32 or int64 [pieces],
-`piece_offset.bin` int32 [pieces]. A piece ends where its document or its row ends. Opening maps the files.
+`piece_offset.bin` and `piece_length.bin` int32 [pieces]. A piece ends where its document or its row ends.
+`index.json`, written last, holds the sizes and checksums of all and its own. An index that is not what it says is built again:
+it follows from the data alone.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 
 from megacpt.data.curriculum import buckets_of, read_scores
-from megacpt.data.indexed import IndexedDataset
-from megacpt.data.manifest import read_manifest
+from megacpt.data.indexed import CheckedFile, IndexedDataset, Numbers
+from megacpt.data.manifest import crc32_of, read_manifest
 from megacpt.data.permutation import permute
 from megacpt.errors import DataError
-from megacpt.log import info, short_number
+from megacpt.files import new_folder, sealed, unsealed, write_atomically
+from megacpt.log import info, short_number, warn
 
-VERSION = 2
+VERSION = 3
 BLOCK_DOCUMENTS = 1 << 20
 
 
@@ -140,16 +146,36 @@ def pack_concatenated(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np
     return counts, documents, begins - starts[documents]
 
 
-class DomainData:
-    """The prepared sets of a domain as one run of documents, numbered through."""
+def piece_lengths(documents: np.ndarray, counts: np.ndarray, offsets: np.ndarray, seq_len: int) -> np.ndarray:
+    """Tokens of each piece: to the end of its document or of its row. Only a row's last piece can be cut by its row.
 
-    def __init__(self, prefixes: list[str]):
+    Args:
+        documents: [pieces] tokens of each piece's document. counts: [rows] pieces of each row. offsets: [pieces].
+    """
+    rest = documents.astype(np.int64) - offsets
+    before = np.cumsum(rest) - rest
+    begins = before - np.repeat(before[np.cumsum(counts) - counts], counts)
+    return np.minimum(rest, seq_len - begins)
+
+
+class DomainData:
+    """The prepared sets of a domain as one run of documents, numbered through.
+
+    Args:
+        verify: compare the indices with the checksums in their manifests.
+    """
+
+    def __init__(self, prefixes: list[str], verify: bool = True):
         self.prefixes = prefixes
         self.manifests = [read_manifest(prefix) for prefix in prefixes]
-        self.sets = [IndexedDataset(prefix, check=False) for prefix in prefixes]
-        self.first = np.cumsum([0] + [data.num_documents for data in self.sets])
-        self.num_documents = int(self.first[-1])
+        self.sets = [
+            IndexedDataset(prefix, check=False, crc32=manifest["idx"]["crc32"] if verify else None)
+            for prefix, manifest in zip(prefixes, self.manifests, strict=True)
+        ]
+        self.first = [0, *accumulate(data.num_documents for data in self.sets)]
+        self.num_documents = self.first[-1]
         self.num_tokens = sum(data.num_tokens for data in self.sets)
+        self._labels: dict[int, Numbers] = {}
 
     def fingerprint(self) -> str:
         """By content: the CRCs and sizes that the manifests record."""
@@ -162,7 +188,7 @@ class DomainData:
         for first, data in zip(self.first, self.sets, strict=False):
             a, b = max(begin - first, 0), min(end - first, data.num_documents)
             if a < b:
-                blocks.append(np.asarray(data.lengths[a:b]))
+                blocks.append(data.lengths_of(a, b))
         return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
 
     def labelled(self, begin: int, end: int, wanted: tuple[str, ...]) -> np.ndarray:
@@ -174,74 +200,148 @@ class DomainData:
         if not wanted:
             return np.ones(end - begin, bool)
         parts = []
-        for first, data, prefix, manifest in zip(self.first, self.sets, self.prefixes, self.manifests, strict=False):
+        for which, (first, data) in enumerate(zip(self.first, self.sets, strict=False)):
             a, b = max(begin - first, 0), min(end - first, data.num_documents)
-            if a >= b:
-                continue
-            facts = manifest.get("labels")
-            if facts is None:
-                raise DataError(f"{prefix}: was prepared without labels. Prepare it with --domain-field.")
-            stored = _map(Path(f"{prefix}.labels"), np.dtype("<u2"), data.num_documents)
-            numbers = [i for i, name in enumerate(facts["names"]) if name in wanted]
-            parts.append(np.isin(stored[a:b], numbers))
+            if a < b:
+                names = self._labels_of(which)
+                numbers = [i for i, name in enumerate(self.manifests[which]["labels"]["names"]) if name in wanted]
+                parts.append(np.isin(names[a:b], numbers))
         return np.concatenate(parts) if parts else np.zeros(0, bool)
 
+    def _labels_of(self, which: int) -> Numbers:
+        """uint16 [documents of a set]."""
+        if which not in self._labels:
+            prefix, facts = self.prefixes[which], self.manifests[which].get("labels")
+            if facts is None:
+                raise DataError(f"{prefix}: was prepared without labels. Prepare it with --domain-field.")
+            count = self.sets[which].num_documents
+            try:
+                file = CheckedFile(Path(f"{prefix}.labels"), 2 * count, facts["crc32"])
+            except OSError as error:
+                raise DataError(f"{prefix}.labels: {error.strerror}. Prepare the data again.") from None
+            self._labels[which] = Numbers(file, "<u2", 0, count)
+        return self._labels[which]
+
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        which = int(np.searchsorted(self.first, document, side="right")) - 1
-        return self.sets[which].read(document - int(self.first[which]), offset, length)
+        which = bisect_right(self.first, document) - 1
+        return self.sets[which].read(document - self.first[which], offset, length)
 
     def length(self, document: int) -> int:
-        which = int(np.searchsorted(self.first, document, side="right")) - 1
-        return int(self.sets[which].lengths[document - int(self.first[which])])
+        which = bisect_right(self.first, document) - 1
+        return self.sets[which].length_of(document - self.first[which])
+
+
+class Unsound(Exception):
+    """A packing index is not what it says. It can be built again."""
 
 
 class PackingIndex:
-    """Rows of a packed domain, mapped from disk."""
+    """Rows of a packed domain, read from disk when they are asked for.
+
+    Raises:
+        FileNotFoundError: if there is none. Unsound: if it is damaged, or another's.
+    """
 
     def __init__(self, directory: Path, domain: DomainData, seq_len: int):
-        self.domain, self.seq_len = domain, seq_len
-        meta = json.loads((directory / "index.json").read_text())
-        self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]
-        self.bucket_rows: list[int] = meta["bucket_rows"]
-        """Rows before each bucket of a curriculum, and all of them; [0, rows] without one."""
-        self._row_start = _map(directory / "row_start.bin", np.int64, self.num_rows + 1)
-        self._document = _map(directory / "piece_document.bin", np.dtype(meta["document_dtype"]), self.num_pieces)
-        self._offset = _map(directory / "piece_offset.bin", np.int32, self.num_pieces)
+        self.directory, self.domain, self.seq_len = directory, domain, seq_len
+        if not directory.exists():
+            raise FileNotFoundError(directory)
+        try:
+            meta = unsealed(json.loads((directory / "index.json").read_bytes()))
+            if (meta["version"], meta["name"]) != (VERSION, directory.name):
+                raise ValueError(f"it is {meta['name']!r} of version {meta['version']}")
+            self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]
+            self.bucket_rows: list[int] = meta["bucket_rows"]
+            """Rows before each bucket of a curriculum, and all of them; [0, rows] without one."""
+            files = {name: CheckedFile(directory / name, *meta["files"][name]) for name in FILES}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Unsound(str(error) if isinstance(error, DataError) else f"index.json: {error}") from None
+        self._row_start = Numbers(files["row_start.bin"], np.int64, 0, self.num_rows + 1)
+        self._document = Numbers(files["piece_document.bin"], meta["document_dtype"], 0, self.num_pieces)
+        self._offset = Numbers(files["piece_offset.bin"], np.int32, 0, self.num_pieces)
+        self._length = Numbers(files["piece_length.bin"], np.int32, 0, self.num_pieces)
 
     def row(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, offset, length) of every piece of a row."""
-        pieces, room = [], self.seq_len
-        for i in range(int(self._row_start[row]), int(self._row_start[row + 1])):
-            document, offset = int(self._document[i]), int(self._offset[i])
-            length = min(room, self.domain.length(document) - offset)
-            pieces.append((document, offset, length))
-            room -= length
-        return pieces
+        """(document, offset, length) of every piece of a row.
+
+        Raises:
+            DataError: if a file was cut or changed since it was opened.
+        """
+        try:
+            begin, end = self._row_start[row : row + 2].tolist()
+            columns = [numbers[begin:end].tolist() for numbers in (self._document, self._offset, self._length)]
+        except DataError as error:
+            raise DataError(f"{error} Start again: this packing index is then built again.") from None
+        return list(zip(*columns, strict=True))
 
 
-def _map(path: Path, dtype, count: int) -> np.ndarray:
-    expected = count * np.dtype(dtype).itemsize
-    actual = path.stat().st_size if path.is_file() else None
-    if actual != expected:
-        raise DataError(
-            f"{path}: has {actual} bytes, its index asks for {expected}. Remove {path.parent}; it is rebuilt."
-        )
-    return np.memmap(path, dtype, "r") if count else np.empty(0, dtype)
+FILES = ("row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin")
 
 
 def open_index(domain: DomainData, selection: Selection, cache: str, workers: int = 1) -> PackingIndex:
-    """The packing index of a domain, built if the cache does not hold it.
+    """The packing index of a domain, built if the cache does not hold it or what it holds is damaged.
 
-    Memory is flat: a block of documents at a time. Writes to a folder of its own and renames it: two that build the
-    same index at once do not disturb each other.
+    Memory is flat: a block of documents at a time. One process builds, others that want the same index wait for it; where the file
+    system has no locks each builds its own, and the first that is done is taken.
     """
     digest = hashlib.sha256(
         json.dumps([VERSION, BLOCK_DOCUMENTS, domain.fingerprint(), asdict(selection) | {"scores": []}]).encode()
     ).hexdigest()[:24]
     final = Path(cache) / f"{selection.method}-{selection.seq_len}-{digest}"
-    if not (final / "index.json").is_file():
-        _build(domain, selection, final, workers)
-    return PackingIndex(final, domain, selection.seq_len)
+    with contextlib.suppress(FileNotFoundError, Unsound):
+        return PackingIndex(final, domain, selection.seq_len)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final):
+            try:
+                return PackingIndex(final, domain, selection.seq_len)  # by another process, in between
+            except FileNotFoundError:
+                pass
+            except Unsound as error:
+                warn(f"{final}: the packing index is damaged and is built again: {error}")
+                shutil.rmtree(final) if final.is_dir() and not final.is_symlink() else final.unlink()
+            _build(domain, selection, final, workers)
+        return PackingIndex(final, domain, selection.seq_len)
+    except OSError as error:
+        raise DataError(
+            f"{final}: the packing index cannot be written: {error.strerror or error}. Make room or make {final.parent} writable, or set "
+            "packing.directory to another folder."
+        ) from None
+    except Unsound as error:
+        raise DataError(f"{final}: is damaged again after it was built: {error}. Look at the disk.") from None
+
+
+@contextlib.contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    """Only one process at a time, of all machines, where the file system has locks."""
+    path, told = final.parent / f".{final.name}.lock", False
+    while True:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            try:  # of the process, so that those that it forks do not hold it when it is killed
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not told:
+                    info(f"{final}: another process builds this packing index; waiting for it")
+                told = True
+                fcntl.lockf(handle, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                break  # the one before removes its lock: only the file that is there now counts
+        except OSError as error:
+            if error.errno == errno.ENOENT:  # removed between two looks
+                pass
+            elif error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF):
+                break
+            else:
+                os.close(handle)
+                raise
+        os.close(handle)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(handle)
 
 
 def held_out(domain: DomainData, selection: Selection) -> np.ndarray:
@@ -268,42 +368,15 @@ def held_out(domain: DomainData, selection: Selection) -> np.ndarray:
 
 def _build(domain: DomainData, selection: Selection, final: Path, workers: int) -> None:
     begin = time.monotonic()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))  # its own, also among hosts
     for prefix in domain.prefixes:
         IndexedDataset(prefix, check=True)  # once: a damaged index must not become rows
-    withheld = held_out(domain, selection)
-    dtype = np.dtype(np.uint32 if domain.num_documents < 2**32 else np.int64)
-    rows = pieces = 0
-    with (
-        open(partial / "row_start.bin", "wb") as row_file,
-        open(partial / "piece_document.bin", "wb") as document_file,
-        open(partial / "piece_offset.bin", "wb") as offset_file,
-    ):
-        row_file.write(np.zeros(1, np.int64).tobytes())
-        edges = [0]
-        for bucket, counts, documents, offsets in _parts(domain, selection, withheld, workers):
-            edges += [rows] * (bucket + 1 - len(edges))
-            row_file.write((np.cumsum(counts) + pieces).astype(np.int64).tobytes())
-            document_file.write(documents.astype(dtype).tobytes())
-            offset_file.write(offsets.astype(np.int32).tobytes())
-            rows, pieces = rows + len(counts), pieces + len(documents)
-    (partial / "index.json").write_text(
-        json.dumps(
-            {
-                "rows": rows,
-                "pieces": pieces,
-                "bucket_rows": [*edges, *[rows] * (selection.buckets + 1 - len(edges))],
-                "document_dtype": str(dtype),
-                "prefixes": domain.prefixes[:100],
-                **asdict(selection),
-            }
-        )
-    )
     try:
-        os.rename(partial, final)
-    except OSError:  # another process was faster; its index is the same
-        shutil.rmtree(partial)
+        with new_folder(final) as partial:
+            rows = _write_rows(domain, selection, partial, final.name, workers)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return  # without locks another process was faster; its index is the same
     seconds = time.monotonic() - begin
     if domain.num_documents > 100_000:
         rate = short_number(domain.num_documents / max(seconds, 1e-9) / max(1, workers))
@@ -313,10 +386,43 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
         )
 
 
+def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: str, workers: int) -> int:
+    """Packs into the files of an index, index.json last. Returns the number of rows."""
+    withheld = held_out(domain, selection)
+    dtype = np.dtype(np.uint32 if domain.num_documents < 2**32 else np.int64)
+    rows = pieces = 0
+    with contextlib.ExitStack() as stack:
+        row_file, document_file, offset_file, length_file = (
+            stack.enter_context(open(folder / file, "wb")) for file in FILES
+        )
+        row_file.write(np.zeros(1, np.int64).tobytes())
+        edges = [0]
+        for bucket, counts, documents, offsets, lengths in _parts(domain, selection, withheld, workers):
+            edges += [rows] * (bucket + 1 - len(edges))
+            row_file.write((np.cumsum(counts) + pieces).astype(np.int64).tobytes())
+            document_file.write(documents.astype(dtype).tobytes())
+            offset_file.write(offsets.astype(np.int32).tobytes())
+            length_file.write(lengths.astype(np.int32).tobytes())
+            rows, pieces = rows + len(counts), pieces + len(documents)
+    facts = {
+        "version": VERSION,
+        "name": name,
+        "rows": rows,
+        "pieces": pieces,
+        "bucket_rows": [*edges, *[rows] * (selection.buckets + 1 - len(edges))],
+        "document_dtype": str(dtype),
+        "files": {file: ((folder / file).stat().st_size, crc32_of(folder / file)) for file in FILES},
+        "prefixes": domain.prefixes[:100],
+        **asdict(selection),
+    }
+    write_atomically(folder / "index.json", sealed(facts))
+    return rows
+
+
 def _parts(
     domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(bucket, pieces of each row, documents, offsets) in the order of the index."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(bucket, pieces of each row, documents, offsets, lengths) in the order of the index."""
     if not selection.scores:
         yield from ((0, *block) for block in _blocks(domain, selection, withheld, workers))
         return
@@ -332,7 +438,7 @@ def _parts(
 
 def _blocks(
     domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     starts = range(0, domain.num_documents, BLOCK_DOCUMENTS)
     tasks = ((domain, selection, withheld, start) for start in starts)
     if workers <= 1 or len(starts) <= 1:
@@ -349,10 +455,16 @@ def _blocks(
 
 
 def _pack_prefixes(prefixes: list[str], selection: Selection, withheld: np.ndarray, start: int):
-    return _pack_block((DomainData(prefixes), selection, withheld, start))
+    return _pack_block((_domain_of(tuple(prefixes)), selection, withheld, start))
 
 
-def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@lru_cache(1)
+def _domain_of(prefixes: tuple[str, ...]) -> DomainData:
+    """Of this worker process; its indices were verified where the work comes from."""
+    return DomainData(list(prefixes), verify=False)
+
+
+def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     domain, selection, withheld, start = task
     lengths = domain.lengths(start, min(start + BLOCK_DOCUMENTS, domain.num_documents))
     inside = withheld[(withheld >= start) & (withheld < start + len(lengths))] - start
@@ -365,4 +477,5 @@ def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         documents = np.flatnonzero(keep)
     pack = pack_best_fit if selection.method == "best_fit" else pack_concatenated
     counts, which, offsets = pack(lengths[documents], selection.seq_len)
-    return counts, documents[which] + start, offsets
+    places = documents[which]
+    return counts, places + start, offsets, piece_lengths(lengths[places], counts, offsets, selection.seq_len)

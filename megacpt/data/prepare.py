@@ -29,6 +29,7 @@ from megacpt.data.manifest import FORMAT
 from megacpt.data.text import BadLine, Piece, cut, find_files, line_in_file, read_piece
 from megacpt.data.tokenizer import FastTokenizer, Tokenizer
 from megacpt.errors import ConfigError, DataError
+from megacpt.files import write_atomically
 from megacpt.log import duration, info, short_number
 
 _BATCH_CHARS = 1 << 20
@@ -78,7 +79,10 @@ def prepare(
     tokenizer = Tokenizer(options.tokenizer, options.eos_token)
     if options.eos and tokenizer.eos_id is None:
         raise ConfigError(
-            [f"{options.tokenizer}: names no end-of-text token. Give --eos-token TEXT, or --no-eos."], "the tokenizer"
+            [
+                f"{options.tokenizer}: names no end-of-text token that is in its vocabulary. Give --eos-token TEXT, or --no-eos."
+            ],
+            "the tokenizer",
         )
     if options.engine == "gigatoken":
         _require_gigatoken()
@@ -164,7 +168,7 @@ def _open_plan(parts: Path, pieces: list[Piece], options: Options, tokenizer: To
         for stale in parts.iterdir():
             if stale.name != "lock":
                 stale.unlink()
-        path.write_text(digest)
+        write_atomically(path, digest)
 
 
 def _tokenize_all(parts: Path, pieces: list[Piece], options: Options, vocab_size: int, workers: int) -> None:
@@ -341,9 +345,7 @@ def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
     report["bad_lines"] = len(bad)
     report["bad_examples"] = [(b.path, line_in_file(piece, b.line), b.reason) for b in bad[:SHOWN_BAD_LINES]]
     if len(bad) <= worker.options.max_bad_lines:
-        with open(stem + ".tmp", "w") as file:
-            json.dump(report, file)
-        os.replace(stem + ".tmp", stem + ".json")
+        write_atomically(stem + ".json", json.dumps(report))
     return report
 
 

@@ -9,11 +9,15 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megacpt.errors import ConfigError, DataError
+from megacpt.log import warn
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES, PIECES = 2 << 20, 256 << 20, 1024
 MAX_DOCUMENT_BYTES = 1 << 30
@@ -57,9 +61,11 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
     files, problems = [], []
     for given in inputs:
         if os.path.isdir(given):
-            found = sorted(str(p) for p in Path(given).rglob("*") if p.is_file() and not p.name.startswith("."))
-            if not found:
-                problems.append(f"{given}: an empty folder.")
+            found, broken = _walk(given)
+            problems += [f"{link}: a link to what is not there. Fetch its content, or remove it." for link in broken]
+            found = _without_cards(found, kind)
+            if not found and not broken:
+                problems.append(f"{given}: a folder without files (hidden ones and hidden folders are left out).")
         elif os.path.isfile(given):
             found = [given]
         else:
@@ -76,6 +82,38 @@ def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
     if problems:
         raise ConfigError(problems[:20] + ([f"… and {len(problems) - 20} more"] if problems[20:] else []), "the input")
     return files
+
+
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """(files, links to nothing) of a folder, sorted. Hidden files and folders (caches, copies of editors) are left out; links to folders
+    are followed, each folder once."""
+    files, broken, seen = [], [], {os.path.realpath(folder)}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            true = os.path.realpath(os.path.join(where, name))
+            if true in seen:
+                warn(f"{os.path.join(where, name)}: the same folder as one that is read already; it is left out.")
+            else:
+                kept.append(name)
+            seen.add(true)
+        folders[:] = kept
+        paths = [os.path.join(where, name) for name in names if not name.startswith(".")]
+        files += [path for path in paths if os.path.isfile(path)]
+        broken += [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
+    return sorted(files), sorted(broken)
+
+
+def _without_cards(files: list[str], kind: str) -> list[str]:
+    """A README.md among files of records is the data set's card, not one of its documents."""
+    kinds = {_KINDS.get(Path(_bare(path)).suffix.lower()) for path in files}
+    cards = [path for path in files if Path(path).name.lower() == "readme.md"]
+    if kind != "auto" or not cards or not kinds & {"jsonl", "parquet"}:
+        return files
+    warn(
+        f"{', '.join(cards[:3])}: a description of the data, left out. Name it among the inputs to read it as a document."
+    )
+    return [path for path in files if path not in cards]
 
 
 def cut(files: list[tuple[str, str]]) -> list[Piece]:
@@ -116,16 +154,78 @@ def _bare(path: str) -> str:
     return path[: path.rindex(".")] if path.endswith((".gz", ".zst")) else path
 
 
-def _open(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
+@contextmanager
+def _open(path: str) -> Iterator[io.BufferedIOBase]:
+    """The file's content, unpacked. What is wrong with an archive is an error of ours that names the file and the place.
+
+    Raises:
+        DataError: for an archive that is damaged or cut short.
+    """
+    with open(path, "rb") as raw:
+        try:
+            if path.endswith(".gz"):
+                with gzip.GzipFile(fileobj=raw) as file:
+                    yield file
+            elif path.endswith(".zst"):
+                with io.BufferedReader(_ZstdReader(raw), 1 << 20) as file:
+                    yield file
+            else:
+                yield raw
+        except (EOFError, zlib.error, gzip.BadGzipFile, _BadArchive) as error:
+            raise DataError(
+                f"{path}: damaged archive: {error}, at byte {raw.tell():,} of {os.path.getsize(path):,}. Copy it again."
+            ) from None
+        except MemoryError as error:
+            raise DataError(
+                f"{path}: no memory to unpack it ({error}). Fewer --workers need less, or pack it again without zstd's --long."
+            ) from None
+
+
+class _BadArchive(Exception):
+    pass
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of zstd, one behind the other, skippable ones among them, with windows of up to 2 GiB (`zstd --long=31`). The library's own
+    stream reader takes the end of the file for the end of the data, also inside a frame."""
+
+    INPUT_BYTES = 4096
+    """Read at once. A block of 128 KiB may be packed into four bytes, so what comes out stays below 128 MiB."""
+
+    def __init__(self, file: io.BufferedIOBase):
         import zstandard
 
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True), 1 << 20
-        )
-    return open(path, "rb")
+        self._file, self._error = file, zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame = None
+        """The frame that is open; None between frames."""
+        self._waiting, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            packed = self._waiting or self._file.read(self.INPUT_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise _BadArchive("it ends inside a frame")
+                return 0
+            self._unpack(packed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _unpack(self, packed: bytes) -> None:
+        if self._frame is None:
+            self._frame = self._decompressor.decompressobj()
+        try:
+            self._ready = memoryview(self._frame.decompress(packed))
+        except self._error as error:  # "Allocation error", "Frame requires too much memory"
+            raise (MemoryError if "memory" in str(error) else _BadArchive)(str(error)) from None
+        self._waiting = b""
+        if self._frame.eof:
+            self._waiting, self._frame = self._frame.unused_data, None
 
 
 Record = tuple[str | BadLine, int, str]
@@ -144,27 +244,20 @@ def read_piece(piece: Piece, field: str, label: str | None = None) -> Iterator[R
 
 def _read_jsonl(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
     path = piece.paths[0]
-    try:
-        with _open(path) as file:
-            raw = file if piece.end >= 0 else None
-            if piece.begin:
-                file.seek(piece.begin - 1)
-                file.readline()  # the line that began in the piece before, or the newline that ended it
-            position, number = file.tell() if raw else 0, 0
-            while piece.end < 0 or position < piece.end:
-                line = file.readline(MAX_DOCUMENT_BYTES)
-                if not line:
-                    break
-                number, position = number + 1, position + len(line)
-                if line.strip():
-                    text, name = _parse(line, field, label, path, number)
-                    yield text, position - piece.begin, name
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged archive: {error}. Copy it again.") from None
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise DataError(f"{path}: damaged archive: {error}. Copy it again.") from None
-        raise
+    with _open(path) as file:
+        raw = file if piece.end >= 0 else None
+        if piece.begin:
+            file.seek(piece.begin - 1)
+            file.readline()  # the line that began in the piece before, or the newline that ended it
+        position, number = file.tell() if raw else 0, 0
+        while piece.end < 0 or position < piece.end:
+            line = file.readline(MAX_DOCUMENT_BYTES)
+            if not line:
+                break
+            number, position = number + 1, position + len(line)
+            if line.strip():
+                text, name = _parse(line, field, label, path, number)
+                yield text, position - piece.begin, name
 
 
 def _parse(line: bytes, field: str, label: str | None, path: str, number: int) -> tuple[str | BadLine, str]:
@@ -173,7 +266,7 @@ def _parse(line: bytes, field: str, label: str | None, path: str, number: int) -
         record = json.loads(line)
     except UnicodeDecodeError as error:
         return bad(f"invalid UTF-8: {error.reason} at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
         return bad(f"not valid JSON: {error}")
     if not isinstance(record, dict):
         return bad(f"is a {type(record).__name__}, not an object")
@@ -186,6 +279,8 @@ def _parse(line: bytes, field: str, label: str | None, path: str, number: int) -
 
 
 def _checked(text, field: str, path: str, number: int) -> str | BadLine:
+    if isinstance(text, UnicodeDecodeError):
+        return BadLine(path, number, f"field {field!r}: invalid UTF-8: {text.reason} at byte {text.start}")
     if not isinstance(text, str):
         return BadLine(path, number, f"field {field!r} is a {type(text).__name__}, not a string")
     try:
@@ -203,13 +298,21 @@ def _parquet_pieces(path: str, size: int, piece_bytes: int) -> list[Piece]:
 
 
 def _parquet(path: str):
-    import pyarrow
     import pyarrow.parquet
 
+    with _parquet_errors(path, "not a parquet file"):
+        file = pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+
+
+@contextmanager
+def _parquet_errors(path: str, what: str) -> Iterator[None]:
+    import pyarrow
+
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({error}).") from None
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: {what} ({str(error).splitlines()[0]}). Copy it again.") from None
 
 
 def _read_parquet(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
@@ -218,20 +321,41 @@ def _read_parquet(piece: Piece, field: str, label: str | None) -> Iterator[Recor
     names = file.schema_arrow.names
     columns = [field] if label is None else [field, label]
     for column, flag in zip(columns, ("--text-field", "--domain-field"), strict=False):
-        if column not in names:
-            raise DataError(f"{path}: has no column {column!r}; its columns are {', '.join(names)}. Give {flag}.")
+        if names.count(column) != 1:
+            many = f"{names.count(column)} columns {column!r}" if column in names else f"no column {column!r}"
+            raise DataError(f"{path}: has {many}; its columns are {', '.join(names)}. Give {flag}.")
     before = sum(file.metadata.row_group(g).num_rows for g in range(piece.begin))
     rows = max(1, sum(file.metadata.row_group(g).num_rows for g in range(piece.begin, piece.end)))
     number = 0
-    for batch in file.iter_batches(256, row_groups=range(piece.begin, piece.end), columns=columns):
-        texts = batch.column(columns[0]).to_pylist()
-        labels = batch.column(label).to_pylist() if label is not None else [""] * len(texts)
+    batches = file.iter_batches(256, row_groups=range(piece.begin, piece.end), columns=columns)
+    while True:
+        with _parquet_errors(path, f"damaged behind row {before + number:,}"):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            texts = _values(batch.column(columns[0]))
+            labels = _values(batch.column(label)) if label is not None else [""] * len(texts)
         for value, name in zip(texts, labels, strict=True):
             number += 1
             text = _checked(value, field, path, before + number)
-            if not isinstance(name, str):
-                text = BadLine(path, before + number, f"field {label!r} is a {type(name).__name__}, not a string")
-            yield text, piece.num_bytes * number // rows, name or ""
+            if label is not None and isinstance(bad := _checked(name, label, path, before + number), BadLine):
+                text, name = bad, ""
+            yield text, piece.num_bytes * number // rows, name
+
+
+def _values(column) -> list:
+    """Of a column of parquet. In the place of a string that is no UTF-8 stands the error: it is one bad line, not the end of the file."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _read_text(piece: Piece, field: str, label: str | None) -> Iterator[Record]:

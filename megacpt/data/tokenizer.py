@@ -1,12 +1,17 @@
 """Tokenizers as data preparation needs them: text in, ids out. Hugging Face directories, tokenizer.json, sentencepiece."""
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
+from megacpt.data.pieces import as_llama, from_sentencepiece
+from megacpt.data.side_files import SideFiles, add_tokens, read_side_files
 from megacpt.errors import ConfigError
 
 TOKENIZER_FILES = (
@@ -18,80 +23,79 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
+"""All that a folder may hold of a tokenizer."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Of them, those that hold a vocabulary of their own."""
 
 
 class Tokenizer:
-    """A tokenizer file and the ids that preparation needs.
+    """A tokenizer with all of its folder's files taken into account, and the ids that preparation needs.
 
     Attributes:
         vocab_size: one more than the largest id.
         bos_id, eos_id: None where there is none.
-        sha256: of the tokenizer's file.
+        sha256: of the tokenizer's file, and of what other files of the folder add to its ids.
+
+    Raises:
+        ConfigError: if there is none, or its files contradict each other.
     """
 
     def __init__(self, path: str | Path, eos_token: str | None = None):
         self.path = str(path)
         file = _tokenizer_file(Path(path))
-        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        config = _side_files(file.parent)
+        content, side = file.read_bytes(), read_side_files(file.parent)
         if file.suffix == ".model":
-            import sentencepiece
-
-            try:
-                self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            except (RuntimeError, OSError) as error:
-                raise ConfigError(
-                    [
-                        f"{file}: not a sentencepiece model ({str(error).splitlines()[0]}). Meta's tiktoken file is not read; "
-                        "use the tokenizer.json of the Hugging Face form."
-                    ],
-                    "the tokenizer",
-                ) from None
-            self._tokenizer = None
-            self.vocab_size = self._pieces.vocab_size()
-            id_of = lambda token: i if (i := self._pieces.piece_to_id(token)) != self._pieces.unk_id() else None
-            self.eos_id = id_of(eos_token) if eos_token else _non_negative(self._pieces.eos_id())
-            self.bos_id = _non_negative(self._pieces.bos_id()) if config.get("add_bos_token", True) else None
+            self._tokenizer, side = from_sentencepiece(file, side)
         else:
-            import tokenizers
-
-            try:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises plain Exception
-                raise ConfigError([f"{file}: not a tokenizer.json ({error})."], "the tokenizer") from None
-            self._tokenizer.no_padding()
-            self._tokenizer.no_truncation()
-            self._pieces = None
-            self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-            self.eos_id = _find_eos(self._tokenizer, config, eos_token)
-            template = self._tokenizer.encode("a").ids
-            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-            self.bos_id = template[0] if len(template) > len(plain) and template[0] != plain[0] else None
+            self._tokenizer = _from_json(file, content, side)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        added = add_tokens(self._tokenizer, side, file)
+        keys = ("legacy", "add_prefix_space") if file.suffix == ".model" or side.is_llama else ()
+        more = {key: side.config[key] for key in (*keys, "split_special_tokens") if side.config.get(key) is not None}
+        if more.get("split_special_tokens"):
+            self._tokenizer.encode_special_tokens = True
+        digest = content + json.dumps([more, added], sort_keys=True).encode() if more or added else content
+        self.sha256 = hashlib.sha256(digest).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id = _find_eos(self._tokenizer, side, eos_token)
+        self.bos_id = _find_bos(self._tokenizer, side, file)
         if eos_token and self.eos_id is None:
             raise ConfigError([f"--eos-token {eos_token}: is not in the vocabulary of {file}."], "the tokenizer")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without BOS and EOS."""
-        if self._tokenizer is None:
-            return self._pieces.encode(list(texts))
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def token(self, number: int) -> str | None:
+        """The entry of an id, as the vocabulary spells it; None where there is none."""
+        return self._tokenizer.id_to_token(number)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    @functools.cached_property
+    def alphabet(self) -> str:
+        """What entries are spelled in: "bytes" as byte-level BPE does, "pieces" with "▁" for a space, or "text"."""
+        parts = (self._tokenizer.pre_tokenizer, self._tokenizer.decoder, self._tokenizer.normalizer)
+        described = "".join(part.__getstate__().decode() for part in parts if part is not None)
+        return "bytes" if "ByteLevel" in described else "pieces" if "▁" in described else "text"
+
     def spell(self, other: "Tokenizer", token: int) -> list[int]:
-        """Own ids of another tokenizer's token, by its text; by its bytes where they are no text by themselves. Without BOS."""
-        text = other.decode([token])
-        if "\ufffd" in text and self._tokenizer is not None and other._tokenizer is not None:
-            found = self._tokenizer.model.tokenize(other._tokenizer.id_to_token(token))
-            return [piece.id for piece in found]
-        return [i for i in self.encode_batch([text])[0] if i != self.bos_id]
+        """Own ids of the parts of another tokenizer's token. Without BOS."""
+        entry = other.token(token)
+        if entry is None:
+            return []
+        if (own := self.id_of(entry)) is not None:
+            return [own]
+        if self.alphabet == other.alphabet != "text":
+            return [piece.id for piece in self._tokenizer.model.tokenize(entry)]
+        return self.encode_batch([other.decode([token])])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        ids = [int(i) for i in ids]
-        return (
-            self._pieces.decode(ids)
-            if self._tokenizer is None
-            else self._tokenizer.decode(ids, skip_special_tokens=False)
-        )
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 class FastTokenizer:
@@ -137,30 +141,70 @@ def _tokenizer_file(path: Path) -> Path:
     )
 
 
-def _side_files(directory: Path) -> dict:
-    """tokenizer_config.json over generation_config.json over config.json, what there is of them."""
-    merged: dict = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            try:
-                content = json.loads((directory / name).read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError([f"{directory / name}: not valid JSON: {error}"], "the tokenizer") from None
-            merged.update({k: v for k, v in content.items() if v is not None})
-    return merged
+def _from_json(file: Path, content: bytes, side: SideFiles) -> tokenizers.Tokenizer:
+    """Raises ConfigError for what is no tokenizer.json, and for added tokens that get other ids than the file says."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        written = json.loads(content)
+        added = written.get("added_tokens", [])
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError([f"{file}: not a tokenizer.json ({error})."], "the tokenizer") from None
+    for token in added:
+        if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise ConfigError(
+                [
+                    f"{file}: added token {token['content']!r} has id {token['id']} there, but the library reads it as {found}: it is not "
+                    "in the vocabulary, and the vocabulary reaches over its id. Take the original file."
+                ],
+                "the tokenizer",
+            )
+    return as_llama(tokenizer, side, file) if side.is_llama else tokenizer
 
 
-def _find_eos(tokenizer, config: dict, eos_token: str | None) -> int | None:
-    name = eos_token or config.get("eos_token")
-    name = name.get("content") if isinstance(name, dict) else name
+def _find_eos(tokenizer: tokenizers.Tokenizer, side: SideFiles, eos_token: str | None) -> int | None:
+    """As named on the command line, by the folder's files, or by its model; guessed only where nobody names it."""
+    name = eos_token or side.name("eos_token")
     if name is not None:
         return tokenizer.token_to_id(name)
-    ids = config.get("eos_token_id")
-    if ids is not None:
-        return ids[0] if isinstance(ids, list) else ids
+    ids = side.config.get("eos_token_id")
+    ids = ids[0] if isinstance(ids, list) and ids else ids
+    if isinstance(ids, int):
+        return ids
     known = (tokenizer.token_to_id(token) for token in ("<|end_of_text|>", "</s>", "<|endoftext|>", "<eos>"))
     return next((i for i in known if i is not None), None)
 
 
-def _non_negative(number: int) -> int | None:
-    return number if number >= 0 else None
+def _find_bos(tokenizer: tokenizers.Tokenizer, side: SideFiles, file: Path) -> int | None:
+    """What the tokenizer's own template puts before a text.
+
+    Raises:
+        ConfigError: if the template's id is no token, or another than the named one.
+    """
+    plain = _some_text(tokenizer)
+    if plain is None:
+        return None
+    text, ids = plain
+    template = tokenizer.encode(text).ids
+    before = next((i for i in range(len(template)) if template[i : i + len(ids)] == ids), 0)
+    if before == 0:
+        return None
+    name, bos = side.name("bos_token"), template[0]
+    named = None if name is None else tokenizer.token_to_id(name)
+    if tokenizer.id_to_token(bos) is None or (named is not None and named not in template[:before]):
+        raise ConfigError(
+            [
+                f"{file}: its template begins a text with id {bos}, which is {tokenizer.id_to_token(bos)!r}; "
+                f"{name!r} has id {named}. The file was changed after its template was made. Take the original file."
+            ],
+            "the tokenizer",
+        )
+    return bos
+
+
+def _some_text(tokenizer: tokenizers.Tokenizer) -> tuple[str, list[int]] | None:
+    """A text that the vocabulary knows, and its ids."""
+    entries = (entry for entry, _ in sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda e: e[1]))
+    for text in itertools.chain(("a", "A", "0", "."), itertools.islice(entries, 1000)):
+        if ids := tokenizer.encode(text, add_special_tokens=False).ids:
+            return text, ids
+    return None

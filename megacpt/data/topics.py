@@ -3,7 +3,6 @@ n-grams need no word borders, so Chinese works as English does. Stored as numpy 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from megacpt.data.text import BadLine, cut, find_files, read_piece
 from megacpt.errors import ConfigError, DataError
+from megacpt.files import new_folder, publish_file, remove_abandoned, temporary, write_atomically
 
 FORMAT = 1
 BATCH = 512
@@ -39,10 +39,10 @@ class Topics:
     def save(self, directory: Path) -> None:
         if directory.exists():
             raise ConfigError([f"{directory}: exists. Give another --output or remove it."], "the arguments")
-        directory.mkdir(parents=True)
-        np.savez_compressed(directory / "weights.npz", weights=self.columns.T, bias=self.bias)
         facts = {"format": FORMAT, "names": self.names, **self.settings}
-        (directory / "topics.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with new_folder(directory) as partial:
+            np.savez_compressed(partial / "weights.npz", weights=self.columns.T, bias=self.bias)
+            write_atomically(partial / "topics.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Topics":
@@ -53,6 +53,8 @@ class Topics:
             settings = {key: facts[key] for key in ("features", "ngrams", "characters")}
             if facts["format"] != FORMAT or weights.shape != (len(facts["names"]), settings["features"]):
                 raise ValueError(f"format {facts['format']}, weights {weights.shape}, {len(facts['names'])} names")
+            if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
+                raise ValueError("weights that are not finite")
         except Exception as error:  # a damaged archive can raise anything
             raise DataError(f"{directory}: no model of topics ({type(error).__name__}: {error}).") from None
         return cls(facts["names"], weights, bias, settings)
@@ -131,7 +133,8 @@ def label(inputs: list[str], model: Path, output: Path, text_field: str, label_f
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
     topics, counts = Topics.load(model), Counter()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".tmp")
+    remove_abandoned(output.parent)
+    partial = temporary(output)
     waiting: list[str] = []
     with open(partial, "w", encoding="utf-8") as file:
 
@@ -146,9 +149,7 @@ def label(inputs: list[str], model: Path, output: Path, text_field: str, label_f
             if len(waiting) == BATCH:
                 flush()
         flush()
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, output)
+    publish_file(partial, output)
     return dict(counts)
 
 

@@ -1,8 +1,10 @@
 """Tokenizers that grow: train one on a new corpus, and append what it knows to an old one, whose ids stay as they are.
 
-sentencepiece: pieces of the new model that the old one lacks are appended with score 0 (as Chinese-LLaMA did), so they win as soon as
-they can be formed. Byte-level BPE has no scores: the new tokenizer's merges are appended behind the old ones, as far as their parts exist,
-in their own order; the old merges run first, so text in which no new token occurs is cut as before. Imports no torch.
+What is new stands behind what is old, in its own order: pieces of a sentencepiece model with scores below all old ones, merges of a BPE
+behind the old ones, as far as their parts exist. The old merges run first, so text in which no new token occurs is cut as before.
+(Chinese-LLaMA gave new pieces score 0, above all; transformers 5 ranks pieces by id, so that its ids were others than sentencepiece's.)
+
+That every old id stays is not left to the format: the result is loaded, and all ids are compared, before it is published. Imports no torch.
 """
 
 import json
@@ -10,9 +12,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megacpt.data.pieces import UNUSED, USER_DEFINED, read_model
 from megacpt.data.text import BadLine, cut, find_files, read_piece
 from megacpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from megacpt.errors import ConfigError
+from megacpt.files import new_folder
 
 
 def texts_of(
@@ -34,7 +38,8 @@ def train(inputs: list[str], output: Path, kind: str, vocab_size: int, eos_token
     """Trains a tokenizer and writes a Hugging Face directory. Returns its number of entries.
 
     Args:
-        kind: "bpe" (byte-level, as Llama 3) or "sentencepiece" (BPE with byte fall-back, as Llama 2).
+        kind: "bpe" (byte-level, as Llama 3) or "sentencepiece" (BPE with byte fall-back, as Llama 2, but without a space before the text:
+            with it, transformers 5 takes away one of those that the text begins with).
     """
     if output.exists():
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
@@ -47,10 +52,14 @@ def train(inputs: list[str], output: Path, kind: str, vocab_size: int, eos_token
             sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
             model_prefix=str(output / "tokenizer"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
             character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity",
-            max_sentence_length=1 << 20,
+            max_sentence_length=1 << 20, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
         )  # fmt: skip
         (output / "tokenizer.vocab").unlink()
-        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
+        config = {
+            "tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True,
+            "add_prefix_space": False, "legacy": False,
+        }  # fmt: skip
     else:
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -75,7 +84,7 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
     Args:
         most: entries to append at most, the new tokenizer's first ones.
     Raises:
-        ConfigError: if the two are of different kinds.
+        ConfigError: if the two are of different kinds, or an old id would move; nothing is written then.
     """
     if output.exists():
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
@@ -85,56 +94,106 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
             [f"{base} holds {kinds[0]}, {new} holds {kinds[1]}: both must be tokenizer.json (byte-level BPE) or both tokenizer.model "
              "(sentencepiece)."], "the tokenizers",
         )  # fmt: skip
-    before = Tokenizer(base).vocab_size
-    output.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file() and name != kinds[0]:
-            shutil.copyfile(base / name, output / name)
-    write = _merge_pieces if kinds[0] == "tokenizer.model" else _merge_merges
-    write(base / kinds[0], new / kinds[0], output / kinds[0], most)
-    return before, Tokenizer(output).vocab_size
+    old = Tokenizer(base)
+    with new_folder(output) as partial:
+        for name in TOKENIZER_FILES:
+            if (base / name).is_file() and name != kinds[0]:
+                shutil.copyfile(base / name, partial / name)
+        write = _merge_pieces if kinds[0] == "tokenizer.model" else _merge_merges
+        write(base, new, partial / kinds[0], most, old)
+        merged = Tokenizer(partial)
+        if problems := moved_ids(old, merged):
+            raise ConfigError([f"{base}: {problem} Nothing was written." for problem in problems], "the tokenizers")
+    return old.vocab_size, merged.vocab_size
 
 
-def _merge_pieces(base: Path, new: Path, output: Path, most: int | None) -> None:
-    from sentencepiece import sentencepiece_model_pb2 as proto
+def moved_ids(old: Tokenizer, new: Tokenizer) -> list[str]:
+    """What is no longer as it was, over all ids of the old tokenizer; nothing if the new one holds it."""
+    moved = [i for i in range(old.vocab_size) if (entry := old.token(i)) is not None and new.token(i) != entry]
+    problems = []
+    if moved:
+        first = moved[0]
+        entry = old.token(first)
+        problems.append(
+            f"{len(moved)} of {old.vocab_size} ids are other tokens than before, the first is {first}: {entry!r}, now "
+            f"{new.token(first)!r} ({entry!r} has id {new.id_of(entry)} now). Old ids must stay."
+        )
+    for what, before, after in (("BOS", old.bos_id, new.bos_id), ("EOS", old.eos_id, new.eos_id)):
+        if before is not None and before != after:
+            problems.append(f"{what} was id {before} and is {after} now.")
+    return problems
 
-    models = []
-    for path in (base, new):
-        model = proto.ModelProto()
-        model.ParseFromString(path.read_bytes())
-        models.append(model)
-    old, other = models
+
+def _merge_pieces(base: Path, new: Path, output: Path, most: int | None, tokenizer: Tokenizer) -> None:
+    """Tokens that stand beside the base's pieces become pieces with the same ids, so that new ones come behind them."""
+    old, other = (read_model(directory / "tokenizer.model") for directory in (base, new))
+    for i in range(len(old.pieces), tokenizer.vocab_size):
+        entry = tokenizer.token(i)
+        kind = UNUSED if entry is None else USER_DEFINED
+        old.pieces.add(piece=f"<unused_{i}>" if entry is None else entry, score=0.0, type=kind)
     known, added = {piece.piece for piece in old.pieces}, 0
+    lowest = min((piece.score for piece in old.pieces), default=0.0)
     for piece in other.pieces:
         if piece.piece in known or piece.type != piece.NORMAL or (most is not None and added >= most):
             continue
         known.add(piece.piece)
-        old.pieces.add(piece=piece.piece, score=0.0)
         added += 1
+        old.pieces.add(piece=piece.piece, score=lowest - added)
     old.trainer_spec.vocab_size = len(old.pieces)
     output.write_bytes(old.SerializeToString())
 
 
-def _merge_merges(base: Path, new: Path, output: Path, most: int | None) -> None:
-    old, other = (json.loads(path.read_text(encoding="utf-8")) for path in (base, new))
-    for path, content in ((base, old), (new, other)):
-        if content["model"].get("type") != "BPE":
-            raise ConfigError([f"{path}: is {content['model'].get('type')}, not BPE."], "the tokenizers")
+def _merge_merges(base: Path, new: Path, output: Path, most: int | None, tokenizer: Tokenizer) -> None:
+    """Added tokens that stand behind the base's vocabulary enter it with the ids that they have: the library counts those that are not in
+    it from the vocabulary's end, which moves."""
+    old, other = (_read_bpe(directory / "tokenizer.json") for directory in (base, new))
+    if tokenizer.alphabet != (theirs := Tokenizer(new).alphabet):
+        raise ConfigError(
+            [
+                f"{base} spells its entries in {tokenizer.alphabet}, {new} in {theirs}: their merges do not fit together."
+            ],
+            "the tokenizers",
+        )
     vocabulary, merges = old["model"]["vocab"], old["model"]["merges"]
-    taken = {*vocabulary, *(token["content"] for token in old["added_tokens"])}
-    following = max([*vocabulary.values(), *(token["id"] for token in old["added_tokens"])]) + 1
+    parts = set(vocabulary)
+    for i in range(tokenizer.vocab_size):
+        if (entry := tokenizer.token(i)) is not None:
+            vocabulary.setdefault(entry, i)
+    known, following = set(vocabulary), tokenizer.vocab_size
     pair = lambda merge: tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
     as_list = not merges or isinstance(merges[0], list)
-    added = 0
+    new: dict[str, int] = {}
+    room = lambda: most is None or len(new) < most
+    if tokenizer.alphabet != "bytes":  # there a character may have no entry
+        for entry in sorted((e for e in other["model"]["vocab"] if len(e) == 1), key=other["model"]["vocab"].get):
+            if entry not in known and room():
+                new[entry] = following + len(new)
+        parts |= set(new)
     for left, right in map(pair, other["model"]["merges"]):
         whole = left + right
-        if whole in taken or left not in vocabulary or right not in vocabulary or (most is not None and added >= most):
+        if whole in known or left not in parts or right not in parts or (whole not in new and not room()):
             continue
-        vocabulary[whole] = following + added
-        taken.add(whole)
+        new.setdefault(whole, following + len(new))
+        parts.add(whole)
         merges.append([left, right] if as_list else f"{left} {right}")
-        added += 1
+    vocabulary |= new
     output.write_text(json.dumps(old, ensure_ascii=False), encoding="utf-8")
+
+
+def _read_bpe(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content["model"].get("type") or ("BPE" if "merges" in content["model"] else "no BPE")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError([f"{path}: not a tokenizer.json ({error})."], "the tokenizers") from None
+    if kind != "BPE":
+        raise ConfigError([f"{path}: is {kind}, not BPE."], "the tokenizers")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if content["model"].get(key):
+            raise ConfigError(
+                [f"{path}: its {key} is {content['model'][key]!r}; such merges are not appended."], "the tokenizers"
+            )
+    return content
 
 
 def characters_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:

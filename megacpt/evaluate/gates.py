@@ -106,13 +106,13 @@ def compare(gate: Gate, baseline: Decision | None, now: Decision) -> list[str]:
     complaints = []
     forgetting = isinstance(gate, ForgettingGate)
     known = baseline or {"losses": {}, "accuracies": {}}
-    missing = [n for kind in ("losses", "accuracies") for n in now[kind] if n not in known[kind]]
+    missing = [n for kind in ("losses", "accuracies") for n in now[kind] if known[kind].get(n) is None]
     if missing:
         return [f"{', '.join(missing)} was not measured at the run's start: there is nothing to compare with"]
     for name, loss in now["losses"].items():
         start = baseline["losses"][name]
         bound = start + gate.max_rise if forgetting else start * (1 + gate.tolerance)
-        if loss > bound + 1e-9:
+        if not loss <= bound + 1e-9:  # nan is no loss
             complaints.append(f"loss of {name} is {loss}, at most {bound:.4f} (start {start})")
     for task, value in now["accuracies"].items():
         start = baseline["accuracies"][task]

@@ -5,7 +5,6 @@ A document is scored alone, from its first token; one longer than a window is sc
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch.distributed as dist
 
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
-from megacpt.errors import DataError
+from megacpt.errors import DataError, NumbersError
 from megacpt.evaluate.sequences import score_sequences
+from megacpt.files import publish_file, remove_abandoned, temporary, write_atomically
 from megacpt.log import info
 from megacpt.model.llama import Llama
 
@@ -54,15 +54,22 @@ def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tok
     for (document, _, _), (loss, _, predicted) in zip(windows, by_window, strict=True):
         sums[document] += loss
         counts[document] += predicted
+    if bad := np.flatnonzero(~np.isfinite(sums)).tolist():
+        shown = ", ".join(map(str, bad[:10])) + (" …" if len(bad) > 10 else "")
+        raise NumbersError(
+            f"{output}: not written. The loss of {len(bad)} of {data.num_documents} documents is not finite ({shown}): no order follows "
+            f"from it. Score with --dtype float32, or with another model than {model_dir}."
+        )
     if dist.get_rank() != 0:
         return data.num_documents
-    partial = output.with_name(output.name + ".tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(output.parent)
+    partial = temporary(output)
     with open(partial, "w", encoding="utf-8") as file:
         for document in range(data.num_documents):
             nll = float(sums[document] / counts[document]) if counts[document] else None
             file.write(json.dumps({"document": document, "tokens": int(data.lengths[document]), "nll": nll}) + "\n")
-    os.replace(partial, output)
+    publish_file(partial, output)
     facts = {
         "model": model_dir,
         "model_sha256": model_hash(Path(model_dir)),
@@ -74,7 +81,7 @@ def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tok
         "tokens": data.num_tokens,
         "mean_nll": float(sums.sum() / max(1, counts.sum())),
     }
-    Path(str(output.with_suffix("")) + ".json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_atomically(str(output.with_suffix("")) + ".json", json.dumps(facts, indent=1) + "\n")
     info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}")
     return data.num_documents
 

@@ -13,7 +13,7 @@ from megacpt.model.config import LlamaConfig
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import StagePlan, plan_stages
 from megacpt.parallel.fsdp import Sharding, shard
-from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.mesh import Mesh, open_groups
 from megacpt.parallel.pipeline.runtime import connect
 
 
@@ -84,5 +84,6 @@ def build_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.to_empty(device=mesh.device)
+    open_groups(mesh)
     connect(plan.schedule(1), mesh)
     return model

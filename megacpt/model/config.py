@@ -7,8 +7,9 @@ Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`,
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,54 @@ _ROPE_FIELDS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+_WHOLE = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Whole numbers from 1 to this."""
+_BETWEEN = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "initializer_range": (1e-30, 1e3),
+    "rope_theta": (1.0, 1e15),
+    "factor": (1.0, 1e6),
+    "original_max_position_embeddings": (1, 2**31 - 1),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "attention_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0.0, 1e6),
+    "mscale_all_dim": (0.0, 1e6),
+}
+
+
+def number_problems(raw: dict[str, Any], where: str = "") -> list[str]:
+    """What is no number in a config.json, wherever it stands (JSON of Python knows NaN and Infinity), and what lies outside the bounds in
+    which a model can be computed."""
+    problems = []
+    for key, value in raw.items():
+        name = f"{where}{key}"
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} = {value}: must be a finite number.")
+        elif isinstance(value, list | dict):
+            inside = value if isinstance(value, dict) else {str(i): item for i, item in enumerate(value)}
+            problems += number_problems(inside, f"{name}.")
+        elif value is None or where not in ("", "rope_scaling.", "rope_parameters."):
+            continue
+        elif most := None if where else _WHOLE.get(key):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                problems.append(f"{name} = {value!r}: must be a positive integer, at most {most}.")
+        elif key in _BETWEEN:
+            low, high = _BETWEEN[key]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                problems.append(f"{name} = {value!r}: must be a number from {low:g} to {high:g}.")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -133,12 +182,16 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     for key, only in refused.items():
         if raw.get(key, only) not in (only, None):
             problems.append(f"{key} = {raw[key]!r}: only {only!r} is trained.")
-    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in integers:
-        if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
-            problems.append(f"{key} = {raw.get(key)!r}: must be a positive integer.")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    problems += [f"{key}: is required, a positive integer." for key in required if raw.get(key) is None]
+    numbers = number_problems(raw)
+    of_rope = [problem for problem in numbers if problem.startswith("rope_") and "finite" not in problem]
+    problems += [problem for problem in numbers if problem not in of_rope]
+    told = {re.split("[ :]", problem)[0] for problem in problems}
+    problems += [problem for problem in _wrong_values(raw) if problem.split(" ")[0] not in told]
     if problems:
-        raise ConfigError(problems, source)
+        raise ConfigError(problems + of_rope, source)
+    problems += of_rope
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     kv_heads = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or hidden // heads
@@ -160,13 +213,47 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         heads,
         kv_heads,
         head_dim,
-        float(raw.get("rms_norm_eps", 1e-6)),
+        float(raw.get("rms_norm_eps") or 1e-6),
         longest,
         bool(raw.get("tie_word_embeddings", False)),
-        float(raw.get("initializer_range", 0.02)),
+        float(raw.get("initializer_range") or 0.02),
         rope,
         raw,
     )
+
+
+def what_matters(config: LlamaConfig) -> dict[str, Any]:
+    """What of a config.json decides what is computed from given weights, by its names there."""
+    ours = {each.name: getattr(config, each.name) for each in fields(config)}
+    for name in ("raw", "rope", "initializer_range"):
+        del ours[name]
+    rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.type, **config.rope.fields}
+    return ours | rope | {"eos_token_id": config.eos_token_id}
+
+
+def _wrong_values(raw: dict[str, Any]) -> list[str]:
+    """Values that are of no use where they stand. None is the default where transformers takes it for that."""
+    count = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    positive = ("a positive integer", lambda value: count(value) and value > 0)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kinds = {key: (False, *positive) for key in required}
+    kinds |= {key: (True, *positive) for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+    number = ("a number that is finite and not negative", lambda value: _is_number(value) and value >= 0)
+    kinds |= {key: (False, *number) for key in ("rms_norm_eps", "initializer_range") if key in raw}
+    kinds["tie_word_embeddings"] = (True, "true or false", lambda value: isinstance(value, bool))
+    tokens = lambda value: bool(value) and all(map(count, value)) if isinstance(value, list) else count(value)
+    kinds["eos_token_id"] = (True, "a token's id, or a list of at least one", tokens)
+    kinds |= {key: (True, "a string", lambda value: isinstance(value, str)) for key in ("dtype", "torch_dtype")}
+    return [
+        f"{key} = {raw.get(key)!r}: must be {what}."
+        for key, (optional, what, fits) in kinds.items()
+        if not (fits(raw.get(key)) or (optional and raw.get(key) is None))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, and a float can hold it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def config_of(model: Model) -> LlamaConfig:
@@ -205,12 +292,45 @@ def _compare(config: LlamaConfig, expected: LlamaConfig, name: str) -> None:
 
 
 def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeConfig:
-    given = raw.get("rope_parameters")
-    name = "rope_parameters" if given is not None else "rope_scaling"
-    given = dict(given if given is not None else raw.get("rope_scaling") or {})
-    theta = given.pop("rope_theta", raw.get("rope_theta") or 10000.0)
-    kind = given.pop("rope_type", None)
-    kind = given.pop("type", kind) or kind or "default"
+    """Both spellings; where both stand they must say the same, because readers differ in which one they believe."""
+    spellings = {}
+    if raw.get("rope_parameters") is not None:
+        spellings["rope_parameters"] = raw["rope_parameters"]
+    if raw.get("rope_scaling") is not None or not spellings:
+        spellings["rope_scaling"] = raw.get("rope_scaling") or {}
+    wrong = [name for name, given in spellings.items() if not isinstance(given, dict)]
+    if wrong:
+        problems.append(f"{wrong[0]} = {spellings[wrong[0]]!r}: must be an object.")
+        return RopeConfig()
+    theta = raw.get("rope_theta")
+    if theta is None:
+        theta = spellings.get("rope_parameters", {}).get("rope_theta")
+    found = [_parse_spelling(name, given, theta, longest, problems) for name, given in spellings.items()]
+    if not problems and any(other != found[0] for other in found):
+        problems.append(
+            f"rope_parameters {raw['rope_parameters']} and rope_theta {raw.get('rope_theta')} with rope_scaling {raw['rope_scaling']} say "
+            "different things, and readers differ in which one they believe. Remove the one that is not meant."
+        )
+    elif not problems and raw.get("rope_theta") not in (None, found[0].theta):
+        problems.append(
+            f"rope_theta = {raw['rope_theta']!r} and rope_parameters.rope_theta = {found[0].theta!r} differ. Remove the wrong one."
+        )
+    return found[0]
+
+
+def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: int, problems: list[str]) -> RopeConfig:
+    given = dict(given)
+    own_theta = given.pop("rope_theta", None)
+    theta = own_theta if own_theta is not None else 10000.0 if top_theta is None else top_theta
+    kinds = [kind for kind in (given.pop("rope_type", None), given.pop("type", None)) if kind is not None]
+    if len(set(map(str, kinds))) > 1:
+        problems.append(
+            f"{name}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe. Remove one."
+        )
+    kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str):
+        problems.append(f"{name}.rope_type = {kind!r}: must be a string.")
+        return RopeConfig()
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
     if kind not in _ROPE_FIELDS:
@@ -231,15 +351,19 @@ def _parse_rope(raw: dict[str, Any], longest: int, problems: list[str]) -> RopeC
     for key, value in fields.items():
         if key not in required + optional:
             problems.append(f"{name}.{key}: unknown for rope_type {kind!r}. {nearest(key, [*required, *optional])}")
-        elif not isinstance(value, bool if key == "truncate" else int | float):
-            problems.append(f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number'}.")
+        elif not (isinstance(value, bool) if key == "truncate" else _is_number(value)):
+            problems.append(
+                f"{name}.{key} = {value!r}: must be a {'boolean' if key == 'truncate' else 'number, and finite'}."
+            )
+        elif key == "factor" and value <= 0:
+            problems.append(f"{name}.{key} = {value!r}: must be positive.")
     if kind == "llama3" and not problems and fields["low_freq_factor"] >= fields["high_freq_factor"]:
         problems.append(
             f"{name}: low_freq_factor {fields['low_freq_factor']} must be below high_freq_factor "
             f"{fields['high_freq_factor']}."
         )
-    if not isinstance(theta, int | float) or theta <= 0:
-        problems.append(f"rope_theta = {theta!r}: must be a positive number.")
+    if not _is_number(theta) or theta <= 0:
+        problems.append(f"rope_theta = {theta!r}: must be a positive, finite number.")
         return RopeConfig()
     return RopeConfig(float(theta), kind, fields)
 
@@ -271,6 +395,8 @@ def change_rope(
                 ],
                 "the recipe",
             )
+        if own.head_dim < 4:
+            raise ConfigError([f"rope.rule = {rule!r}: has no value for head_dim = {own.head_dim}."], "the recipe")
         return replace(config, rope=replace(config.rope, theta=ruled_theta(rule, own, seq_len)))
     theta, kind = given.pop("theta", config.rope.theta), given.pop("type", config.rope.type)
     fields = {**(config.rope.fields if kind == config.rope.type else {}), **given}
@@ -339,16 +465,19 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
     raw.setdefault("architectures", ["LlamaForCausalLM"])
     raw["model_type"] = "llama"
     raw["vocab_size"] = config.vocab_size
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+    for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
+        raw[key] = dtype
     if longest > config.max_position_embeddings or "max_position_embeddings" in raw:
         raw["max_position_embeddings"] = max(longest, config.max_position_embeddings)
     before: list[str] = []
     if _parse_rope(config.raw, config.max_position_embeddings, before) != config.rope:
         rope = {"rope_type": config.rope.type, **config.rope.fields}
-        if "rope_parameters" in raw:
+        new = raw.get("rope_parameters") is not None
+        if new:
             raw["rope_parameters"] = {"rope_theta": config.rope.theta, **rope}
-        else:
+        if not new or "rope_theta" in raw:
             raw["rope_theta"] = config.rope.theta
+        if not new or "rope_scaling" in raw:
             raw["rope_scaling"] = None if config.rope.type == "default" else rope
     return raw
 

@@ -5,24 +5,27 @@ and renames it. Names are the model's own, so neither renames nor permutes.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megacpt.data.tokenizer import TOKENIZER_FILES
-from megacpt.errors import CheckpointError
+from megacpt.data.pieces import config_of_model
+from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
+from megacpt.errors import CheckpointError, NumbersError
+from megacpt.files import new_folder, write_atomically
 from megacpt.model.config import LlamaConfig, export_config
+from megacpt.parallel.finite import not_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -43,7 +46,9 @@ class Weights:
         if index.is_file():
             try:
                 mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+                    raise TypeError("its weight_map is no object of file names")
+            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
                 raise CheckpointError(f"{index}: not an index of safetensors ({error}).") from None
             for file in set(mapping.values()):
                 if Path(file).name != file or file in ("", ".", ".."):
@@ -74,18 +79,30 @@ class Weights:
                 raise CheckpointError(f"{self.directory / file}: damaged ({error}). Download it again.") from None
         return self._open[1]
 
+    def _slice(self, name: str):
+        file = self.file_of[name]
+        try:
+            return self._handle(file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.directory / file}: does not hold {name!r}, which the index places there ({error}). Download both again."
+            ) from None
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         known = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        stored = self._handle(self.file_of[name]).get_slice(name).get_dtype()
+        stored = self._slice(name).get_dtype()
         if stored not in known:
             raise CheckpointError(f"{self.directory}: {name} is stored as {stored}; read are {', '.join(known)}.")
         return known[stored]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        return self._handle(self.file_of[name]).get_slice(name)[box]
+        return self._slice(name)[box]
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check_names(weights: Weights, config: LlamaConfig) -> None:
@@ -101,27 +118,62 @@ def check_names(weights: Weights, config: LlamaConfig) -> None:
         elif weights.shape(name) != shape:
             problems.append(f"{name} is {list(weights.shape(name))}, config.json asks for {list(shape)}")
     for name in weights.file_of:
-        ignorable = name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
-        if name not in expected and not ignorable:
-            problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
+        if name in expected or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if config.tie_word_embeddings and name == HEAD:
+            if not _same(weights, HEAD, EMBEDDING):
+                problems.append(
+                    f"{HEAD} is not {EMBEDDING}, but config.json says that they are tied. To train the head as it is (as transformers "
+                    'does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
+                )
+            continue
+        problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{weights.directory}:\n  " + "\n  ".join(problems[:20]) + more)
 
 
+def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
+    """Whether two tensors hold the same values, some rows at a time."""
+    if other not in weights.file_of or weights.shape(one) != weights.shape(other):
+        return False
+    parts = (slice(begin, begin + rows) for begin in range(0, weights.shape(one)[0], rows))
+    return all(torch.equal(weights.read(one, (part,)), weights.read(other, (part,))) for part in parts)
+
+
 @torch.no_grad()
 def load_pretrained(model: nn.Module, config: LlamaConfig, directory: str | Path) -> dict[str, str]:
-    """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero.
+    """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero. Collective.
 
     Returns:
         The stored type of each tensor, for an export that gives it back.
+    Raises:
+        CheckpointError: if names, shapes or types are not the model's, or, on all ranks, if a value is not finite.
     """
     weights = Weights(directory)
     check_names(weights, config)
     true_shapes = config.shapes()
     for name, parameter in model.named_parameters():
         fill_shard(parameter, true_shapes[name], lambda box, name=name: weights.read(name, box))
+    if names := not_finite(dict(model.named_parameters())):
+        raise CheckpointError(_told_of_values(weights, names, next(model.parameters()).dtype))
     return {name: weights.dtype(name) for name in true_shapes}
+
+
+def _told_of_values(weights: Weights, names: list[str], dtype: torch.dtype) -> str:
+    """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
+    lines: list[str] = []
+    if dist.get_rank() == 0:
+        for name in names[:20]:
+            bad = int((~weights.read(name, (slice(None),)).to(dtype).isfinite()).sum())
+            lines.append(f"{weights.file_of[name]}: {name} holds {bad:,} values that are not finite in {dtype}")
+    told = ["\n  ".join(lines)]
+    dist.broadcast_object_list(told, src=0)
+    more = f"\n  … and {len(names) - 20} more tensors" if len(names) > 20 else ""
+    return (
+        f"{weights.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
+        "Download it again, or take an earlier checkpoint of that model."
+    )
 
 
 def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> None:
@@ -156,12 +208,27 @@ def initialize(model: nn.Module, config: LlamaConfig, seed: int) -> None:
         fill_shard(parameter, shape, lambda box, full=full: full[box])
 
 
-def copy_side_files(source: str | Path, target: Path) -> None:
-    """config.json, generation config and tokenizer files, what there is of them."""
+def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Path) -> None:
+    """The model's config.json and generation config, and the tokenizer with all of its files and nothing of another: whoever reads the
+    folder later must find the one that was trained with.
+
+    Args:
+        model: a folder, or None. tokenizer: a folder, or the file in one that was chosen.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for name in SIDE_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, target / name)
+    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+        (target / name).unlink(missing_ok=True)
+    folder, chosen = Path(tokenizer), TOKENIZER_FILES
+    if folder.is_file():  # of any name
+        shutil.copyfile(folder, target / f"tokenizer{folder.suffix}")
+        folder, chosen = folder.parent, tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES)
+    for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    have = {name for name in TOKENIZER_FILES if (target / name).is_file()}
+    if "tokenizer.model" in have and not have & {"tokenizer.json", "tokenizer_config.json"}:
+        _write_json(target / "tokenizer_config.json", config_of_model(target / "tokenizer.model"))
 
 
 def write_pretrained(
@@ -172,42 +239,91 @@ def write_pretrained(
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokens: dict[str, int] | None = None,
 ) -> None:
-    """Writes a complete Hugging Face directory; peak memory is one shard.
+    """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
         side_files: folder with generation config and tokenizer files.
         read: gives a whole tensor by name, with its true shape.
         dtypes: type of each tensor by name.
         longest: the longest row that was trained.
+        tokens: eos_token_id and bos_token_id of a tokenizer that is not the model's own; both configurations will say them.
     Raises:
         CheckpointError: if `output` exists.
+        NumbersError: if a value is not finite in the type that it is written in. Nothing is left under `output`.
     """
     output = Path(output)
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
-    partial = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_side_files(side_files, partial)
+    with new_folder(output) as partial:
+        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes, tokens or {})
+
+
+def _write_into(
+    partial: Path,
+    config: LlamaConfig,
+    side_files: Path,
+    read: Callable[[str], Tensor],
+    dtypes: dict[str, str],
+    longest: int,
+    max_shard_bytes: int,
+    tokens: dict[str, int],
+) -> None:
+    copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    _write_json(partial / "config.json", export_config(config, common, longest))
-    if not (partial / "generation_config.json").exists():
+    own = export_config(config, common, longest)
+    _write_json(partial / "config.json", own | _changed_ids(own, tokens))
+    generation = partial / "generation_config.json"
+    if not generation.exists():
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
-        _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        _write_json(generation, {"_from_model_config": True, **ids, **tokens})
+    elif tokens:
+        own = json.loads(generation.read_text(encoding="utf-8"))
+        _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
-    weight_map, total = {}, 0
+    weight_map, total, problems = {}, 0, []
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: read(name).to(DTYPES[dtypes[name]]).contiguous() for name in names}
-        save_file(tensors, partial / file, metadata={"format": "pt"})
+        tensors = {}
+        for name in names:
+            whole = read(name)
+            tensors[name] = whole.to(DTYPES[dtypes[name]]).contiguous()
+            problems += _not_written(name, whole, tensors[name])
+        if problems:  # all of them are told; nothing is written any more
+            continue
+        try:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{partial / file}: could not be written: {error}. Make room and try again."
+            ) from None
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more tensors" if len(problems) > 20 else ""
+        raise NumbersError("the model was not written:\n  " + "\n  ".join(problems[:20]) + more)
     if len(shards) > 1:
         _write_json(
             partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    os.rename(partial, output)
+
+
+def _not_written(name: str, whole: Tensor, cast: Tensor) -> list[str]:
+    """Why a tensor cannot be given out: values that are not finite, or not in its new type."""
+    if cast.numel() == 0 or torch.stack(cast.aminmax()).isfinite().all():
+        return []
+    bad, before = (int((~x.isfinite()).sum()) for x in (cast, whole))
+    if before:
+        return [f"{name}: {before:,} values are not finite. Export an earlier step (megacpt checkpoint list)."]
+    most = f"{torch.finfo(cast.dtype).max:g}"
+    return [f"{name}: {bad:,} values are above {most}, the most that {cast.dtype} holds. Write it as --dtype bfloat16."]
+
+
+def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
+    """Those of the tokens that a configuration does not name, alone or in a list."""
+    listed = lambda ids: ids if isinstance(ids, list) else [ids]
+    return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
 
 
 def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
@@ -224,4 +340,4 @@ def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) ->
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

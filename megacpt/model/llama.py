@@ -4,11 +4,9 @@ Shapes: T tokens of a micro-batch on this cp rank (all rows one after another), 
 of this tp rank, d head_dim.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.utils.checkpoint as checkpointing
 from megacpt_kernels import add_rms_norm, rms_norm, rope_qk, swiglu
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from megacpt.parallel.context import ContextPlan, Gather, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs, token_losses
 from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.recompute import Kept
 from megacpt.parallel.tensor import (
     COLUMN,
     REPLICATED,
@@ -86,22 +85,17 @@ class Attention(nn.Module):
         self.head_dim, self.options = d, options
         self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
-    @torch.compiler.disable  # hooks and collectives between its products: it stays outside the graphs of a compiled block
-    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
-        options = self.options
-        gather = Gather(
-            plan, self.context_group, lambda k: rope_qk(k[:, :0], k, *rotary, backend=options.operations)[1]
-        )
+    @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
+    def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
+        options, kept = self.options, gather.kept
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
+        rotated = lambda k: rope_qk(k[:, :0], k, *rotary, backend=options.operations)[1]
         weights = [self.k_proj.weight, self.v_proj.weight, self.q_proj.weight]
-        start = (2, lambda k, v: gather.start(heads(k), heads(v)))  # travels while the queries are computed
-        k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start))
+        start = (2, lambda k, v: gather.start(heads(k), heads(v), rotated))  # travels while the queries are computed
+        k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start, kept))
         q, k = rope_qk(q, k, *rotary, backend=options.operations)
-        out = context_attention(q, k, v, plan, gather, options.attention_backend, options.deterministic)
-        out = row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later)
-        if out.requires_grad:
-            out.register_hook(gather.start_again)
-        return out
+        out = context_attention(q, k, v, gather, options.attention_backend, options.deterministic)
+        return row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later, gather.start_again, kept)
 
 
 class MLP(nn.Module):
@@ -113,9 +107,10 @@ class MLP(nn.Module):
         self.down_proj = Weight((h, f), ROW, mesh.tensor, dtype)
         self.axis, self.operations = TensorAxis(mesh.tensor_group, options.overlap), options.operations
 
-    def forward(self, x: Tensor, later: Later | None) -> Tensor:
-        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.axis, None, later)
-        return row_parallel(swiglu(gate, up, self.operations), self.down_proj.weight, self.axis, later)
+    def forward(self, x: Tensor, kept: Kept, later: Later | None) -> Tensor:
+        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.axis, None, later, kept=kept)
+        hidden = swiglu(gate, up, self.operations)
+        return row_parallel(hidden, self.down_proj.weight, self.axis, later, kept=kept, last=True)
 
 
 class Block(nn.Module):
@@ -128,45 +123,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
         self.mlp = MLP(config, mesh, dtype, options)
         self.eps, self.operations = config.rms_norm_eps, options.operations
-        self.run = self._run
+        self.run = torch.compile(self._run) if options.compile else self._run
+        self.recompute = "none"
 
-    def _run(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
+    def _run(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
         before, after = replicated(self.input_layernorm.weight), replicated(self.post_attention_layernorm.weight)
-        out = self.self_attn(rms_norm(x, before, self.eps, self.operations), rotary, plan, later)
+        out = self.self_attn(rms_norm(x, before, self.eps, self.operations), rotary, gather, later)
         normed, x = add_rms_norm(out, x, after, self.eps, self.operations)
-        return x + self.mlp(normed, later)
+        return x + self.mlp(normed, gather.kept, later)
 
     def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
-        return self.run(x, rotary, plan, later)
-
-
-_KEPT = (
-    "mm",
-    "addmm",
-    "_scaled_dot_product",
-    "_flash_attention",
-    "_efficient_attention",
-    "_cudnn_attention",
-    "varlen",
-    "attention_forward",
-)
-
-
-def _keep_products(context, operation, *args, **kwargs):
-    name = operation.name().split("::")[-1]
-    kept = name.startswith(_KEPT) or name.split(".")[0] in _KEPT
-    policy = checkpointing.CheckpointPolicy
-    return policy.MUST_SAVE if kept else policy.PREFER_RECOMPUTE
-
-
-def _checkpointed(run: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    """`run` as it is, with only its input kept (full), or with products and attention kept (selective)."""
-    if mode == "none":
-        return run
-    extra = {}
-    if mode == "selective":
-        extra["context_fn"] = lambda: checkpointing.create_selective_checkpoint_contexts(_keep_products)
-    return lambda *args: checkpointing.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+        kept = Kept(self.recompute)
+        return kept.run(self.run, x, rotary, Gather(plan, self.self_attn.context_group, kept), later)
 
 
 class Decoder(nn.Module):
@@ -202,16 +170,15 @@ class Llama(nn.Module):
             rows = config.padded_vocab(options.vocab_multiple)
             self.lm_head = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
         self.set_rope(config.rope)
-        self.set_activation_checkpointing("none")
 
     def set_rope(self, rope: RopeConfig) -> None:
         """The rotary embedding from now on."""
         self.rope = RopeTables(rope, self.config.head_dim, self.mesh.device)
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """none, selective (products and attention are kept) or full (only each block's input is)."""
+        """none, selective or full: what each block keeps until its backward, see parallel/recompute.py."""
         for block in self.model.layers.values():
-            block.run = _checkpointed(torch.compile(block._run) if self.options.compile else block._run, mode)
+            block.recompute = mode
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """All of this rank's but the copy of the embedding that is the head at the other end of the pipeline."""

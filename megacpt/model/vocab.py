@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megacpt.data.tokenizer import Tokenizer
+from megacpt.data.vocabulary import moved_ids
 from megacpt.errors import ConfigError
 from megacpt.model.config import read_config
 from megacpt.model.hf import Weights, check_names, write_pretrained
@@ -43,11 +44,7 @@ def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, 
     problems = []
     if new.vocab_size <= old.vocab_size:
         problems.append(f"{tokenizer}: has {new.vocab_size} entries, the model's own {old.vocab_size}: nothing to add.")
-    probe = range(0, min(old.vocab_size, new.vocab_size), max(1, old.vocab_size // 4096))
-    moved = [i for i in probe if old.decode([i]) != new.decode([i])]
-    if moved:
-        here, there = new.decode([moved[0]]), old.decode([moved[0]])
-        problems.append(f"{tokenizer}: id {moved[0]} is {here!r}, in the model's own {there!r}. Old ids must stay.")
+    problems += [f"{tokenizer}, beside the model's own: {problem}" for problem in moved_ids(old, new)]
     if problems:
         raise ConfigError(problems, "the tokenizer")
     # rows between the old tokenizer's end and the model's (reserved ones) become real tokens: they are set too

@@ -2,11 +2,15 @@
 
 Moments are DTensors placed like their parameters, so that checkpoints reshard them alike. The update itself runs on
 the local tensors, with the clip coefficient inside: one pass over the state.
+
+Updates are counted by parameter, as torch.optim.AdamW does: one that was frozen stands where it stood, and after a thaw its bias correction
+goes on from there.
 """
 
 import functools
 import math
 import zlib
+from collections.abc import Collection, Mapping
 
 import torch
 from megacpt_kernels import adamw_
@@ -40,7 +44,8 @@ class AdamW:
 
     Attributes:
         exp_avg, exp_avg_sq: moments by name.
-        num_updates: updates so far, for the bias correction.
+        num_updates: updates so far. missed: how many of them passed a parameter by, for those that any did; also for parameters of other
+            pipeline ranks, so that every rank can save and any layout can load it.
     """
 
     def __init__(
@@ -56,33 +61,64 @@ class AdamW:
         self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
         self.places = {name: place_of(name, p) for name, p in parameters.items()}
         self.num_updates = 0
+        self.missed: dict[str, int] = {}
+        self._passed_by: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def step(
-        self, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, inverse_clip: Tensor | None = None
+        self,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        inverse_clip: Tensor | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
-        """One update from the gradients of the parameters.
+        """One update from the gradients of the parameters. It passes by what has no gradient.
 
         Args:
             inverse_clip: scalar on the device by which gradients are divided, 1 / the clip coefficient. Where it is not finite no
-                parameter and no moment changes; the caller then takes the update back from `num_updates`.
+                parameter and no moment changes; the caller then takes the count back (`take_back`).
+            frozen: parameters of the whole model that have no gradient now, this rank's and others'.
         """
-        self.num_updates += 1
-        for decay, names in self._groups(weight_decay):
-            if not names:
-                continue
+        self._passed_by = frozenset(frozen) | {name for name, p in self.parameters.items() if p.grad is None}
+        self._count(1)
+        for (decay, count), names in self._groups(weight_decay).items():
             tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
             weights = [local(self.parameters[name]) for name in names]
             grads = [local(self.parameters[name].grad) for name in names]
             places = [self.places[name] for name in names]
-            settings = (lr, betas, eps, decay, self.num_updates, inverse_clip)
+            settings = (lr, betas, eps, decay, count, inverse_clip)
             adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
 
-    def _groups(self, weight_decay: float) -> list[tuple[float, list[str]]]:
-        """(decay, names) of the parameters that this rank holds a part of and that have a gradient."""
-        mine = [n for n, p in self.parameters.items() if p.grad is not None and local(p).numel()]
-        matrices = [n for n in mine if self.parameters[n].ndim >= 2]
-        return [(weight_decay, matrices), (0.0, [n for n in mine if self.parameters[n].ndim < 2])]
+    def take_back(self) -> None:
+        """The last update was not made: no parameter has counted it."""
+        self._count(-1)
+
+    def restore(self, num_updates: int, missed: Mapping[str, int]) -> None:
+        """Goes on from counts that were saved."""
+        self.num_updates, self.missed = num_updates, dict(missed)
+
+    def count_of(self, name: str) -> int:
+        """Updates of a parameter so far."""
+        return self.num_updates - self.missed.get(name, 0)
+
+    def _count(self, by: int) -> None:
+        self.num_updates += by
+        for name in self._passed_by:
+            self.missed[name] = self.missed.get(name, 0) + by
+            if not self.missed[name]:
+                del self.missed[name]
+
+    def _groups(self, weight_decay: float) -> dict[tuple[float, int], list[str]]:
+        """Names of the parameters that this rank holds a part of and that have a gradient, by their decay and the number of this update:
+        what one call of a kernel takes."""
+        groups: dict[tuple[float, int], list[str]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and local(parameter).numel():
+                decay = weight_decay if parameter.ndim >= 2 else 0.0
+                groups.setdefault((decay, self.count_of(name)), []).append(name)
+        return groups
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from megacpt_kernels import Documents, attention
+from megacpt_kernels import Documents, attention_backward, attention_forward
+from megacpt_kernels.backend import wide_of
 from torch import Tensor
 
 from megacpt.parallel.collectives import Pending, scatter_sum_tokens, start_gather
+from megacpt.parallel.recompute import Kept
 
 BALANCE = 1.05
 CHUNKS = (2, 4, 8)
@@ -107,25 +109,23 @@ class ContextPlan:
 
     Attributes:
         tokens: int64 [T / cp], places of this rank's tokens in the micro-batch.
-        keys: int64 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
-            they are all of them in order.
+        keys: int32 [k], places of the keys of its call among the gathered ones, which stand rank by rank; None when
+            they are all of them in order. An array as planned, a tensor on the device for attention.
         documents: of the call; queries and keys count from the rank's first.
     """
 
     tokens: np.ndarray
-    keys: Tensor | None
+    keys: np.ndarray | Tensor | None
     documents: Documents
 
 
-def make_plan(
-    document_starts: np.ndarray, tokens: int, ranks: int, rank: int, device: torch.device | str = "cpu"
-) -> ContextPlan:
-    """The plan of one rank. Pure: all ranks make the same assignment."""
+def make_plan(document_starts: np.ndarray, tokens: int, ranks: int, rank: int) -> ContextPlan:
+    """The plan of one rank, on the host. Pure: all ranks make the same assignment."""
     starts = np.asarray(document_starts)
     if ranks == 1:
-        return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens, device))
+        return ContextPlan(np.arange(tokens), None, Documents.of(starts.tolist(), tokens))
     assignment = assign(starts, tokens, ranks)
-    size, places = assignment.chunk, np.empty(tokens, np.int64)  # place of each token among the gathered ones
+    size, places = assignment.chunk, np.empty(tokens, np.int32)  # place of each token among the gathered ones
     order = (assignment.owned.reshape(-1, 1) * size + np.arange(size)).reshape(-1)
     places[order] = np.arange(tokens)
     q_edges, k_edges, keys = [0], [0], []
@@ -136,99 +136,94 @@ def make_plan(
         q_edges += [q_edges[-1] + edge - begin for edge in (*inner, end)]
         k_edges += [k_edges[-1] + edge - first for edge in (*inner, end)]
         keys.append(places[first:end])
-    index = torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True)
-    cu_q, cu_k = (torch.tensor(e, dtype=torch.int32).to(device, non_blocking=True) for e in (q_edges, k_edges))
+    cu_q, cu_k = (torch.tensor(edges, dtype=torch.int32) for edges in (q_edges, k_edges))
     documents = Documents(tuple(q_edges), tuple(k_edges), cu_q, cu_k)
-    mine = order.reshape(ranks, -1)[rank]
-    return ContextPlan(mine, index, documents)
+    return ContextPlan(order.reshape(ranks, -1)[rank], np.concatenate(keys), documents)
 
 
 class Gather:
-    """One layer's gather of K and V over the context ranks, started before it is needed: in forward while Q is computed, in
-    backward while the output projection's gradients are. Only local K and V are kept in between.
+    """One call of a block gathers K and V over the context ranks twice: before forward's attention, while Q is computed, and before
+    backward's, while the output projection's gradients are. Only this rank's K and V are kept in between.
 
-    Args:
-        prepare: what is done to K before it is gathered (the rotary embedding), for `start`.
+    Where the block runs again before its backward, one gather serves both, or none is needed again in the repetition (see recompute.py).
+
+    Attributes:
+        local: this rank's K and V, once backward may start from them. Without their histories, as all that is held here.
+        gathered: what the repetition leaves for the backward that follows it.
     """
 
-    def __init__(self, plan: ContextPlan, group: dist.ProcessGroup, prepare: Callable[[Tensor], Tensor]):
-        self.index, self.group, self.prepare = plan.keys, group, prepare
+    def __init__(self, plan: ContextPlan, group: dist.ProcessGroup, kept: Kept):
+        self.plan, self.group, self.kept = plan, group, kept
         self.pending: Pending | None = None
         self.local: tuple[Tensor, Tensor] | None = None
-        self.shape, self.marks = torch.Size(), {}
         self.gathered: tuple[Tensor, Tensor] | None = None
 
-    def start(self, k: Tensor, v: Tensor) -> None:
-        """From K as it is projected and V, [T / cp, kv, d]."""
-        if self.index is not None:
-            self._start(self.prepare(k), v)
+    def start(self, k: Tensor, v: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> None:
+        """From K and V, [T / cp, kv, d]; `prepare` is what is still to be done to K."""
+        if self.plan.keys is not None:
+            k = prepare(k) if prepare else k
+            self.pending = start_gather(torch.stack([k.detach(), v.detach()], 1), self.group)
 
-    def start_again(self, grad: Tensor) -> None:
-        """A hook: of the gradient before whose use there is something else to compute."""
-        if self.local is not None and self.pending is None:
-            self._start(*self.local)
-
-    def _start(self, k: Tensor, v: Tensor) -> None:
-        self.pending = start_gather(torch.stack([k.detach(), v.detach()], 1), self.group)
+    def start_again(self) -> None:
+        """For backward, when there is something else to compute first."""
+        if self.local and self.pending is None and self.gathered is None:
+            self.start(*self.local)
 
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The rank's slices of K and V, two [keys, kv, d]."""
-        if self.pending is None:
-            self._start(k, v)
-        both, self.pending = self.pending.wait().index_select(0, self.index), None
-        return both[:, 0].contiguous(), both[:, 1].contiguous()
-
-    def keep(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
-        """From now on `pack` and `unpack` keep k and v in place of keys and values."""
-        self.local, self.shape = (k.detach(), v.detach()), keys.shape
-        self.marks = {keys.data_ptr(): 0, values.data_ptr(): 1}
-
-    def pack(self, tensor: Tensor):
-        mark = self.marks.get(tensor.data_ptr())
-        return tensor if mark is None or tensor.shape != self.shape else mark
-
-    def unpack(self, packed):
-        if not isinstance(packed, int):
-            return packed
+        """The rank's slices of K and V, two [keys, kv, d]; k and v themselves if there is one rank."""
+        if self.plan.keys is None:
+            return k, v
         if self.gathered is None:
-            self.gathered = self.take(*self.local)
-            return self.gathered[packed]
-        out, self.gathered = self.gathered[packed], None  # the second of the two: nothing stays behind
-        return out
+            if self.pending is None:
+                self.start(k, v)
+            both, self.pending = self.pending.wait().index_select(0, self.plan.keys), None
+            return both[:, 0].contiguous(), both[:, 1].contiguous()
+        taken, self.gathered = self.gathered, None
+        return taken
+
+    def give_back(self, dkeys: Tensor, dvalues: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of K and V from those of the slices: added and summed over the ranks in at least fp32."""
+        if self.plan.keys is None:
+            return dkeys, dvalues
+        both = wide_of(torch.stack([dkeys, dvalues], 1))
+        total = both.new_zeros((len(self.plan.tokens) * self.group.size(), *both.shape[1:]))
+        local = scatter_sum_tokens(total.index_add_(0, self.plan.keys, both), self.group).to(dkeys.dtype)
+        return local[:, 0], local[:, 1]
 
 
-def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan, gather: Gather, backend: str, deterministic: bool
-) -> Tensor:
+def context_attention(q: Tensor, k: Tensor, v: Tensor, gather: Gather, backend: str, deterministic: bool) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks.
 
     Args:
         q: [T / cp, heads, d]. k, v: [T / cp, kv, d].
+        backend, deterministic: of megacpt_kernels' attention.
     Returns:
         [T / cp, heads, d].
     """
-    if plan.keys is None:
-        return attention(q, k, v, plan.documents, backend=backend, deterministic=deterministic)
-    keys, values = _Gathered.apply(k, v, gather)
-    gather.keep(k, v, keys, values)
-    with torch.autograd.graph.saved_tensors_hooks(gather.pack, gather.unpack):
-        return attention(q, keys, values, plan.documents, backend=backend, deterministic=deterministic)
+    return _ContextAttention.apply(q, k, v, gather, dict(backend=backend, deterministic=deterministic))
 
 
-class _Gathered(torch.autograd.Function):
-    """Backward adds the slices back in at least fp32 and reduce-scatters in that type."""
+class _ContextAttention(torch.autograd.Function):
+    """Keeps q, local k and v, out and the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, gather: Gather):
-        ctx.group, ctx.tokens, ctx.dtype = gather.group, k.shape[0] * gather.group.size(), k.dtype
-        ctx.save_for_backward(gather.index)
-        return gather.take(k, v)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gather: Gather, how: dict) -> Tensor:
+        def attend() -> tuple[Tensor, Tensor]:
+            keys = gather.take(k, v)
+            if gather.kept.again:
+                gather.gathered = keys
+            return attention_forward(q, *keys, gather.plan.documents, **how)
+
+        out, lse = gather.kept.once(attend)
+        if gather.kept.backward_is_next:
+            gather.local = k.detach(), v.detach()
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.gather, ctx.how = gather, how
+        return out
 
     @staticmethod
-    def backward(ctx, dkeys: Tensor, dvalues: Tensor):
-        (index,) = ctx.saved_tensors
-        both = torch.stack([dkeys, dvalues], 1)
-        wide = both if both.dtype == torch.float64 else both.float()
-        total = wide.new_zeros((ctx.tokens, *wide.shape[1:])).index_add_(0, index, wide)
-        local = scatter_sum_tokens(total, ctx.group).to(ctx.dtype)
-        return local[:, 0], local[:, 1], None
+    def backward(ctx, dout: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors  # where the block runs again, this is what asks for it at the latest
+        keys, ctx.gather.local = ctx.gather.take(k, v), None
+        dq, *dkeys = attention_backward(dout, q, *keys, out, lse, ctx.gather.plan.documents, **ctx.how)
+        return dq, *ctx.gather.give_back(*dkeys), None, None

@@ -2,10 +2,15 @@
 laid out (pp, dp_replicate, dp_shard, cp, tp), because the axes that FSDP flattens must be neighbours.
 
 cp ranks hold the same weights and different tokens, so FSDP shards over dp_shard x cp.
+
+A process makes the groups that it is in and no others, about ten, however many ranks there are. They compute, on a GPU by NCCL
+alone; the one group that carries objects is gloo's (`object_group`), made when it is first asked for, and its pairs connect when
+they first talk. The device is not bound to the process group: a bound one would open one communicator for all messages of a group.
 """
 
 import functools
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,9 +30,12 @@ class Mesh:
 
     layout: Layout
     device: torch.device
-    full: DeviceMesh
+    tensor: DeviceMesh
+    """The tp axis, on which parameters are DTensors."""
     fsdp: DeviceMesh
     """What `fully_shard` gets: the flattened dp_shard x cp, behind dp_replicate when that is above 1."""
+    groups: dict[str, dist.ProcessGroup]
+    """By axis. Axes of one rank share a group."""
     channels: dict[tuple[str, str], dist.ProcessGroup]
     """Pipeline: a group over the stages' ranks by (activation | gradient, up | down). A P2P operation has a communicator
     of its own for each pair of ranks of a group: so for each directed edge and kind."""
@@ -35,22 +43,9 @@ class Mesh:
     """The first and the last pipeline rank, if this is one of them."""
 
     @functools.cached_property
-    def axes(self) -> dict[str, DeviceMesh]:
-        """Each axis by name. Kept: slicing a mesh takes the host a while."""
-        return {name: self.full[name] for name in self.full.mesh_dim_names}
-
-    @functools.cached_property
-    def groups(self) -> dict[str, dist.ProcessGroup]:
-        return {name: axis.get_group() for name, axis in self.axes.items()}
-
-    @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """This rank's place on each axis."""
-        return {name: axis.get_local_rank() for name, axis in self.axes.items()}
-
-    @property
-    def tensor(self) -> DeviceMesh:
-        return self.axes["tp"]
+        return {name: group.rank() for name, group in self.groups.items()}
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -115,8 +110,10 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
         )
     if dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    # gloo opens a connection to every other rank of a group at once, unless it is told to do so when two first talk.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
+    backend, timeout = _backend(device), timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -129,6 +126,27 @@ def start_process_group(device: torch.device, timeout_seconds: float = 600) -> N
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def files_needed(world_size: int) -> int:
+    """Open files of the process that needs most: rank 0 has a connection to each rank for the plans of checkpoints, and one for
+    the rendezvous if it serves it; data, libraries and NCCL take the rest."""
+    return 512 + 2 * world_size
+
+
+def raise_file_limit(world_size: int) -> int:
+    """As far as is needed and allowed. Returns what this process may open."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = most == resource.RLIM_INFINITY
+    wanted = files_needed(world_size) if unlimited else min(files_needed(world_size), most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        limit = wanted
+    return limit
 
 
 def share(name: str, text: str) -> str:
@@ -146,15 +164,22 @@ def restart_process_group(device: torch.device, generation: str, timeout_seconds
     before.
     """
     store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-    dist.barrier()
+    meet(device)
     dist.destroy_process_group()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        _backend(device),
         store=dist.PrefixStore(generation, store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def meet(device: torch.device) -> None:
+    """Waits until all ranks are here."""
+    token = torch.zeros(1, device=device)
+    dist.all_reduce(token)
+    token.item()
 
 
 def rank_grid(layout: Layout) -> Tensor:
@@ -180,29 +205,98 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over all ranks of the process group, whose size must be the layout's."""
     world = dist.get_world_size()
     assert world == layout.world_size, f"{layout} needs {layout.world_size} ranks, the process group has {world}"
-    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    full = DeviceMesh(device.type, rank_grid(layout), mesh_dim_names=names, backend_override=_backends(device, names))
-    flat = full["dp_shard", "cp"]._flatten("fsdp")
-    fsdp = DeviceMesh._concatenate([full["dp_replicate"], flat]) if layout.data_replicate > 1 else flat
+    grid = rank_grid(layout)
+    made: dict[tuple, dist.ProcessGroup] = {}
+
+    def group_of(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup:
+        return _own_group(made, axis, ranks, device)
+
+    here = [int(place) for place in (grid == dist.get_rank()).nonzero()[0]]
+    groups = {}
+    for i, axis in enumerate(AXES):
+        groups[axis] = group_of(axis, grid[tuple(slice(None) if j == i else p for j, p in enumerate(here))].tolist())
+    flat = group_of("fsdp", grid[here[0], here[1], :, :, here[4]].flatten().tolist())
+    full = DeviceMesh.from_group(
+        [groups["pp"], groups["dp_replicate"], flat, groups["tp"]],
+        device.type,
+        mesh=grid.flatten(2, 3),
+        mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
+    )
+    fsdp = full["dp_replicate", "fsdp"] if layout.data_replicate > 1 else full["fsdp"]
     channels, ends = {}, None
     if layout.pipeline > 1:
-        columns = rank_grid(layout).view(layout.pipeline, -1).t().tolist()
+        column = grid[(slice(None), *here[1:])].tolist()
         for kind in ("activation", "gradient"):
             for direction in ("up", "down"):
-                channels[kind, direction] = dist.new_subgroups_by_enumeration(columns)[0]
-        ends = dist.new_subgroups_by_enumeration([[column[0], column[-1]] for column in columns])[0]
-    return Mesh(layout, device, full, fsdp, channels, ends)
+                channels[kind, direction] = group_of(f"{kind}_{direction}", column)
+        at_an_end = here[0] in (0, layout.pipeline - 1)
+        # Ranks between make one, too, of themselves: a group's name holds the number of groups before it.
+        group = group_of("ends", [column[0], column[-1]] if at_an_end else [dist.get_rank()])
+        ends = group if at_an_end else None
+    return Mesh(layout, device, full["tp"], fsdp, groups, channels, ends)
 
 
-def _backends(device: torch.device, names: tuple[str, ...]):
-    """High-priority streams for the axes whose collectives stand between two products."""
-    if device.type != "cuda":
-        return None
-    high = lambda: ("nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))
-    return tuple(high() if name in ("cp", "tp") else (None, None) for name in names)
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""In the order of `rank_grid`."""
+
+
+def _own_group(
+    made: dict[tuple, dist.ProcessGroup], axis: str, ranks: Sequence[int], device: torch.device
+) -> dist.ProcessGroup:
+    """This rank's group of an axis, of which the other ranks make theirs at the same time. All make as many groups in the same
+    order, whatever is in them.
+
+    Args:
+        made: what there is for this mesh. What need not be apart is shared: axes of one rank, of all ranks (the default group), and
+            dp_shard with fsdp without context parallelism. Messages have groups of their own; cp and tp, whose collectives stand
+            between two products, have streams of high priority.
+    """
+    high, apart = axis in ("cp", "tp") and len(ranks) > 1, axis not in (*AXES, "fsdp")
+    if len(ranks) == dist.get_world_size() and not (high or apart):
+        return dist.group.WORLD
+    key = (*ranks, "high" if high else axis if apart else "")
+    if key not in made:
+        timeout, options = _timeout(), None
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high)
+            if timeout is not None:  # what they hold is taken, with a warning if the argument differs
+                options._timeout = timeout
+        made[key] = dist.new_group(
+            ranks, timeout, pg_options=options, use_local_synchronization=True, group_desc=f"mesh_{axis}"
+        )
+    return made[key]
+
+
+def open_groups(mesh: Mesh) -> None:
+    """Opens the communicators of all axes, which NCCL does with a group's first collective, holding up the hosts of all its ranks.
+    All ranks call it and open them in the same order."""
+    token = torch.zeros(1, device=mesh.device)
+    for group in dict.fromkeys([*mesh.groups.values(), mesh.fsdp.get_group("fsdp"), mesh.ends]):
+        if group is not None and group.size() > 1:
+            dist.all_reduce(token, group=group)
+
+
+def object_group() -> dist.ProcessGroup:
+    """All ranks' group for Python objects: what they plan and how it went when they save and load. It is made when it is first asked
+    for, by all ranks, and there is one, so who uses it waits for the save that is under way.
+
+    Collectives over all ranks that hold a tensor, or few bytes, take the default group.
+    """
+    name = f"objects of group {dist.group.WORLD.group_name}"  # not of one that this process has inherited by a fork
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc == name:
+            return group
+    return dist.new_group(timeout=_timeout(), backend="gloo", group_desc=name)
+
+
+def _timeout() -> timedelta | None:
+    """What collectives wait now; a group that is made later waits as long. None where a backend has no timeouts."""
+    group = dist.group.WORLD
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a collective of any group may wait for its ranks, from now on."""
+    """How long a collective of any group may wait for its ranks, from now on, in groups that are made later, too."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

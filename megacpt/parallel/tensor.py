@@ -11,6 +11,8 @@ computes the weights' gradients. With a `Later` the weights' gradients are left 
 pipelines): `drain` does it.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
+from megacpt.parallel.recompute import KEEP_ALL, Kept
 
-_symmetric = torch.ops.symm_mem
 COLUMN, ROW, REPLICATED = Shard(0), Shard(1), Replicate()
 
 
@@ -72,6 +74,7 @@ def column_parallel(
     rows: list[slice] | None = None,
     later: Later | None = None,
     between: tuple[int, Callable[..., None]] | None = None,
+    kept: Kept = KEEP_ALL,
 ) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight in turn.
 
@@ -79,22 +82,33 @@ def column_parallel(
         x: [t, h]. weights: each [f, h], this rank's rows.
         rows: of each weight's local tensor, those that this rank uses (key heads that tp replicates); default all.
         between: (n, function): is called with the first n products before the others are computed.
+        kept: of the block that this is in.
     Returns:
         [T, f] for each weight.
     """
-    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, *weights)
+    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, kept, *weights)
 
 
 @torch.compiler.disable
-def row_parallel(x: Tensor, weight: DTensor, axis: TensorAxis, later: Later | None = None) -> Tensor:
+def row_parallel(
+    x: Tensor,
+    weight: DTensor,
+    axis: TensorAxis,
+    later: Later | None = None,
+    before: Callable[[], None] | None = None,
+    kept: Kept = KEEP_ALL,
+    last: bool = False,
+) -> Tensor:
     """Multiplies, sums over ranks, keeps this rank's tokens.
 
     Args:
         x: [T, f]. weight: [h, f], this rank's columns.
+        before: is called before the gradients are computed.
+        kept: of the block that this is in. last: no gradient of the block needs the result, so its repetition leaves it out.
     Returns:
         [t, h].
     """
-    return _Row.apply(axis, x, weight, later)
+    return _Row.apply(axis, x, weight, later, before, kept, last)
 
 
 @torch.no_grad()
@@ -124,10 +138,17 @@ def replicated(weight: DTensor) -> Tensor:
     return _Local.apply(weight)
 
 
+@functools.cache
+def _fused(name: str) -> Callable:
+    """An operation of torch's symmetric memory. torch 2.11 registers them with their module, which nothing else imports."""
+    importlib.import_module("torch.distributed._symmetric_memory")
+    return getattr(torch.ops.symm_mem, name)
+
+
 def _products(x: Tensor, local: list[Tensor], axis: TensorAxis, between) -> tuple[Tensor, ...]:
     """gather(x) times each matrix."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = _symmetric.fused_all_gather_matmul
+        fused = _fused("fused_all_gather_matmul")
         return tuple(fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1])
     if axis.overlap == "chunked" and axis.group.size() > 1:
         return _chunked_products(x, local, axis)
@@ -155,7 +176,7 @@ def _chunked_products(x: Tensor, local: list[Tensor], axis: TensorAxis) -> tuple
 def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
     """This rank's tokens of the sum over ranks of x times a matrix."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = _symmetric.fused_matmul_reduce_scatter
+        fused = _fused("fused_matmul_reduce_scatter")
         return fused(x.contiguous(), weight.t(), "sum", 0, axis.group.group_name)
     if axis.overlap == "chunked" and axis.group.size() > 1:
         by_rank = x.unflatten(0, (axis.group.size(), -1))
@@ -167,12 +188,14 @@ def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, *weights: DTensor):
+    def forward(
+        ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, kept: Kept, *weights
+    ):
         local = [weight._local_tensor[part] for weight, part in zip(weights, rows, strict=True)]
         ctx.group, ctx.rows, ctx.later, ctx.weights = axis.group, rows, later, weights if later is not None else None
         ctx.specs = [(weight._spec, weight._local_tensor.shape) for weight in weights]
         ctx.save_for_backward(x, *local)
-        return _products(x, local, axis, between)
+        return kept.once(lambda: _products(x, local, axis, between))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -185,7 +208,7 @@ class _Column(torch.autograd.Function):
         if ctx.later is None:
             tokens = gathered.wait()
             dweights = [_weight_gradient(*each, tokens) for each in zip(grads, ctx.rows, ctx.specs, strict=True)]
-            return None, dx.wait(), None, None, None, *dweights
+            return None, dx.wait(), None, None, None, None, *dweights
         shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
 
         def compute(grad: Tensor, part: slice, spec, last: bool, group=ctx.group) -> DTensor:
@@ -196,7 +219,7 @@ class _Column(torch.autograd.Function):
         for i, (weight, *each) in enumerate(zip(ctx.weights, grads, ctx.rows, ctx.specs, strict=True)):
             last = i == len(grads) - 1
             ctx.later.queue.append((weight, lambda each=each, last=last: compute(*each, last)))
-        return None, dx.wait(), *[None] * (3 + len(grads))
+        return None, dx.wait(), *[None] * (4 + len(grads))
 
 
 def _weight_gradient(grad: Tensor, part: slice, spec, tokens: Tensor) -> DTensor:
@@ -209,25 +232,27 @@ def _weight_gradient(grad: Tensor, part: slice, spec, tokens: Tensor) -> DTensor
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, axis: TensorAxis, x: Tensor, weight: DTensor, later: Later | None):
-        ctx.group, ctx.spec, ctx.later, ctx.weight = (
-            axis.group,
-            weight._spec,
-            later,
-            weight if later is not None else None,
-        )
-        ctx.save_for_backward(x, weight._local_tensor)
-        return _summed_product(x, weight._local_tensor, axis)
+    def forward(ctx, axis: TensorAxis, x: Tensor, weight: DTensor, later: Later | None, before, kept: Kept, last: bool):
+        local = weight._local_tensor
+        ctx.group, ctx.spec, ctx.later, ctx.before = axis.group, weight._spec, later, before
+        ctx.weight = weight if later is not None else None
+        ctx.save_for_backward(x, local)
+        if last and kept.again:
+            return x.new_empty((x.shape[0] // axis.group.size(), local.shape[0]))
+        compute = lambda: _summed_product(x, local, axis)
+        return compute() if last else kept.once(compute)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if ctx.before:
+            ctx.before()
         x, weight = ctx.saved_tensors
         grad, spec = gather_tokens(grad, ctx.group), ctx.spec
         compute = lambda: DTensor(grad.t() @ x, spec, requires_grad=False)
         if ctx.later is None:
-            return None, grad @ weight, compute(), None
+            return None, grad @ weight, compute(), *[None] * 4
         ctx.later.queue.append((ctx.weight, compute))
-        return None, grad @ weight, None, None
+        return None, grad @ weight, *[None] * 5
 
 
 class _ScatterSum(torch.autograd.Function):

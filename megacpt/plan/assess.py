@@ -3,6 +3,7 @@ once on the default mix, once with 30 % of each candidate and 70 % of it; what t
 the recipes, runs each as a process of its own (again where one was interrupted), reads their events. Imports no torch."""
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def assess(
                 raise ConfigError(
                     [f"{' '.join(command)}: ended with {done.returncode}; its output stands above."], "the assessment"
                 )
-        losses = [event["losses"] for event in _events(directory / name) if event["kind"] == "validation"]
+        measured = [event["losses"] for event in _events(directory / name) if event["kind"] == "validation"]
+        losses = [{n: math.nan if loss is None else loss for n, loss in each.items()} for each in measured]
         found.append(Trial(name, losses[0], losses[-1]))
     return found
 

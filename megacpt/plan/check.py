@@ -12,7 +12,7 @@ from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.stage import Parallel, Stage
 from megacpt.data.curriculum import score_problems
-from megacpt.data.manifest import expand_files, expand_paths, read_manifest
+from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
@@ -258,12 +258,14 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
 def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
+    num_sets = 0
     for name, domain in recipe.data.items():
         try:
             manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
         except MegacptError as error:
             report.problems.append(f"data.{name}: {error}")
             continue
+        num_sets += len(manifests)
         for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
             known = list(manifest.get("labels", {}).get("names", {}))
             unknown = [label for label in domain.labels if label not in known]
@@ -299,6 +301,7 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
                 f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
                 "id beyond it stops the run."
             )
+    report.problems += make_room_for(num_sets)
     return tokens
 
 

@@ -2,7 +2,7 @@
 
 What a layer keeps is what the Functions of model/ and parallel/ save; what a step holds besides follows FSDP2: masters and moments in
 shards, weights gathered in the type of the computation, gradients in fp32. Within 2 % of the step itself where both were counted, tensor by
-tensor: 8B on 8 ranks, 70B on 256, 405B on 8,192 and 16,384 (tests/plan/test_memory.py). Not in it: CUDA's context, NCCL's buffers and
+tensor: 8B on 8 ranks, 70B on 256, 405B on 8,192 and 16,384 (tests/plan/test_step_memory.py). Not in it: CUDA's context, NCCL's buffers and
 fragmentation, for which `RESERVE_GIB` is left free.
 
 Shapes of a rank: T tokens of a micro-batch over cp, t = T / tp, h hidden, q features of its queries, k of its keys, f of the MLP.
@@ -17,6 +17,8 @@ from megacpt.config.layout import Layout, token_unit
 from megacpt.config.stage import Parallel
 from megacpt.model.config import LlamaConfig
 from megacpt.model.stage import StagePlan, plan_stages
+from megacpt.parallel.pipeline.schedule import Schedule
+from megacpt.parallel.pipeline.simulate import lower, needed
 
 GIB = 2**30
 CARD_GIB = 79.1
@@ -112,7 +114,7 @@ def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vo
 
 
 def kept_bytes(job: Job, mode: str | None = None) -> int:
-    """What one layer keeps of one micro-batch from forward to backward.
+    """What one layer keeps of one micro-batch from forward to backward: the table of docs/parallel.md.
 
     Args:
         mode: of activation checkpointing; default the job's.
@@ -123,8 +125,8 @@ def kept_bytes(job: Job, mode: str | None = None) -> int:
     match mode or job.parallel.activation_checkpointing:
         case "none":  # inputs of two norms and of what follows them; attention; gate, up and their product; two 1 / rms
             return 4 * local * hidden * width + attention + 3 * tokens * f * width + 8 * local
-        case "selective":  # the block's input, outputs of products and attention
-            return 3 * local * hidden * width + attention + 2 * tokens * f * width
+        case "selective":  # the block's input, outputs of products (not of the last) and attention
+            return 2 * local * hidden * width + attention + 2 * tokens * f * width
     return local * hidden * width
 
 
@@ -162,8 +164,10 @@ class _Walk:
         chosen = job.parallel.reshard_after_forward
         self.frees = job.layout.pipeline == 1 if chosen is None else chosen
         self.every = job.reduce == "micro_batch"
-        actions = self.plan.schedule(job.micro_batches).ranks[rank]
+        schedule = self.plan.schedule(job.micro_batches)
+        actions = schedule.ranks[rank]
         self.left = Counter(action.stage for action in actions if action.kind in "BW")
+        self.messages = _most_waiting(schedule, rank) + 1  # and one that is sent
         self.used, self.activations, self.sharded, self.reducing, self.temporary = set(), 0.0, 0.0, 0.0, 0.0
         self.accumulated: dict[int, float] = {}
 
@@ -176,7 +180,7 @@ class _Walk:
             "gathered weights": self._gathered(),
             "activations": self.activations,
             "gradients": self.sharded + sum(self.accumulated.values()) + self.reducing,
-            "messages": 3 * local * hidden * width if job.layout.pipeline > 1 else 0,
+            "messages": self.messages * local * hidden * width if job.layout.pipeline > 1 else 0,
             "rotary tables": 4 * job.seq_len * job.config.head_dim,
             "temporary": self.temporary,
         }
@@ -279,6 +283,18 @@ class _Walk:
         return piece * rows * width + head + gathered + tokens // tensor * hidden * width
 
 
+def _most_waiting(schedule: Schedule, rank: int) -> int:
+    """Most receives that a rank's program has posted and not used."""
+    waiting = most = 0
+    for op in lower(schedule, rank):
+        if op.kind == "receive":
+            waiting += 1
+            most = max(most, waiting)
+        elif op.kind == "run" and (tensor := needed(op.action, schedule)):
+            waiting -= schedule.placement[tensor[1]] != rank
+    return most
+
+
 def remedies(job: Job, card_gib: float) -> list[str]:
     """What would bring a job under a card's memory: up to three keys with the need under each, the least change first."""
     found = [(text, peak(other).gib) for text, other in _alternatives(job)]
@@ -305,6 +321,8 @@ def _alternatives(job: Job) -> Iterable[tuple[str, Job]]:
         yield 'optimizer.state_dtype = "bfloat16"', replace(job, state=2)
     if job.reduce == "step":
         yield 'precision.reduce = "micro_batch"', replace(job, reduce="micro_batch")
+    wider = replace(job.layout, data_shard=2 * job.layout.data_shard)
+    yield f"{wider.world_size} GPUs", replace(job, layout=wider, micro_batches=-(-job.micro_batches // 2))
 
 
 def _smaller_micro_batch(job: Job) -> int | None:

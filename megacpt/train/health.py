@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacpt.config.recipe import Health
-from megacpt.errors import ReplicaError
+from megacpt.errors import NumbersError, ReplicaError
 from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW, local
+from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import Mesh
 
 Measured = tuple[float, float]
@@ -41,17 +42,32 @@ def remember(accepted: list[Measured], loss: float, norm: float, rules: Health) 
         del accepted[: -rules.spike_window]
 
 
+def check_finite(optimizer: AdamW, step: int) -> None:
+    """Weights and moments are numbers, before they are given out. Collective; the host waits once.
+
+    Raises:
+        NumbersError: on all ranks, naming the tensors.
+    """
+    if names := not_finite(named_tensors(optimizer)):
+        more = f"\n  … {len(names) - 20} more" if len(names) > 20 else ""
+        raise NumbersError(
+            f"after step {step}, {len(names)} tensors hold inf or nan:\n  "
+            + "\n  ".join(names[:20])
+            + more
+            + "\nNothing of it was saved: every checkpoint that is there is finite. Lower the learning rate or lengthen its warm-up and "
+            "start again. A resume may change lr, betas and clip_norm of the stage that it stands in; the rest needs a new run."
+        )
+
+
 def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
     """By name of each tensor that this rank holds a part of: a checksum of its bits, int64 scalars on the device."""
-    sums = {}
-    for kind, tensors in (
-        ("model", optimizer.parameters),
-        ("exp_avg", optimizer.exp_avg),
-        ("exp_avg_sq", optimizer.exp_avg_sq),
-    ):
-        for name, tensor in tensors.items():
-            sums[f"{kind}.{name}"] = checksum(local(tensor).detach())
-    return sums
+    return {name: checksum(local(tensor).detach()) for name, tensor in named_tensors(optimizer).items()}
+
+
+def named_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """Weights and moments, by kind and name."""
+    kinds = {"model": optimizer.parameters, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    return {f"{kind}.{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
 
 
 _PIECE = 1 << 22

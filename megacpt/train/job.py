@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,13 +24,18 @@ from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, vali
 from megacpt.model.llama import Llama
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import set_timeout
-from megacpt.train.health import Measured, check_replicas
+from megacpt.train.health import Measured, check_finite, check_replicas
+from megacpt.train.lease import REPEAT_SECONDS
 from megacpt.train.metrics import TensorBoard, resident_gib
-from megacpt.train.run_directory import RunDirectory
+from megacpt.train.run_directory import RunDirectory, plain_numbers
+
+SNAPSHOTS = "snapshots"
+"""Folder of a run with the weights that averages are made of."""
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once.
+    """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once. SIGTERM and SIGUSR1 may come
+    twice for one reason, from the scheduler to every process and from torchrun, so they must be ten seconds apart for that.
 
     A thread hears them: Python's own handlers run in the main thread only between two of its instructions, and a collective is one.
     """
@@ -38,7 +44,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """What this rank heard."""
+        """What this rank heard: a signal's name, or what a stop request in the run directory says."""
+        self._heard = 0.0
         self.agreed = False
         """Whether any rank heard something, as all know."""
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
@@ -51,11 +58,18 @@ class StopRequest:
         while received := os.read(self._reader, 1):
             if received[0] not in self.SIGNALS:
                 continue
-            if self.signal:
+            now = time.monotonic()
+            if self._heard and (received[0] == signal.SIGINT or now - self._heard > REPEAT_SECONDS):
                 os._exit(75)
-            self.signal = signal.Signals(received[0]).name
-            log.info(f"{self.signal}: saving after this step; once more to leave at once.")
+            self._heard = self._heard or now
+            self.ask(signal.Signals(received[0]).name)
         os.close(self._reader)
+
+    def ask(self, why: str) -> None:
+        """As a signal does; what asks by a file and by a signal, as a supervisor and torchrun may, asks once."""
+        if not self.signal:
+            self.signal = why
+            log.info(f"{why}: saving after this step or the next; SIGINT to leave at once.")
 
     def close(self) -> None:
         """Signals do again what they did before."""
@@ -96,6 +110,8 @@ class Run:
     retry_at: int | None = None
     """Step after which a save that failed is tried again."""
     stopping: bool = False
+    console_lost: bool = False
+    """Whether the events say that nobody reads what is printed any more."""
 
     def __post_init__(self) -> None:
         self.reckon()
@@ -107,7 +123,8 @@ class Run:
         self.orders = mixtures(self.recipe, self.clock, self.decisions)
 
     def decide(self, decision: Decision, number: int) -> None:
-        """Adds a decision to the run's state and the events."""
+        """Adds a decision to the run's state and the events. What was measured and is no number is null in it."""
+        decision = plain_numbers(decision)
         self.decisions.append(decision)
         self.reckon()
         more = {key: value for key, value in decision.items() if key not in ("kind", "step")}
@@ -115,7 +132,7 @@ class Run:
 
     def open_saver(self) -> None:
         """For the process groups that there are now."""
-        self.saver = Saver(self.recipe.checkpoint.publish, self._prune)
+        self.saver = Saver(self.recipe.checkpoint.publish, self._prune, self.directory.fence)
 
     def _prune(self) -> list[int]:
         keep = self.recipe.checkpoint
@@ -171,9 +188,9 @@ def validated(run: Run, sets: ValidationSets, number: int, stage: Stage) -> None
 def state_of(run: Run, number: int) -> State:
     stage = run.recipe.stages[run.clock.step(max(1, number)).stage]
     tokens, measured = run.clock.tokens_at(number), [list(pair) for pair in run.accepted]
-    updates = run.optimizer.num_updates
+    updates, missed = run.optimizer.num_updates, dict(run.optimizer.missed)
     return State(
-        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row
+        number, tokens, updates, stage.name, list(run.decisions), run.fingerprints, measured, run.skipped_in_row, missed
     )
 
 
@@ -184,11 +201,12 @@ def saved(run: Run, number: int, wait: bool = True, must: bool = True) -> None:
         wait: until it is published, with `checkpoint.asynchronous` too.
         must: the run cannot go on without it.
     Raises:
-        ReplicaError: if ranks hold different weights; nothing is saved then.
+        ReplicaError, NumbersError: if ranks hold different weights, or some that are not finite; nothing is saved then.
         SaveError: with `must`, if it was not saved. Without, training goes on and tries again later.
     """
     state, tensors = state_of(run, number), tensors_of(run.optimizer.parameters, run.optimizer)
     with slow_phase(run, "save"):
+        check_finite(run.optimizer, number)
         check_replicas(run.optimizer, run.model, number)
         if run.recipe.checkpoint.asynchronous:
             stall = run.saver.start(run.directory.checkpoints, tensors, state, run.facts)

@@ -4,6 +4,7 @@ Which step comes next, its rows, its rate and its stage are functions of the ste
 holds no schedule of its own. It begins at the step after the checkpoint's.
 """
 
+import errno
 import gc
 import time
 from collections.abc import Iterator
@@ -20,14 +21,17 @@ from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
-from megacpt.errors import ConfigError, MegacptError
+from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, SaveError
 from megacpt.evaluate.validation import ValidationSets
-from megacpt.model.config import config_of, config_of_stage, frozen_names
+from megacpt.files import DISK_ERRORS, disk_told
+from megacpt.model.config import config_of_stage, frozen_names
+from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
 from megacpt.train import watchdog
-from megacpt.train.health import Stragglers, check_replicas, limits
+from megacpt.train.health import Stragglers, check_finite, check_replicas, limits
 from megacpt.train.job import Run, StopRequest, allowed, saved, told_of_saves, validated
+from megacpt.train.lease import Keeper, agents, attempt_name
 from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
 from megacpt.train.recover import Rollback, go_back, judged
@@ -42,13 +46,14 @@ def train(recipe: Recipe) -> str:
     device = device_of_process()
     watch = watchdog.start(Path(recipe.directory), recipe.health.watchdog)
     points.allow("start", recipe.health.start_timeout_seconds)
-    stop = StopRequest()
+    stop, directory = StopRequest(), None
+    keeper = Keeper(stop.ask, [] if recipe.health.watchdog else agents())
     try:
         start_process_group(device, recipe.health.start_timeout_seconds)
-        watch.joined(share("attempt", time.strftime("%Y%m%d-%H%M%S")))
-        directory = RunDirectory(recipe.directory, write=dist.get_rank() == 0)
-        if problem := share("directory", _made(directory)):
-            raise ConfigError([problem])
+        watch.joined(share("attempt", attempt_name()))
+        directory = RunDirectory(recipe.directory, dist.get_rank() == 0, watch.attempt)
+        _own(directory)
+        keeper.lease = directory.lease
         try:
             status = _train(recipe, directory, device, stop)
         except BaseException as error:
@@ -57,23 +62,41 @@ def train(recipe: Recipe) -> str:
         directory.status(status, 0, signal=stop.signal or ("on another rank" if stop.agreed else None))
         dist.destroy_process_group()
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error = SaveError(disk_told(error))
         watch.failed(error)
-        raise
+        raise error
     finally:
+        keeper.close()
         stop.close()
+        if directory:
+            directory.close()
     watch.done()
     return status
 
 
-def _made(directory: RunDirectory) -> str:
-    """The run's folder, without what a kill left. Returns what is wrong with it, or nothing."""
+def _own(directory: RunDirectory) -> None:
+    """Makes this job the owner of the run's folder, without what a kill left. All ranks raise what is wrong with it."""
+    kind, told = "", ""
     try:
         if directory.write:
             directory.make()
             mend(directory.checkpoints)
     except OSError as error:
-        return f"run.directory: {directory.path} cannot be written ({error.strerror or error}). Choose another, or make it writable."
-    return ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kind, told = "full", disk_told(error, directory.path)
+        else:
+            why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
+            kind, told = "config", f"run.directory: {directory.path} {why}"
+    except ConfigError as error:
+        kind, told = "config", "\n".join(error.problems)
+    except LeaseError as error:
+        kind, told = "lease", str(error)
+    kind, _, told = share("directory", f"{kind}:{told}").partition(":")
+    if kind == "config":
+        raise ConfigError(told.split("\n"))
+    if kind:
+        raise {"lease": LeaseError, "full": SaveError}[kind](told)
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:
@@ -92,8 +115,6 @@ def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: 
             raise
         finally:
             gc.enable()
-            if run.board:
-                run.board.close()
         run.saver.close()
         if status:
             return status
@@ -106,7 +127,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     """The model under the layout of another stage, through a checkpoint of the step that is done."""
     stage, before = run.recipe.stages[index], run.model
     old, config, compute, device = before.mesh.layout, before.config, before.compute, before.mesh.device
-    path, updates = run.directory.checkpoints / directory_name(number), run.optimizer.num_updates
+    path, counts = run.directory.checkpoints / directory_name(number), (run.optimizer.num_updates, run.optimizer.missed)
     run.saver.wait()
     told_of_saves(run, number, agreed=True)
     if run.saved_at != number:
@@ -119,7 +140,7 @@ def _relayout(run: Run, index: int, number: int) -> None:
     allowed(run.recipe, run.phase)
     run.model, run.optimizer = build(run.recipe, stage, config, compute, device)
     load(path, tensors_of(run.optimizer.parameters, run.optimizer))
-    run.optimizer.num_updates = updates
+    run.optimizer.restore(*counts)
     run.open_saver()
     run.facts["layout"] = str(run.model.mesh.layout)
     run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])
@@ -171,11 +192,28 @@ def _stages(run: Run) -> str:
             index += 1
     finally:
         profiler.close()
+    if number == run.clock.num_steps:
+        _look_back(run)
     if sets and run.validated_at != number and number == run.clock.num_steps:
         validated(run, sets, number, stage)
     if run.saved_at != number or run.saved_decisions != len(run.decisions):  # also stop_at_step = 0: the imported model
         saved(run, number)
     return "finished" if number == run.clock.num_steps else "preempted"
+
+
+def _look_back(run: Run) -> None:
+    """At the run's end: were updates made?
+
+    Raises:
+        NumbersError: if none was.
+    """
+    if run.optimizer.num_updates == 0:
+        raise NumbersError(
+            f"all {run.clock.num_steps} updates of the run were skipped: it has changed nothing. Look at the data that events.jsonl names, "
+            "at the learning rate and at the model's config.json, and begin a new run."
+        )
+    if run.skipped_in_row:
+        log.warn(f"the last {run.skipped_in_row} updates of the run were skipped: evaluate the model before it is used")
 
 
 def _is_settled(run: Run, index: int, number: int) -> bool:
@@ -205,10 +243,14 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         if number == run.clock.stage_numbers(index)[0]:
             run.accepted.clear()  # another stage, other losses
         update = _update_of(recipe, step, lr, frozen, limits(run.accepted, recipe.health))
-        asks = (run.stop.signal is not None, run.saver.failed)
+        asks = (run.stop.signal is not None, run.saver.failed, run.directory.lost)
         reduction = recipe.reduction(layout)
         measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.counts, reduction, update, asks)
-        loss, norm, skipped, stop, failed = measured.tolist()  # the step's one wait for the device
+        loss, norm, skipped, stop, failed, lost = measured.tolist()  # the step's one wait for the device
+        if lost:
+            raise LeaseError(
+                f"{run.directory.path}: another job owns the run directory by now. Nothing more is written there."
+            )
         seconds = time.monotonic() - begin
         if number == first:
             run.phase = "step"
@@ -237,11 +279,15 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             run.board.step(row)
         if line := console.line(row):
             log.info(line)
+        if log.lost and not run.console_lost:
+            run.console_lost = True
+            run.directory.event("console_lost", number, step.tokens_after, error=log.lost)
         if why and run.skipped_in_row >= recipe.health.rollback_after:
             go_back(run, step, why)
         if number % 100 == 0:
             gc.collect()
         if number % recipe.health.checksum_every_steps == 0:
+            check_finite(run.optimizer, number)
             check_replicas(run.optimizer, run.model, number)
         if sets and _due(recipe, step):
             validated(run, sets, number, stage)
@@ -256,6 +302,8 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         told_of_saves(run, number, agreed=failed > 0)
         last = number == until or run.stopping
         due = number % recipe.checkpoint.every_steps == 0 or number == run.retry_at
+        if due and run.skipped_in_row:  # what is wrong may be the weights: it is saved once an update is made again
+            due, run.retry_at = False, number + 1
         if due or run.stopping or (last and number in _final(run, stage)):
             saved(run, number, wait=last, must=run.stopping or number == run.clock.num_steps)
         points.reached("step.end")
@@ -279,7 +327,8 @@ def _rows(run: Run, index: int, first: int, until: int) -> Iterator[StepData]:
 
     def make(number: int) -> StepData:
         step = clock.step(number)
-        return load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
+        loaded = load_step(data, step.first_sequence, step.rows, mesh.layout.data, mesh.data_rank, rows)
+        return step_to_host(loaded, mesh)
 
     return prefetch(make, range(first, until + 1))
 
@@ -300,7 +349,7 @@ def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str], mo
 
 def _enter_stage(run: Run, index: int) -> None:
     """Rotary embedding and checkpointing of a stage; changes of the rotary embedding hold on through later stages."""
-    config = config_of_stage(config_of(run.recipe.model), run.recipe.stages, index)
+    config = config_of_stage(run.model.config, run.recipe.stages, index)
     run.model.set_rope(config.rope)
     run.model.set_activation_checkpointing(run.recipe.parallel_of(run.recipe.stages[index]).activation_checkpointing)
     first = run.clock.stage_first_token[index]

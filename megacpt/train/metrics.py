@@ -1,7 +1,9 @@
 """What is seen of a run: the row of metrics.jsonl, TensorBoard's tags, the console line with ETA."""
 
 import math
+import os
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from megacpt.config.clock import Clock, Step
+from megacpt.files import Journal
 from megacpt.log import duration, short_number
 from megacpt.model.config import LlamaConfig
 from megacpt.model.flops import PEAK_FLOPS, step_flops
@@ -102,14 +105,38 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def event_file() -> str:
+    """A name by which TensorBoard knows its files."""
+    return f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+
+
 class TensorBoard:
-    """tb/ with slash groups. A resumed run hides what it repeats (`purge_step`)."""
+    """tb/ with slash groups. A resumed run hides what it repeats (`purge_step`). Its records go through a journal and not through
+    TensorBoard's own thread, which ends, with a traceback, at the first write that a full disk refuses."""
 
-    def __init__(self, path: Path, world_size: int, purge_step: int | None):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, journal: Journal, world_size: int, purge_step: int | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.world_size = world_size
-        self.writer = SummaryWriter(str(path), purge_step=purge_step)
+        self.journal, self.world_size, self.event = journal, world_size, Event
+        self.waiting: list[bytes] = []
+        self.records = RecordWriter(_Collected(self.waiting))
+        self._write(file_version="brain.Event:2", step=purge_step or 0)
+        if purge_step is not None:
+            self._write(session_log=SessionLog(status=SessionLog.START), step=purge_step)
+        self._flush()
+
+    def _write(self, **fields: Any) -> None:
+        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(summary=scalar(tag, value), step=step)
+
+    def _flush(self) -> None:
+        self.journal.add(b"".join(self.waiting))
+        self.waiting.clear()
 
     def step(self, row: dict[str, Any]) -> None:
         tags = {
@@ -133,24 +160,32 @@ class TensorBoard:
         }
         for tag, value in tags.items():
             if value is not None:
-                self.writer.add_scalar(tag, value, row["step"])
+                self._scalar(tag, value, row["step"])
+        self._flush()
 
     def validation(self, losses: dict[str, float], step: int) -> None:
         for name, loss in losses.items():
-            self.writer.add_scalar(f"val/{name}/loss", loss, step)
-        self.writer.flush()
+            self._scalar(f"val/{name}/loss", loss, step)
+        self._flush()
 
     def mixture(self, shares: dict[str, float], step: int) -> None:
         for name, share in shares.items():
-            self.writer.add_scalar(f"data/share/{name}", share, step)
+            self._scalar(f"data/share/{name}", share, step)
+        self._flush()
 
     def picture(self, name: str, pixels, step: int) -> None:
         """uint8 [height, width, 3]."""
-        self.writer.add_image(name, pixels, step, dataformats="HWC")
-        self.writer.flush()
+        from torch.utils.tensorboard.summary import image
 
-    def close(self) -> None:
-        self.writer.close()
+        self._write(summary=image(name, pixels, dataformats="HWC"), step=step)
+        self._flush()
+
+
+class _Collected:
+    """What a writer of records takes for its file."""
+
+    def __init__(self, parts: list[bytes]):
+        self.write = parts.append
 
 
 class Console:

@@ -1,11 +1,14 @@
 """[profile]: a Kineto trace, and on a GPU a memory snapshot, over a window of steps on chosen ranks."""
 
+import errno
+import os
 from pathlib import Path
 
 import torch
 
 from megacpt.config.recipe import Profile
-from megacpt.log import info
+from megacpt.files import disk_told
+from megacpt.log import info, warn
 
 
 class Profiler:
@@ -18,7 +21,6 @@ class Profiler:
 
     def before(self, step: int) -> None:
         if self.window and step == self.window[0]:
-            self.directory.mkdir(parents=True, exist_ok=True)
             if self.memory:
                 torch.cuda.memory._record_memory_history(max_entries=1_000_000)
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -35,10 +37,32 @@ class Profiler:
         if self.running is None:
             return
         self.running.__exit__(None, None, None)
-        name = f"rank{self.rank}-steps{self.window[0]}-{self.window[1]}"
-        self.running.export_chrome_trace(str(self.directory / f"{name}.json"))
-        if self.memory:
-            torch.cuda.memory._dump_snapshot(str(self.directory / f"{name}-memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        self.running = None
-        info(f"profile written to {self.directory}/{name}.json (open in ui.perfetto.dev)")
+        file = self.directory / f"rank{self.rank}-steps{self.window[0]}-{self.window[1]}.json"
+        running, self.running = self.running, None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _export(running, file)
+            if self.memory:
+                torch.cuda.memory._dump_snapshot(str(file.with_name(f"{file.stem}-memory.pickle")))
+        except (OSError, RuntimeError) as error:  # a profile is not worth a run
+            warn(
+                disk_told(error, file)
+                if isinstance(error, OSError)
+                else f"{file}: the profile was not written: {error}"
+            )
+        else:
+            info(f"profile written to {file} (open in ui.perfetto.dev)")
+        finally:
+            if self.memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _export(profile: torch.profiler.profile, file: Path) -> None:
+    """The trace in whole; torch's own writer says nothing of a disk that takes only its beginning."""
+    profile.export_chrome_trace(str(file))
+    with open(file, "rb") as written:
+        written.seek(-min(64, file.stat().st_size), os.SEEK_END)
+        whole = written.read().rstrip().endswith(b"}")
+    if not whole:
+        file.unlink()
+        raise OSError(errno.ENOSPC, "only a part of the trace could be written")

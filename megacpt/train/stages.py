@@ -1,5 +1,6 @@
 """What a stage decides: weights of its mixture while it runs, gates at its end, an average of its weights."""
 
+import math
 from pathlib import Path
 
 from megacpt import log
@@ -13,10 +14,9 @@ from megacpt.errors import GateError, SaveError
 from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
-from megacpt.train.job import Run, measure, saved, slow_phase, state_of
-
-SNAPSHOTS = "snapshots"
-"""Folder of a run with the weights that an average is made of."""
+from megacpt.files import disk_told
+from megacpt.train.health import check_finite
+from megacpt.train.job import SNAPSHOTS, Run, measure, saved, slow_phase, state_of
 
 
 def take_baseline(run: Run, index: int) -> None:
@@ -49,7 +49,8 @@ def adjust_mixture(run: Run, step: Step) -> None:
     recipe, stage = run.recipe, run.recipe.stages[step.stage]
     names = [n for group in groups_of(recipe, stage) for n in group if recipe.data[n].holdout_documents]
     losses = measure(run, ValidationSets(recipe, stage.seq_len, run.domains, names), stage)
-    now = {name: (round(loss.mean, 4), round(loss.error, 6)) for name, loss in losses.items()}
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss.mean)}  # else nothing is measured of it
+    now = {name: (round(loss.mean, 4), round(loss.error, 6)) for name, loss in finite.items()}
     earlier = [d for d in run.decisions if d["kind"] == "mixture" and d["stage"] == stage.name]
     current = weight_changes(stage, run.decisions)[-1][1]
     weights = {}
@@ -122,9 +123,12 @@ def _draw(run: Run, name: str, picture, number: int) -> None:
     if run.directory.write:
         from PIL import Image
 
-        folder = run.directory.path / "gates"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"{name}-step-{number:08d}.png")
+        file = run.directory.path / "gates" / f"{name}-step-{number:08d}.png"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(file)
+        except OSError as error:  # the numbers stand in the decision
+            log.warn(disk_told(error, file))
     if run.board:
         run.board.picture(f"gates/{name}", picture, number)
 
@@ -142,11 +146,17 @@ def snapshot(run: Run, step: Step) -> None:
     before, after = step.tokens_before - first, step.tokens_after - first
     if before // every == after // every and step.tokens_after != run.clock.stage_first_token[step.stage + 1]:
         return
+    if run.skipped_in_row:  # what is wrong may be the weights: no part of an average
+        log.warn(f"no snapshot of step {step.number}: its update was skipped")
+        return
     folder = snapshots_of(run, step.stage)
     with slow_phase(run, "save"):
+        run.saver.wait()  # its thread talks on the group that is used here
+        check_finite(run.optimizer, step.number)
         tensors, keep = tensors_of(run.optimizer.parameters, None), lambda: prune(folder, stage.average.last, None)
         try:
-            save(folder, tensors, state_of(run, step.number), run.facts, run.saver.group, run.saver.how, keep)
+            saver, state = run.saver, state_of(run, step.number)
+            save(folder, tensors, state, run.facts, saver.group, saver.how, keep, saver.fence)
         except SaveError as error:  # one snapshot less in the average
             run.directory.event("save_failed", step.number, step.tokens_after, error=str(error))
             log.warn(str(error))
@@ -168,16 +178,19 @@ def average_stage(run: Run, index: int, number: int) -> None:
     last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
     losses = {"last": _losses(run, index)}
     with slow_phase(run, "save"):
+        run.saver.wait()  # its thread talks on the group that is used here
         weights = average_weights(stage.average.decay, len(steps))
         averaged(tensors["model"], [folder / directory_name(step) for step in steps], weights)
+        check_finite(run.optimizer, number)
         output = run.directory.path / AVERAGES
         facts = run.facts | {"average_of": steps, "weights": weights}
-        save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how)
+        save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how, fence=run.saver.fence)
     losses["average"] = _losses(run, index)
     for name, parameter in parameters.items():
         parameter._local_tensor.detach().copy_(last[name])
     means = {which: sum(values.values()) / max(1, len(values)) for which, values in losses.items()}
-    better = min(means, key=means.get) if means["last"] or means["average"] else "unknown"
+    known = {which: mean for which, mean in means.items() if math.isfinite(mean)}
+    better = min(known, key=known.get) if known and any(losses.values()) else "unknown"
     run.decide(
         {"kind": "average", "stage": stage.name, "step": number, "steps": steps, "losses": losses, "better": better},
         number,

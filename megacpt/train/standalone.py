@@ -76,7 +76,8 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
         micro = recipe.parallel_of(stage).micro_batch_tokens
         rows = rows_at_once(micro, stage.seq_len, token_unit(layout.tensor, layout.context))
         losses = validate(model, sets, rows, pad)
-        results = {name: {"loss": loss.mean, "perplexity": math.exp(loss.mean)} for name, loss in losses.items()}
+        perplexity = lambda loss: math.exp(loss) if loss < 700 else math.inf  # float64 ends there
+        results = {name: {"loss": loss.mean, "perplexity": perplexity(loss.mean)} for name, loss in losses.items()}
     if recipe.gates:
         asked = stage.model_copy(update={"gates": list(recipe.gates)})
         outcomes = Examiner(recipe, domains, pad).ask(model, asked, None)

@@ -24,16 +24,19 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
+from megacpt.files import write_atomically
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import LlamaConfig, config_of
+from megacpt.model.config import LlamaConfig, change_rope, config_of, read_config, what_matters
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.llama import Llama, ModelOptions
 from megacpt.model.stage import plan_stages
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.agreement import agree
+from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import build_mesh, picture
+from megacpt.train.health import named_tensors
 from megacpt.train.job import Run, StopRequest
-from megacpt.train.metrics import TensorBoard, peak_flops
+from megacpt.train.metrics import TensorBoard, event_file, peak_flops
 from megacpt.train.run_directory import RunDirectory, changes_on_resume
 from megacpt.train.step import compute_dtype
 
@@ -80,8 +83,11 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
                 "recipe": json.dumps(plain(recipe), sort_keys=True),
                 "checkpoint": f"{start.mode} {start.step}",
                 **{f"data of {name}": digest for name, digest in fingerprints.items()},
+                **{f"{key} of config.json": json.dumps(value) for key, value in what_matters(config).items()},
             }
         )
+        if start.state:
+            _check_config(recipe, directory, config)
         first = recipe.stages[clock.step(min(clock.num_steps, start.step + 1)).stage]
         model, optimizer = build(recipe, first, config, compute, device)
         try:
@@ -115,6 +121,8 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
     directory.event("start", start.step, clock.tokens_at(start.step), mode=start.mode, changes=changes)
     for step in sorted(damaged):
         directory.event("damaged", step, clock.tokens_at(step))
+    for change in changes:
+        log.info(f"changed since the run was started: {change}")
     log.info(
         f"{directory.path}: {start.mode}" + (f" from step {start.step}" if start.step else "") + f", {layout}, "
         f"{facts['compute']} on {facts['device']}, {log.short_number(config.num_parameters())} parameters, "
@@ -133,7 +141,8 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
         run.accepted = [tuple(pair) for pair in start.state.accepted]
         run.skipped_in_row = start.state.skipped_in_row
     if recipe.log.tensorboard and directory.write:
-        run.board = TensorBoard(directory.path / "tb", layout.world_size, start.step + 1 if start.step else None)
+        journal = directory.journal(f"tb/{event_file()}")
+        run.board = TensorBoard(journal, layout.world_size, start.step + 1 if start.step else None)
     return run
 
 
@@ -208,6 +217,43 @@ def _check_resume(
     return changes
 
 
+def _check_config(recipe: Recipe, directory: RunDirectory, config: LlamaConfig) -> None:
+    """The model's config.json is the one that the run began with, of which its folder holds a copy. A run that has none gets one now.
+    Collective: rank 0 looks.
+
+    Raises:
+        ConfigError: with every difference that matters.
+    """
+    problems: list[list[str]] = [[]]
+    if directory.write:
+        copy = directory.path / HUGGING_FACE / "config.json"
+        try:
+            if copy.exists():
+                before = what_matters(change_rope(read_config(copy), recipe.model.rope))
+                now = what_matters(config)
+                keys = [key for key in now | before if now.get(key) != before.get(key)]
+                problems = [[f"{key} = {now.get(key)}: the run began with {before.get(key)}." for key in keys]]
+                if keys:
+                    problems[0].append(
+                        f"Put back the config.json that {copy} is a copy of, or begin a new run under another run.name."
+                    )
+            else:
+                _keep_config(copy, config)
+        except ConfigError as error:
+            problems = [error.problems]
+        except OSError as error:
+            problems = [[f"{copy}: {error.strerror or error}"]]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise ConfigError(problems[0], "config.json of the model")
+
+
+def _keep_config(copy: Path, config: LlamaConfig) -> None:
+    """The copy from which a run is resumed and exported."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(copy, json.dumps(config.raw, indent=2) + "\n")
+
+
 def _fill(
     recipe: Recipe,
     directory: RunDirectory,
@@ -220,7 +266,9 @@ def _fill(
     """Weights and moments."""
     if start.state:
         load(start.path, tensors_of(optimizer.parameters, optimizer))
-        optimizer.num_updates = start.state.num_updates
+        if names := not_finite(named_tensors(optimizer)):
+            raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
+        optimizer.restore(start.state.num_updates, start.state.missed)
         return
     if start.mode == "pretrained":
         dtypes = load_pretrained(model, config, recipe.model.pretrained)
@@ -230,12 +278,9 @@ def _fill(
         dtypes = dict.fromkeys(config.shapes(), name)
     if directory.write:
         side = directory.path / HUGGING_FACE
-        copy_side_files(recipe.model.tokenizer or recipe.model.pretrained, side)
-        if recipe.model.pretrained and recipe.model.tokenizer:
-            copy_side_files(recipe.model.pretrained, side)
-            copy_side_files(recipe.model.tokenizer, side)
-        (side / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
-        (side / "dtypes.json").write_text(json.dumps(dtypes))
+        copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
+        _keep_config(side / "config.json", config)
+        write_atomically(side / "dtypes.json", json.dumps(dtypes))
 
 
 def _device_name(device: torch.device) -> str:

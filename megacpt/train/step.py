@@ -56,7 +56,10 @@ def train_step(
         optimizer.parameters[name].grad = None
     points.reached("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
-    fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite() & norm.isfinite()
+    fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite()
+    fine &= (
+        (norm / (update.clip_norm or 1.0)).float().isfinite()
+    )  # kernels read it in fp32, and make no update where it is none
     flags = torch.zeros(1 + len(asks), device=norm.device, dtype=norm.dtype)
     flags[0].copy_(~fine)
     for i, ask in enumerate(asks, 1):
@@ -65,7 +68,7 @@ def train_step(
     if dist.get_world_size() > 1:  # one rank's doubt is everyone's
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     scale = inverse_clip(norm, update.clip_norm, flags[0] > 0)
-    optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, scale)
+    optimizer.step(update.lr, update.betas, update.eps, update.weight_decay, scale, update.frozen)
     optimizer.zero_grad()
     return torch.cat([torch.stack([loss.to(norm.dtype), norm]), flags])
 

@@ -1,10 +1,15 @@
 """Starts a training command again after an end that may be tried again: a kill, a hang, a lost node, a stop that only the ranks heard.
-What happened is read from run.json, not from an exit code, which torchrun turns into 1. Every attempt is a line of ledger.jsonl.
+What happened is read from run.json and from what the ranks left in incidents/, not from an exit code, which torchrun turns into 1. What
+belongs to an attempt is known by its name, not by times, which two machines see differently. Every attempt is a line of ledger.jsonl.
+
+A stop request is handed on as a file in the run directory (lease.py), because a signal does not pass every launcher: srun kills its tasks.
+A closed terminal ends nothing. Ranks end when their supervisor is gone.
 
 On a Slurm cluster it runs once, on the batch host, around srun; each attempt takes the nodes of the job that are still well.
 Imports no torch.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -16,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from megacpt import log
-from megacpt.checkpoint.manifest import list_steps
+from megacpt.checkpoint.manifest import MANIFEST, directory_name, list_steps, read_manifest
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
-from megacpt.errors import ConfigError, SaveError
+from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
+from megacpt.files import Journal
+from megacpt.train.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
 from megacpt.train.run_directory import read_status, useful_seconds
+from megacpt.train.watchdog import told_by_ranks
 
 LEDGER = "ledger.jsonl"
-ILL = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint")
+ILL = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
 """Beginnings of the states in which Slurm's sinfo shows a node that cannot be used; a star behind one: it does not answer."""
 
 
@@ -62,24 +70,31 @@ def recipe_of(command: Sequence[str]) -> Recipe:
     return load_recipe(command[found], flags)
 
 
+def status_of(command: Sequence[str]) -> str:
+    """The status in run.json of the run that a command trains; "unknown" without one."""
+    return read_status(Path(recipe_of(command).directory)).get("status", "unknown")
+
+
 def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
     run, barren, attempt = Path(recipe.directory), 0, 0
-    stop = _Stop()
+    checkpoints, unfinished = run / "checkpoints", UNFINISHED if _requires_the_end(command) else 0
+    stop, ledger = _Stop(), Journal(run / LEDGER, _told)
     while True:
         attempt += 1
         nodes = _choose_nodes(recipe, options) if "SLURM_JOB_NODELIST" in os.environ else []
-        before, begin = max(list_steps(run / "checkpoints"), default=0), time.time()
-        code = _run_once(_filled(command, nodes), _environment(nodes, attempt), run, begin, stop, options)
-        status, after = read_status(run), max(list_steps(run / "checkpoints"), default=0)
-        if status.get("time", 0) < begin:  # this attempt did not come so far
-            status = {"status": "not started"}
-        verdict = judge(status, code, stop.asked)
+        started = _Started(run, new_attempt(), read_status(run).get("attempt_id"))
+        before, known, begin = newest_step(checkpoints), _published(checkpoints), time.monotonic()
+        began = time.time()
+        code = _run_once(_filled(command, nodes), _environment(nodes, attempt, started.name), started, stop, options)
+        status, after = started.outcome(), newest_step(checkpoints)
+        verdict = judge(status, code, stop.asked, unfinished)
         row = {
             "attempt": attempt,
-            "began": round(begin, 3),
-            "seconds": round(time.time() - begin, 3),
+            "attempt_id": started.name,
+            "began": round(began, 3),
+            "seconds": round(time.monotonic() - begin, 3),
             "status": "killed" if status["status"] == "running" else status["status"],
             "exit_code": status.get("exit_code"),
             "reason": status.get("reason"),
@@ -90,14 +105,13 @@ def supervise(command: Sequence[str], options: Options) -> int:
             "effective_time": effective_time(run),
         }
         if run.is_dir():
-            with open(run / LEDGER, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            ledger.add((json.dumps(row) + "\n").encode())
         log.info(
             f"attempt {attempt}: {row['status']}, checkpoint of step {after}, effective training time {_percent(run)}"
         )
         if verdict is not None:
             return verdict
-        barren = 0 if after > before else barren + 1
+        barren = 0 if _brought_one(checkpoints, known) else barren + 1
         if barren > options.max_restarts:
             log.warn(
                 f"{barren} attempts in a row brought no new checkpoint (--max-restarts {options.max_restarts}): {run}/{LEDGER}"
@@ -105,25 +119,89 @@ def supervise(command: Sequence[str], options: Options) -> int:
             return SaveError.exit_code
         stop.wait(min(300.0, options.backoff_seconds * 2 ** max(0, barren - 1)))
         if stop.asked:
-            return 0 if status["status"] == "preempted" else SaveError.exit_code
+            return unfinished if status["status"] == "preempted" else SaveError.exit_code
 
 
-def judge(status: dict[str, Any], code: int, asked: bool) -> int | None:
+def _told(ledger: Journal, problem: str) -> None:
+    state = f"{problem}. Lines are kept and written when that works again." if problem else "is written again"
+    log.warn(f"{ledger.path}: {state}")
+
+
+def judge(status: dict[str, Any], code: int, asked: bool, unfinished: int = 0) -> int | None:
     """The exit code with which to leave, or None to start again.
 
     Args:
-        status: run.json. code: of the command. asked: whether this process was asked to stop.
+        status: what became of the attempt. code: of the command. asked: whether this process was asked to stop.
+        unfinished: the exit code for a run that was stopped on request.
     """
     match status["status"]:
         case "finished":
             return 0
-        case "preempted" if asked or not status.get("signal"):  # by us, or the recipe's stop_at_step
-            return 0
+        # by us, by a person, or by the recipe's stop_at_step
+        case "preempted" if asked or status.get("signal") in (None, STOP_REQUEST):
+            return unfinished
         case "failed" if status.get("exit_code") in (2, 76):  # a restart would find the same
             return status["exit_code"]
         case "not started" if code in (2, 76):
             return code
     return SaveError.exit_code if asked else None
+
+
+@dataclass(frozen=True)
+class _Started:
+    """One attempt.
+
+    Attributes:
+        name: told to the ranks, which write it into run.json. before: what stood there when it began.
+    """
+
+    run: Path
+    name: str
+    before: str | None
+
+    def status(self) -> dict[str, Any]:
+        """run.json, if this attempt wrote it. A launcher that hands no environment on, as ssh, lets the ranks name themselves."""
+        found = read_status(self.run)
+        theirs = found.get("attempt_id", "")
+        ours = theirs.partition(".")[0] == self.name or ("." not in theirs and theirs != (self.before or ""))
+        return found if ours and "status" in found else {}
+
+    def outcome(self) -> dict[str, Any]:
+        return self.status() or told_by_ranks(self.run, self.name) or {"status": "not started"}
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Of the newest checkpoint whose manifest and sizes are right; 0 without one."""
+    return next((step for step in reversed(list_steps(checkpoints)) if _is_sound(checkpoints, step)), 0)
+
+
+def _is_sound(checkpoints: Path, step: int) -> bool:
+    try:
+        read_manifest(checkpoints / directory_name(step))
+        return True
+    except CheckpointError:
+        return False
+
+
+def _published(checkpoints: Path) -> dict[int, tuple[int, int]]:
+    """What tells a checkpoint from another one of the same step."""
+    found = {}
+    for step in list_steps(checkpoints):
+        with contextlib.suppress(OSError):
+            info = (checkpoints / directory_name(step) / MANIFEST).stat()
+            found[step] = info.st_ino, info.st_mtime_ns
+    return found
+
+
+def _brought_one(checkpoints: Path, known: dict[int, tuple[int, int]]) -> bool:
+    """Whether there is a sound checkpoint that was not there before, be it of a step that was."""
+    now = _published(checkpoints)
+    return any(mark != known.get(step) and _is_sound(checkpoints, step) for step, mark in now.items())
+
+
+def _requires_the_end(command: Sequence[str]) -> bool:
+    pairs = zip(command, [*command[1:], ""], strict=True)
+    return any(pair == ("--require", "finished") or pair[0] == "--require=finished" for pair in pairs)
 
 
 def effective_time(run: Path) -> float | None:
@@ -138,17 +216,26 @@ def _percent(run: Path) -> str:
 
 
 class _Stop:
-    """SIGTERM, SIGINT and SIGUSR1 are for the run: they are handed on as SIGTERM, and it is not started again."""
+    """SIGTERM, SIGINT and SIGUSR1 are for the run: it is asked to save and leave, and is not started again. A second one asks it to leave
+    at once, a third ends it; where a scheduler signals all processes and its batch script, too, SIGTERM and SIGUSR1 come twice for one
+    reason, so these must be ten seconds apart. SIGHUP is nothing: the terminal is gone, the run is not."""
 
     def __init__(self) -> None:
-        self.asked, self.child = False, None
+        self.received: list[str] = []
+        self.last = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.received)
 
     def _receive(self, number: int, frame) -> None:
-        self.asked = True
-        if self.child and self.child.poll() is None:
-            self.child.send_signal(signal.SIGTERM)
+        now = time.monotonic()
+        if not self.received or number == signal.SIGINT or now - self.last > REPEAT_SECONDS:
+            self.received.append(signal.Signals(number).name)
+            self.last = now
 
     def wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -156,20 +243,37 @@ class _Stop:
             time.sleep(0.1)
 
 
-def _run_once(
-    command: list[str], environment: dict[str, str], run: Path, begin: float, stop: _Stop, options: Options
-) -> int:
-    stop.child = child = subprocess.Popen(command, env=environment, start_new_session=True)
-    over = None
-    while child.poll() is None:
-        time.sleep(0.2)
-        status = read_status(run)
-        if status.get("time", 0) >= begin and status.get("status") in ("hung", "failed", "finished"):
-            over = over or time.monotonic()
-            if time.monotonic() - over > options.patience_seconds:
-                log.warn(f"the run is {status['status']}, and its command still there: it is ended")
-                _end(child)
+def _run_once(command: list[str], environment: dict[str, str], started: _Started, stop: _Stop, options: Options) -> int:
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    over, handed_on = None, 0
+    try:
+        while child.poll() is None:
+            time.sleep(0.2)
+            if len(stop.received) > handed_on:
+                handed_on = len(stop.received)
+                _hand_on(stop.received, started, child)
+            status = started.status().get("status")
+            if status in ("hung", "failed", "finished", "preempted"):
+                over = over or time.monotonic()
+                if time.monotonic() - over > options.patience_seconds:
+                    log.warn(f"the run is {status}, and its command still there: it is ended")
+                    _end(child)
+    finally:
+        if child.poll() is None:
+            _end(child)
     return child.returncode
+
+
+def _hand_on(received: list[str], started: _Started, child: subprocess.Popen) -> None:
+    if len(received) > 2:
+        _end(child)
+        return
+    log.info(f"{received[-1]}: the run is asked to {'leave at once' if len(received) > 1 else 'save and leave'}")
+    try:
+        request_stop(started.run, started.name, received[-1], at_once=len(received) > 1)
+    except OSError as error:
+        log.warn(f"{started.run}: no stop request can be written there ({error.strerror}); SIGTERM goes to the command")
+        child.send_signal(signal.SIGTERM)
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -184,10 +288,10 @@ def _end(child: subprocess.Popen) -> None:
             continue
 
 
-def _environment(nodes: list[str], attempt: int) -> dict[str, str]:
-    """What launch/torchrun.sh reads: every attempt meets under a name of its own."""
+def _environment(nodes: list[str], attempt: int, name: str) -> dict[str, str]:
+    """What launch/torchrun.sh reads: every attempt meets under a name of its own. And what the ranks are told of their supervisor."""
     job = os.environ.get("SLURM_JOB_ID", str(os.getpid()))
-    more = {"RUN_ID": f"{os.environ.get('RUN_ID', job)}-{attempt}"}
+    more = {"RUN_ID": f"{os.environ.get('RUN_ID', job)}-{attempt}"} | Supervised(name, process_of(os.getpid())).told()
     if nodes:
         port = os.environ.get("RENDEZVOUS", ":29500").rpartition(":")[2]
         more |= {"NNODES": str(len(nodes)), "RENDEZVOUS": f"{nodes[0]}:{port}"}

@@ -1,6 +1,6 @@
 """The watchdog: a process beside each node's ranks. It reads their heartbeats (points.py) and sees a rank that is silent for longer than
 its phase allows, that failed, or that is gone. Then it keeps the evidence in the run directory, ends the node's ranks and writes into
-run.json what happened. Imports no torch.
+run.json what happened. So it does when what started the ranks (torchrun, the supervisor) is gone. Imports no torch.
 
 Nodes tell each other by files in RUN/incidents/ATTEMPT/: whoever sees something writes there first, and every watchdog looks there.
 A rank's stack comes from faulthandler, whose handler needs neither Python's lock nor the main thread's attention.
@@ -20,15 +20,21 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megacpt import points
-from megacpt.errors import ConfigError, MegacptError
+from megacpt import log, points
+from megacpt.errors import ConfigError, LeaseError, MegacptError
+from megacpt.files import disk_told, write_atomically
 from megacpt.points import POINTS, Beat, Heartbeat, read_beat
+from megacpt.train.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
 INCIDENTS = "incidents"
 LOOK_SECONDS, SHARED_LOOK_SECONDS, GRACE_SECONDS, REPORT_SECONDS = 0.3, 2.0, 5.0, 10.0
+LEAVE_SECONDS = 60.0
+"""For a rank that has said why it leaves, or that it is done: it takes its own exit code with it, however slow the machine is."""
 DUMP = signal.SIGUSR2
 WAITS = re.compile(r"torch/distributed/|in (wait|execute|barrier|synchronize)$")
 """Of a stack's innermost line: the rank waits for others."""
@@ -39,6 +45,8 @@ class Watch:
 
     def __init__(self, run: Path, folder: Path | None, rank: int):
         self.run, self.folder, self.rank, self.attempt = run, folder, rank, ""
+        if supervised():
+            self.joined(attempt_name())
 
     def joined(self, attempt: str) -> None:
         """All ranks have met, and share a name for this attempt."""
@@ -49,15 +57,15 @@ class Watch:
             os.replace(partial, self.folder / "attempt")
 
     def failed(self, error: BaseException) -> None:
-        """Tells the other ranks, so that none waits for this one."""
+        """Tells the other ranks, so that none waits for this one, and the supervisor, which sees only torchrun's exit code."""
+        if isinstance(error, LeaseError):  # nothing of this start belongs there
+            self.done()
+            return
+        if supervised() or (self.folder and self.run.is_dir()):
+            folder = _incident(self.run, self.attempt or self.folder.name)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
         if not self.folder:
             return
-        if self.run.is_dir():
-            with contextlib.suppress(OSError):
-                _write(
-                    _incident(self.run, self.attempt or self.folder.name) / f"failed-rank-{self.rank:05d}.json",
-                    _told(error),
-                )
         points.allow("failed", 0.0)
         points.begin(None)
 
@@ -65,6 +73,12 @@ class Watch:
         if self.folder:
             points.allow("done", 0.0)
             points.begin(None)
+
+
+def tell_supervisor(run: Path, error: BaseException) -> None:
+    """Of a start that fails before the ranks meet; through torchrun the supervisor sees no exit code."""
+    if supervised():
+        Watch(run, None, int(os.environ.get("RANK", "0"))).failed(error)
 
 
 def start(run: Path, enabled: bool) -> Watch:
@@ -88,7 +102,17 @@ def start(run: Path, enabled: bool) -> Watch:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         size = os.environ.get("LOCAL_WORLD_SIZE", "1")
         world = os.environ.get("WORLD_SIZE", "1")
-        arguments = [sys.executable, "-m", "megacpt.train.watchdog", str(folder), str(run.resolve()), size, world]
+        above = json.dumps([asdict(agent) for agent in agents()])
+        arguments = [
+            sys.executable,
+            "-m",
+            "megacpt.train.watchdog",
+            str(folder),
+            str(run.resolve()),
+            size,
+            world,
+            above,
+        ]
         # A session of its own: what ends the ranks' process groups leaves it alone.
         subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     return Watch(run, folder, rank)
@@ -122,14 +146,20 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 def _incident(run: Path, attempt: str) -> Path:
     path = run / INCIDENTS / attempt
-    path.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # what is written there tells
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+def _write(path: Path, content: dict[str, Any], spare: Path | None) -> None:
+    """Into the run directory, or, where its disk takes nothing, into a folder of this node, from which the watchdog reads too."""
+    text = json.dumps(content, indent=1)
+    try:
+        write_atomically(path, text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if spare:
+                write_atomically(spare / path.name, text)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,31 +169,16 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def process_state(pid: int) -> str:
-    """R, S, D, T … as the kernel says; "" for a process that is gone, or ended and not yet fetched."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return "" if state in "ZX" else state
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    return "S"
-
-
 class Watchdog:
     """Watches the ranks of this node until all are gone.
 
     Args:
         folder: of heartbeats. run: the run directory. size: ranks of this node. world_size: of all nodes.
+        above: what started the ranks, without which they shall not live.
     """
 
-    def __init__(self, folder: Path, run: Path, size: int, world_size: int):
-        self.folder, self.run, self.size, self.world_size = folder, run, size, world_size
+    def __init__(self, folder: Path, run: Path, size: int, world_size: int, above: Sequence[Process] = ()):
+        self.folder, self.run, self.size, self.world_size, self.above = folder, run, size, world_size, above
         self.node, self.shared_look = f"{socket.gethostname()}-{os.getpid()}", 0.0
         self.beats: dict[int, Beat] = {}
 
@@ -200,6 +215,8 @@ class Watchdog:
                 return "died"
         if any(self._overdue(beat) for beat in running):
             return "hung"
+        if running and gone(self.above):
+            return "orphaned"
         if time.monotonic() - self.shared_look > SHARED_LOOK_SECONDS and self.world_size > self.size:
             self.shared_look = time.monotonic()
             for path in (self.run / INCIDENTS / self._attempt()).glob("node-*.json"):
@@ -219,14 +236,14 @@ class Watchdog:
             return
         folder = _incident(self.run, self._attempt())
         report = folder / f"node-{self.node}.json"
-        _write(report, {"kind": kind})  # the other nodes need not wait for the rest
+        _write(report, {"kind": kind}, self.folder)  # the other nodes need not wait for the rest
         ranks = {rank: self._evidence(beat) for rank, beat in sorted(self.beats.items())}
         if kind == "hung":
             self._dump(folder, ranks)
-        _write(report, {"kind": kind, "ranks": ranks})
+        _write(report, {"kind": kind, "ranks": ranks}, self.folder)
         if 0 in ranks:
             self._wait_for_nodes(folder)
-        self._end(0.0 if kind == "hung" else GRACE_SECONDS)
+        self._end(0.0 if kind in ("hung", "orphaned") else GRACE_SECONDS)
         if 0 in ranks:
             self._conclude(folder, kind)
 
@@ -259,7 +276,8 @@ class Watchdog:
         time.sleep(0.2)
         for path in [*self.folder.glob("rank-*.stack"), *self.folder.glob("flight_recorder_*")]:
             if path.is_file() and path.stat().st_size:
-                shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
+                with contextlib.suppress(OSError):
+                    shutil.copy(path, folder / path.name.replace(".stack", ".txt"))
         for rank, found in ranks.items():
             lines = _main_thread(stack(rank).read_text(errors="replace")) if stack(rank).exists() else []
             found["waits"] = any(WAITS.search(line) for line in lines[:1])
@@ -267,46 +285,83 @@ class Watchdog:
 
     def _wait_for_nodes(self, folder: Path) -> None:
         until = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < until and len(_all_ranks(folder)) < self.world_size > self.size:
+        while time.monotonic() < until and len(_all_ranks(folder, self.folder)) < self.world_size > self.size:
             time.sleep(0.5)
 
     def _end(self, grace: float) -> None:
-        """Ranks leave by themselves, then on a second stop request, with 75, then without being asked."""
-        until = time.monotonic() + grace
-        alive = lambda: [b.pid for b in self.beats.values() if process_state(b.pid)]
-        while alive() and time.monotonic() < until:
-            time.sleep(0.1)
-        for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
-            for pid in alive():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            until = time.monotonic() + seconds
-            while alive() and time.monotonic() < until:
-                time.sleep(0.05)
+        """Ranks leave by themselves, then on a second stop request, with 75, then without being asked. Who is leaving already has
+        longer."""
+        begin = time.monotonic()
+        self._wait(lambda: bool(self._alive()), grace)
+        for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGINT, 3.0), (signal.SIGKILL, 3.0)):
+            for pid in self._alive(leaving=False):
+                _send(pid, number)
+            self._wait(lambda: bool(self._alive(leaving=False)), seconds)
+        self._wait(lambda: bool(self._alive()), LEAVE_SECONDS - (time.monotonic() - begin))
+        for pid in self._alive():
+            _send(pid, signal.SIGKILL)
+
+    def _alive(self, leaving: bool = True) -> list[int]:
+        """Pids of ranks that are there, with or without those that have said that they leave."""
+        self._look()
+        beats = (beat for beat in self.beats.values() if leaving or beat.phase not in ("done", "failed"))
+        return [beat.pid for beat in beats if process_state(beat.pid)]
+
+    def _wait(self, so_long: Callable[[], bool], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while so_long() and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _conclude(self, folder: Path, kind: str) -> None:
-        from megacpt.train.run_directory import write_status
+        from megacpt.train.run_directory import read_status, write_status
 
-        run = _read(self.run / "run.json")
-        if run.get("status") in ("finished", "preempted") and kind != "hung":
-            return
-        ranks = _all_ranks(folder)
-        code, suspects, reason = conclusion(kind, ranks, _failures(folder))
+        run = read_status(self.run)
+        ranks = _all_ranks(folder, self.folder)
+        code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
         told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        write_status(self.run, run | {"time": time.time()} | told)
-        _write(folder / "conclusion.json", told)
-        print(f"megacpt watchdog: {status}: {reason} Evidence: {folder}", file=sys.stderr, flush=True)
+        _write(folder / "conclusion.json", told, self.folder)
+        if not self._may_say(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
+            return
+        try:
+            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+        except OSError as error:
+            log.say(f"megacpt watchdog: {disk_told(error, self.run / 'run.json')}")
+        log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
+
+    def _may_say(self, run: dict[str, Any]) -> bool:
+        """Whether run.json is this start's to write: nobody else has begun since, and nobody else owns the directory."""
+        owner, attempt = current_owner(self.run), self._attempt()
+        if owner and not owner.released:
+            return owner.facts.get("attempt") == attempt
+        return owner is None or owner.facts.get("attempt") == attempt or run.get("attempt_id") in (None, attempt)
 
 
-def _failures(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("failed-rank-*.json")}
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
+    """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
+    for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
+        if told := _read(folder / "conclusion.json"):
+            return told
+        if failures := _failures(folder):
+            code, suspects, reason = conclusion("failed", {}, failures)
+            return {"status": "failed", "exit_code": code, "suspects": suspects, "reason": reason}
+    return {}
+
+
+def _failures(*folders: Path) -> dict[int, dict[str, Any]]:
+    paths = [path for folder in folders for path in folder.glob("failed-rank-*.json")]
+    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in paths}
     return {rank: failure for rank, failure in found.items() if failure}
 
 
-def _all_ranks(folder: Path) -> dict[int, dict[str, Any]]:
+def _all_ranks(*folders: Path) -> dict[int, dict[str, Any]]:
     ranks: dict[int, dict[str, Any]] = {}
-    for path in folder.glob("node-*.json"):
+    for path in (path for folder in folders for path in folder.glob("node-*.json")):
         ranks |= {int(rank): found for rank, found in _read(path).get("ranks", {}).items()}
     return ranks
 
@@ -319,7 +374,7 @@ def _main_thread(dump: str) -> list[str]:
 
 def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> tuple[int, list[int], str]:
     """(exit code, suspects, reason) of what was found on all nodes."""
-    gone = sorted(rank for rank, found in ranks.items() if found.get("gone"))
+    missing = sorted(rank for rank, found in ranks.items() if found.get("gone"))
     ours = {rank: failure for rank, failure in failures.items() if failure["ours"]}
     if kind == "hung":
         idle = [r for r, found in ranks.items() if found["state"] == "T" or not found.get("waits", False)]
@@ -333,13 +388,15 @@ def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> 
             f"no sign of life for {first['silent_seconds']:.0f} s in phase {first['phase']}, {first['budget_seconds']:.0f} s are allowed. "
             f"The others seem to wait for {names}."
         )  # fmt: skip
-    if ours or (failures and not gone):
+    if ours or (failures and not missing):
         chosen = ours or failures
         rank = min(chosen, key=lambda r: chosen[r]["time"])
         failure = chosen[rank]
         return failure["exit_code"], [rank], f"rank {rank}: {failure['kind']}: {failure['message']}"
-    names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in gone[:8]) or "a rank"
-    return 75, gone, f"{names} ended without a word: killed, out of memory, or a node lost."
+    if kind == "orphaned":
+        return 75, [], "what started the ranks (torchrun or the supervisor) is gone: they were ended."
+    names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in missing[:8]) or "a rank"
+    return 75, missing, f"{names} ended without a word: killed, out of memory, or a node lost."
 
 
 def _where(found: dict[str, Any]) -> str:
@@ -349,11 +406,12 @@ def _where(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    folder, run, size, world_size = sys.argv[1:]
+    folder, run, size, world_size, above = sys.argv[1:]
+    started = [Process(**agent) for agent in json.loads(above)]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it leaves with the last rank, not before
     try:
-        Watchdog(Path(folder), Path(run), int(size), int(world_size)).watch()
+        Watchdog(Path(folder), Path(run), int(size), int(world_size), started).watch()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

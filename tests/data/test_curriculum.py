@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
-from megacpt.data.curriculum import buckets_of
+from megacpt.data.curriculum import buckets_of, read_scores
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.loader import StageData, mixtures, open_domains
 from megacpt.data.manifest import read_manifest
+from megacpt.errors import DataError
 from megacpt.plan.check import check
 
 
@@ -107,3 +108,13 @@ def test_a_curriculum_under_a_decaying_rate_is_flagged(scored):
     recipe = load_recipe(make(), ["--stages.s.lr.shape=cosine"])
     assert any("is a curriculum under a decaying learning rate (cosine)" in w for w in check(recipe, 1).warnings)
     assert not any("curriculum" in w for w in check(load_recipe(make()), 1).warnings)
+
+
+@pytest.mark.parametrize("nll", ["NaN", "Infinity", "-Infinity", '"nan"', '"1.5"', "true", "1e999", "[1]"])
+def test_a_score_that_is_no_number_is_refused(tmp_path, nll):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"document": 0, "nll": null}\n{"document": 1, "nll": 2}\n{"document": 2, "nll": ' + nll + "}\n")
+    with pytest.raises(DataError, match=r"a.jsonl: no scores \(line 3: nll is "):
+        read_scores([str(file)])
+    file.write_text('{"document": 0, "nll": null}\n{"document": 1, "nll": 2}\n')
+    assert np.isnan(read_scores([str(file)])).tolist() == [True, False]

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,45 @@ def test_sequences_of_one_document_are_joined(dataset):
     dataset.with_suffix(".idx").write_bytes(raw)
     data = IndexedDataset(dataset)
     assert data.lengths.tolist() == [7] and data.read(0, 3, 2).tolist() == [2, 8]
+
+
+def index_of(lengths: list[int], documents: list[int]) -> bytes:
+    """As Megatron's builder writes it: sequences of these lengths in uint16, and the sequence with which each document begins."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 2 if lengths else []
+    header = MEGATRON[:18] + struct.pack("<QQ", len(lengths), len(documents))
+    parts = ((lengths, "<i4"), (offsets, "<i8"), (documents, "<i8"))
+    return header + b"".join(np.array(values).astype(kind).tobytes() for values, kind in parts)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "lengths, documents, expected",
+    [
+        ([4, 3], [0, 1, 1, 2], [4, 0, 3]),
+        ([4, 3], [0, 0, 1, 2], [0, 4, 3]),
+        ([4, 3], [0, 1, 2, 2], [4, 3, 0]),
+        ([4, 3], [0, 0, 0, 2, 2, 2], [0, 0, 7, 0, 0]),
+        ([4, 1, 2], [0, 1, 1, 3], [4, 0, 3]),  # as many documents as sequences
+        ([4, 1, 2], [0, 2, 3, 3], [5, 2, 0]),
+        ([4, 0, 3], [0, 1, 2, 3], [4, 0, 3]),  # an empty sequence
+        ([4, 0, 3], [0, 2, 3], [4, 3]),
+    ],
+)
+def test_empty_documents_have_no_tokens_and_the_others_keep_theirs(dataset, lengths, documents, expected, check):
+    """Megatron's add_document([], []) for an empty text: a boundary twice."""
+    assert index_of([4, 3], [0, 1, 2]) == MEGATRON
+    dataset.with_suffix(".idx").write_bytes(index_of(lengths, documents))
+    data, tokens = IndexedDataset(dataset, check), [5, 6, 7, 2, 8, 9, 2]
+    assert data.lengths.tolist() == expected and data.num_tokens == 7
+    for i, length in enumerate(expected):
+        assert data.read(i, 0, length).tolist() == [tokens.pop(0) for _ in range(length)]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_boundaries_that_fall_are_damage(dataset, check):
+    dataset.with_suffix(".idx").write_bytes(index_of([4, 3], [0, 2, 1, 2]))
+    with pytest.raises(DataError, match=r"d\.idx: document boundaries fall"):
+        IndexedDataset(dataset, check)
 
 
 @pytest.mark.parametrize("vocab, dtype", [(65499, np.uint16), (65500, np.int32), (128256, np.int32)])

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -140,3 +142,31 @@ def test_prefetch_ends_its_thread():
     if thread:
         thread.join(5)
     assert not any(t.name == "prefetch" and t.is_alive() for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("soft, hard, ends", [(256, 4096, "opened 300"), (256, 256, "allows a process 256")])
+def test_many_sets_open_or_the_limit_is_named(recipe_file, prepared, tmp_path, soft, hard, ends):
+    """300 sets of two open files each: the limit is raised as far as the system lets it, and `check` and the run say where that ends."""
+    for number in range(300):
+        for kind in ("bin", "idx", "json"):
+            (tmp_path / f"many-{number}.{kind}").symlink_to(prepared / f"a.{kind}")
+    path = recipe_file(
+        data={"a": {"paths": [str(tmp_path / "many-*")]}, "b": {"paths": [str(prepared / "b")]}}, validation=[]
+    )
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from megacpt.config.load import load_recipe
+from megacpt.data.loader import open_domains
+from megacpt.errors import ConfigError
+from megacpt.plan.check import check
+recipe = load_recipe(sys.argv[1])
+if {hard} == 256:
+    print(check(recipe, 1).problems)
+try:
+    print("opened", len(open_domains(recipe, ["a", "b"])["a"].sets))
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.count(ends) == (2 if hard == 256 else 1), done.stdout + done.stderr

@@ -314,6 +314,33 @@ def test_adopting_megatrons_files(tmp_path, options):
         adopt(str(tmp_path / "o"), options.tokenizer)
 
 
+def test_adopting_a_set_with_empty_documents(tmp_path, options, capsys):
+    """Megatron writes an empty document for an empty text: it keeps its number, is counted, and no row holds it."""
+    from test_indexed import index_of
+
+    from megacpt.data.packing import DomainData, Selection, open_index
+
+    ids = [[*Tokenizer(options.tokenizer).encode_batch([text])[0], 0] for text in TEXTS[:30]]
+    lengths = [len(document) for document in ids]
+    boundaries = [0, 0, *range(1, 8), 7, *range(8, 31), 30]
+    (tmp_path / "o.idx").write_bytes(index_of(lengths, boundaries))
+    np.concatenate(ids).astype(np.uint16).tofile(tmp_path / "o.bin")
+    manifest = adopt(str(tmp_path / "o"), options.tokenizer)
+    assert (manifest["documents"], manifest["empty_documents"], manifest["eos_appended"]) == (33, 3, True)
+    said = capsys.readouterr().err
+    assert "3 of 33 documents hold no token" in said and "do not end with" not in said
+    empty = [0, 8, 32]
+    assert [i for i, document in enumerate(documents(tmp_path / "o")) if not document] == empty
+    assert [document for document in documents(tmp_path / "o") if document] == ids
+    index = open_index(
+        DomainData([str(tmp_path / "o")]), Selection(64, "best_fit", 0, 2**31, 0, False), str(tmp_path / "p")
+    )
+    pieces = [piece for row in range(index.num_rows) for piece in index.row(row)]
+    trained = {document for document, _, length in pieces if length}
+    assert all(length > 0 for *_, length in pieces) and not trained & set(empty)
+    assert sum(length for *_, length in pieces) == sum(n for n in lengths if n > 1)
+
+
 def test_two_at_once_on_one_output_are_refused(tmp_path, options):
     import fcntl
 
@@ -322,3 +349,52 @@ def test_two_at_once_on_one_output_are_refused(tmp_path, options):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another megacpt prepare is writing it"):
             prepare([jsonl(tmp_path / "t.jsonl")], str(tmp_path / "o"), options, workers=1)
+
+
+def test_names_that_are_no_utf8_are_read_and_kept(tmp_path, options):
+    """Written on another system: the bytes of the name come back from the manifest."""
+    folder = os.path.join(os.fsencode(tmp_path), b"in")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"\xff\xfe caf\xe9.jsonl"), "wb") as file:
+        file.write(json.dumps({"text": TEXTS[0]}).encode() + b"\n{broken\n")
+    with open(os.path.join(folder, b"\xff.txt.gz"), "wb") as file:
+        file.write(gzip.compress(TEXTS[1].encode()))
+    with open(os.path.join(folder, b"\xff.parquet"), "wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": [TEXTS[2]]}), file)
+    prepare([str(tmp_path / "in")], str(tmp_path / "o"), options, workers=1)
+    names = [os.fsencode(os.path.basename(source["path"])) for source in read_manifest(str(tmp_path / "o"))["sources"]]
+    assert sorted(names) == [b"\xff.parquet", b"\xff.txt.gz", b"\xff\xfe caf\xe9.jsonl"]
+    assert sorted(documents(tmp_path / "o")) == sorted(expected(options, TEXTS[:3]))
+
+
+def test_a_folder_is_read_without_what_is_not_of_the_data(tmp_path, options, capsys):
+    """Hidden folders and the card are left out, the card by name; links are followed, a folder once; a link to nothing is an error."""
+    inside, beside = tmp_path / "in", tmp_path / "beside"
+    for folder in (inside / "sub", inside / ".ipynb_checkpoints", inside / ".cache/huggingface", beside):
+        folder.mkdir(parents=True)
+    jsonl(inside / "a.jsonl", TEXTS[:2])
+    jsonl(inside / "sub/b.jsonl", TEXTS[2:4])
+    jsonl(beside / "c.jsonl", TEXTS[4:6])
+    jsonl(inside / ".ipynb_checkpoints/a-checkpoint.jsonl", ["old"])
+    (inside / ".cache/huggingface/a.jsonl.metadata").write_text("x")
+    (inside / "README.md").write_text("# The card")
+    (inside / "linked").symlink_to(beside)
+    (inside / "linked again").symlink_to(beside)
+    (inside / "sub/loop").symlink_to(inside)
+    prepare([str(inside)], str(tmp_path / "o"), options, workers=1)
+    read = [*TEXTS[:2], *TEXTS[4:6], *TEXTS[2:4]]
+    assert documents(tmp_path / "o") == expected(options, read)
+    said = capsys.readouterr().err
+    assert "README.md: a description of the data, left out" in said
+    assert "loop: the same folder as one that is read" in said and "linked again: the same" in said
+    prepare([str(inside), str(inside / "README.md")], str(tmp_path / "o2"), options, workers=1)
+    assert documents(tmp_path / "o2") == expected(options, [*read, "# The card"])
+    (inside / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ConfigError, match="gone.jsonl: a link to what is not there"):
+        prepare([str(inside)], str(tmp_path / "o3"), options, workers=1)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "README.md").write_text("a text")
+    (texts / "b.txt").write_text("b")
+    prepare([str(texts)], str(tmp_path / "o4"), options, workers=1)
+    assert documents(tmp_path / "o4") == expected(options, ["a text", "b"])

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ranks  # noqa: F401  imports what ranks need before they are forked
 import torch
 import torch.distributed as dist
+from ranks import forget_groups
 
 from megacpt import points
 from megacpt.config.load import load_recipe
@@ -29,6 +29,7 @@ def _rank(rank: int, world_size: int, folder: str, path: str, flags: list[str], 
     )
     code = 1
     try:
+        forget_groups()
         dist.distributed_c10d._world.default_pg = None
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
         points._faults = points.parse_faults(fault)

@@ -1,6 +1,7 @@
 """Promise 7: bad numbers never reach the weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.checkpoint.load import StoredModel
+from megacpt.checkpoint.manifest import list_steps
 from megacpt.config.recipe import Health
+from megacpt.config.stage import ForgettingGate
+from megacpt.evaluate.gates import compare
 from megacpt.train.health import checksum, limits, remember
+from megacpt.train.run_directory import RunDirectory, plain_numbers
 
 NAN = "nan:rank=1,point=before_update,step="
 
@@ -55,14 +60,185 @@ def test_a_number_that_is_none_on_one_rank_skips_the_update_on_all(recipe_file, 
     assert all(torch.equal(hit[name], never[name]) and hit[name].isfinite().all() for name in never)
 
 
-def test_the_twin_without_the_guard_loses_the_weights(recipe_file, tmp_path):
-    def unguarded():
-        from megacpt.train import step
+def unguarded():
+    from megacpt.train import step
 
-        step.inverse_clip = lambda norm, bound, skip: torch.ones_like(norm)
+    original = step.inverse_clip
+    step.inverse_clip = lambda norm, bound, skip: original(norm, bound).nan_to_num(nan=1.0)
 
-    run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/run"], NAN + "3", unguarded)
+
+def blind():
+    from megacpt.train import job, loop
+
+    unguarded()
+    job.check_finite = loop.check_finite = lambda *_: None
+
+
+def test_weights_that_are_none_are_not_saved(recipe_file, tmp_path):
+    """The update of step 3 is made although a gradient is nan: the save of step 4 names the tensors, on all ranks, and is not made."""
+    codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/run"], NAN + "3", unguarded)
+    assert codes == [2, 2] and errors[0] == errors[1]
+    assert "NumbersError: after step 4" in errors[0] and "exp_avg_sq.model.embed_tokens.weight" in errors[0]
+    assert "Nothing of it was saved" in errors[0] and status(tmp_path / "run")["exit_code"] == 2
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run", 2).values())
+
+
+def test_the_twin_without_the_guards_loses_the_weights(recipe_file, tmp_path):
+    run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/run"], NAN + "3", blind)
     assert not all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run").values())
+
+
+def test_a_checkpoint_whose_weights_are_none_is_passed_over(recipe_file, tmp_path, whole):
+    """As a version before could publish it."""
+    run = tmp_path / "run"
+    run_ranks(2, recipe_file(), [f"--run.directory={run}", "--run.stop_at_step=4"], NAN + "3", blind)
+    assert not all(tensor.isfinite().all() for tensor in tensors(run, 4).values())
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}"])[0] == [0, 0]
+    assert [event["step"] for event in events(run, "damaged")] == [4]
+    same(run, whole)
+
+
+@pytest.mark.parametrize("flag", ["--stages.s.lr.peak=1e39", "--stages.s.lr.peak=1e300", "--stages.s.lr.peak=1e30"])
+def test_no_run_ends_well_with_weights_that_are_none(recipe_file, tmp_path, flag):
+    """A rate that the check accepts and no weight survives: whatever fails, the end is an error, and what is there is finite."""
+    run = tmp_path / "run"
+    flags = [f"--run.directory={run}", flag, "--health.rollback_after=3", "--checkpoint.every_steps=1"]
+    codes, errors = run_ranks(1, recipe_file(), flags)
+    assert codes == [2] and "NumbersError" in errors[0], errors
+    for step in list_steps(run / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in tensors(run, step).values())
+
+
+def test_a_run_that_made_no_update_is_no_success(recipe_file, tmp_path):
+    flags = [f"--run.directory={tmp_path}/run", "--health.rollback_after=20"]
+    codes, errors = run_ranks(1, recipe_file(), flags, "nan:point=before_update")
+    assert codes == [2] and "all 8 updates of the run were skipped" in errors[0]
+
+
+STREAK = [
+    ["--checkpoint.keep_last=1"],
+    ["--checkpoint.keep_last=1", "--checkpoint.publish=manifest"],
+    ["--checkpoint.keep_last=1", "--checkpoint.asynchronous=true", "--checkpoint.keep_every_steps=3"],
+]
+
+
+@pytest.mark.parametrize("more", STREAK, ids=lambda flags: " ".join(flag.partition(".")[2] for flag in flags))
+def test_a_streak_leaves_the_checkpoint_before_it(recipe_file, tmp_path, more):
+    """A stop in the middle of it is saved beside the good one, whatever retention says; the resume goes on in it, and back. No other save
+    is made in it."""
+    run = tmp_path / "run"
+    flags = [f"--run.directory={run}", "--health.rollback_after=4", "--checkpoint.every_steps=1", *more]
+    codes, errors = run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=6"], f"{NAN}5;{NAN}6")
+    assert codes == [0, 0], errors
+    left = set(list_steps(run / "checkpoints"))
+    assert {4, 6} <= left <= {3, 4, 6} and status(run)["status"] == "preempted"
+    assert [event["step"] for event in events(run, "saved")] == [1, 2, 3, 4, 6], "none at 5"
+    rest = f"{NAN}7,once={tmp_path}/a;{NAN}8,once={tmp_path}/b"
+    codes, errors = run_ranks(2, recipe_file(), flags, rest)
+    assert codes == [0, 0], errors
+    (back,) = events(run, "rollback")
+    assert (back["step"], back["to_step"], back["count"]) == (8, 4, 16)
+    assert status(run)["status"] == "finished" and all(t.isfinite().all() for t in tensors(run).values())
+
+
+def test_the_twin_of_retention_loses_it(recipe_file, tmp_path):
+    """Retention that knows nothing of a streak."""
+
+    def newest_alone():
+        from megacpt.train import job
+
+        def prune(checkpoints, keep_last, keep_every_steps):
+            gone = list_steps(checkpoints)[:-keep_last]
+            for step in gone:
+                shutil.rmtree(checkpoints / f"step-{step:08d}")
+            return gone
+
+        job.prune = prune
+
+    run = tmp_path / "run"
+    flags = [f"--run.directory={run}", "--health.rollback_after=4", "--checkpoint.every_steps=1", *STREAK[0]]
+    run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=6"], f"{NAN}5;{NAN}6", newest_alone)
+    codes, errors = run_ranks(2, recipe_file(), flags, f"{NAN}7;{NAN}8", newest_alone)
+    assert (
+        codes == [2, 2] and "there is no checkpoint from before (6 were saved in the streak: remove them)" in errors[0]
+    )
+
+
+def test_a_save_that_falls_into_a_streak_is_made_after_it(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    run_ranks(2, recipe_file(), [f"--run.directory={run}", "--checkpoint.every_steps=4"], NAN + "4;" + NAN + "5")
+    assert [event["step"] for event in events(run, "saved")] == [6, 8]
+
+
+def test_weights_that_are_ruined_just_before_a_save_are_left_behind(recipe_file, tmp_path):
+    """Step 4 ruins the weights, finite as they are, and is saved: going back to it twice brings no update, so the third time ends at
+    step 2, without all data that was tried."""
+    run = tmp_path / "run"
+
+    def ruin():
+        from megacpt.train import loop
+
+        step, marker = loop.train_step, tmp_path / "ruined"
+        calls = []
+
+        def ruining(model, optimizer, *args, **kwargs):
+            out = step(model, optimizer, *args, **kwargs)
+            calls.append(1)
+            if len(calls) == 4 and optimizer.num_updates == 4 and not marker.exists():
+                marker.touch()
+                with torch.no_grad():
+                    for parameter in optimizer.parameters.values():
+                        parameter._local_tensor.mul_(1e30)
+            return out
+
+        loop.train_step = ruining
+
+    flags = [f"--run.directory={run}", "--health.rollback_after=2", "--stages.s.average={last=3, every_tokens=512}"]
+    codes, errors = run_ranks(1, recipe_file(), flags, prepare=ruin)
+    assert codes == [0], errors
+    back = [(event["to_step"], event["sequence"], event["count"]) for event in events(run, "rollback")]
+    assert back == [(4, 16, 8), (4, 16, 8), (2, 8, 16 + 8 + 8)]
+    assert status(run)["status"] == "finished" and all(row["skipped"] is None for row in rows(run))
+    assert list_steps(run / "checkpoints") == [4, 6, 8] == list_steps(run / "snapshots/s")
+    kept = StoredModel(run / "snapshots/s/step-00000004")
+    assert max(kept.tensor(name).abs().max() for name in kept.metadata) < 1e3, "of the course that was given up"
+
+
+def test_a_skipped_step_is_no_part_of_an_average(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    flags = [f"--run.directory={run}", "--stages.s.average={last=3, every_tokens=512}"]
+    assert run_ranks(2, recipe_file(), flags, NAN + "6")[0] == [0, 0]
+    (event,) = events(run, "average")
+    assert event["steps"] == [2, 4, 8]
+
+
+@given(
+    st.recursive(
+        st.floats() | st.integers() | st.text() | st.none(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_what_is_written_is_json(value):
+    """metrics.jsonl, events.jsonl and run.json hold null for inf and nan; the twin, Python's own, holds what no reader elsewhere knows."""
+    text = json.dumps(plain_numbers({"x": value}), allow_nan=False)
+    json.loads(text, parse_constant=pytest.fail)
+    assert "NaN" in json.dumps(float("nan"))
+
+
+def test_an_event_with_a_loss_that_is_none_is_json(tmp_path):
+    directory = RunDirectory(tmp_path, write=True)
+    directory.event("validation", 1, 2, losses={"a": float("nan"), "b": 1.5}, list=[float("inf")])
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert (row["losses"], row["list"]) == ({"a": None, "b": 1.5}, [None])
+
+
+@pytest.mark.parametrize("now", [float("nan"), float("inf")])
+def test_no_gate_is_passed_with_a_loss_that_is_none(now):
+    gate, start = ForgettingGate(kind="forgetting", domains=["a"]), {"losses": {"a": 2.0}, "accuracies": {}}
+    assert compare(gate, start, {"losses": {"a": now}, "accuracies": {}})
+    assert compare(gate, {"losses": {"a": None}, "accuracies": {}}, {"losses": {"a": 2.0}, "accuracies": {}})
+    assert not compare(gate, start, {"losses": {"a": 2.0}, "accuracies": {}})
 
 
 def test_a_skip_survives_a_resume(recipe_file, tmp_path):

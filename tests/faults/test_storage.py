@@ -168,6 +168,52 @@ def test_data_cut_while_it_is_read_is_an_error(prepared, tmp_path):
         data.read(data.num_documents - 1, 0, int(data.lengths[-1]))
 
 
+@pytest.mark.parametrize(
+    "name", ["row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin", "a.idx"]
+)
+def test_an_index_cut_under_a_run_is_an_error_with_its_name(recipe_file, prepared, tmp_path, name):
+    """At step 3, to ten bytes: no zeros are trained, no SIGBUS, and the same command goes on where the data can be had again."""
+    for kind in ("bin", "idx", "json"):
+        shutil.copy(prepared / f"a.{kind}", tmp_path / f"a.{kind}")
+    run, packing = tmp_path / "run", tmp_path / "packing"
+    flags = [f"--run.directory={run}", f'--data.a.paths=["{tmp_path}/a"]', "--validation=[]"]
+    assert run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=2"])[0] == [0, 0]
+
+    def cut():
+        from megacpt.train import loop
+
+        rows_of = loop._rows
+
+        def rows(run, index, first, until):
+            files = [tmp_path / name] if name == "a.idx" else packing.glob(f"*/{name}")
+            waiting = rows_of(run, index, first, until)
+            yield next(waiting)
+            for file in files:
+                os.truncate(file, 10)
+            yield from waiting
+
+        loop._rows = rows
+
+    codes, errors = run_ranks(2, recipe_file(), flags, prepare=cut)
+    assert 76 in codes and set(codes) <= {76, 75}, (codes, errors)
+    told = next(error for code, error in zip(codes, errors, strict=True) if code == 76)
+    assert name in told and "the file has 10, at least" in told and "was cut since it was opened" in told
+    assert status(run)["exit_code"] in (75, 76)
+    shutil.copy(prepared / "a.idx", tmp_path / "a.idx")
+    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
+
+
+def test_a_damaged_packing_index_does_not_change_a_run(whole, recipe_file, tmp_path):
+    """Between two starts, each file with another damage; both ranks find it at once."""
+    run, packing = tmp_path / "run", tmp_path / "packing"
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}", "--run.stop_at_step=4"])[0] == [0, 0]
+    folders = sorted(path for path in packing.iterdir() if path.is_dir())
+    (folders[0] / "index.json").unlink()
+    (folders[1] / "row_start.bin").write_bytes(bytes((folders[1] / "row_start.bin").stat().st_size))
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}"])[0] == [0, 0]
+    same(run, whole)
+
+
 def test_no_secret_reaches_a_file_of_the_run(recipe_file, tmp_path, monkeypatch):
     secret = "hf_" + "s3cr3t" * 4
     monkeypatch.setenv("HF_TOKEN", secret)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,24 @@ from megacpt.train import supervise as module
 from megacpt.train.supervise import LEDGER, Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
 
 ROOT = Path(__file__).parents[2]
+PLAIN = [sys.executable, "-m", "megacpt", "train"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "-m",
+    "megacpt",
+    "train",
+]
 QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps=2", "--checkpoint.keep_last=3"]
 
 
 def supervise(*command: str, fault: str = "", options: tuple[str, ...] = (), **more) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MEGACPT_FAULT": fault}
     words = [sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", *options, "--", *command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240, **more)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600, **more)
 
 
 def ledger(run: Path) -> list[dict]:
@@ -76,7 +88,7 @@ def test_torchrun_restarts_in_place(whole, recipe_file, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert status(run)["attempt"] == 2
@@ -88,6 +100,72 @@ def test_a_bad_recipe_is_not_tried_again(recipe_file, tmp_path):
         sys.executable, "-m", "megacpt", "train", recipe_file(), "--run.start=resume", f"--run.directory={tmp_path}/r"
     )
     assert out.returncode == 2 and out.stderr.count("holds no checkpoint") == 1
+
+
+def test_a_bad_recipe_is_not_tried_again_whatever_the_run_before_was(recipe_file, tmp_path):
+    """Through torchrun, which makes every exit code 1. Yesterday the run was preempted, today its recipe is edited: once refused by the
+    check, once by the comparison with the checkpoint's recipe, with and without a watchdog."""
+    run, path = tmp_path / "run", recipe_file()
+    flags = [*QUICK, f"--run.directory={run}"]
+    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0 and status(run)["status"] == "preempted", first.stderr
+    before = status(run)
+    for watchdog, flag, said in (
+        ("true", "--parallel.data_shard=3", "world size 2"),
+        ("false", "--stages.s.seq_len=128", "It is frozen once the run has begun"),
+    ):
+        out = supervise(*TORCHRUN, path, *flags, flag, f"--health.watchdog={watchdog}", options=("--max-restarts", "3"))
+        assert out.returncode == 2, out.stderr[-3000:]
+        assert said in out.stderr and status(run)["attempt"] == 1
+    found = ledger(run)
+    assert [(row["status"], row["exit_code"]) for row in found] == [("failed", 2)] * 2 and "frozen" in found[-1][
+        "reason"
+    ]
+    assert status(run) == before
+
+
+def test_what_needs_the_end_is_told_that_it_is_not_there(recipe_file, tmp_path):
+    """`--require finished`, alone and under a supervisor: 3 for a run that was stopped, 0 for its end."""
+    flags = [*QUICK, f"--run.directory={tmp_path}/run", "--require", "finished"]
+    stopped = subprocess.run([*PLAIN, recipe_file(), *flags, "--run.stop_at_step=2"], capture_output=True, text=True)
+    assert stopped.returncode == 3 and "is saved and not finished" in stopped.stderr, stopped.stderr
+    assert supervise(*PLAIN, recipe_file(), *flags, "--run.stop_at_step=4").returncode == 3
+    ended = subprocess.run([*PLAIN, recipe_file(), *flags], capture_output=True, text=True)
+    assert ended.returncode == 0 and "Export: megacpt export" in ended.stderr, ended.stderr
+
+
+def test_sound_checkpoints_count_and_folders_do_not(whole, tmp_path):
+    """A folder of a later step without a manifest, a checkpoint whose shard is cut, the same step saved anew."""
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", checkpoints)
+    steps = module.list_steps(checkpoints)
+    (checkpoints / "step-00090000").mkdir()
+    assert module.newest_step(checkpoints) == steps[-1] == 8
+    known = module._published(checkpoints)
+    assert not module._brought_one(checkpoints, known)
+    shutil.copytree(checkpoints / "step-00000008", checkpoints / "step-00000010")
+    shard = next((checkpoints / "step-00000010").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert module.newest_step(checkpoints) == 8 and not module._brought_one(checkpoints, known), "cut"
+    shutil.rmtree(checkpoints / "step-00000008")
+    shutil.copytree(whole / "checkpoints/step-00000008", checkpoints / "step-00000008")
+    assert module._brought_one(checkpoints, known), "step 8 was damaged, and is saved again"
+
+
+def test_an_attempt_is_known_by_its_name(tmp_path):
+    """Not by times: the ranks' clock may be hours behind, or run.json may say anything."""
+    started = module._Started(tmp_path, "one", "yesterday.0")
+    assert started.outcome() == {"status": "not started"}
+    for time_said in (0.0, 9e99, "x", None):
+        told = {"time": time_said, "status": "finished", "attempt_id": "yesterday.0"}
+        (tmp_path / "run.json").write_text(json.dumps(told))
+        assert started.status() == {}
+        (tmp_path / "run.json").write_text(json.dumps(told | {"attempt_id": "one.0"}))
+        assert started.status()["status"] == "finished"
+        (tmp_path / "run.json").write_text(json.dumps(told | {"attempt_id": "two.0"}))
+        assert started.status() == {}, "of another supervisor"
+        (tmp_path / "run.json").write_text(json.dumps(told | {"attempt_id": "20260101-000000-abcdef"}))
+        assert started.status()["status"] == "finished", "the launcher hands no environment on: they named themselves"
 
 
 def test_it_gives_up_where_nothing_moves(recipe_file, tmp_path):
@@ -108,10 +186,27 @@ def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file
     while not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     child.send_signal(signal.SIGUSR1)
-    assert child.wait(60) == 0
+    assert child.wait(240) == 0
     assert status(run)["status"] in ("preempted", "finished") and len(ledger(run)) == 1
     if status(run)["status"] == "preempted":
-        assert status(run)["signal"] == "SIGTERM"
+        assert status(run)["signal"] == "SIGUSR1"
+
+
+def test_a_request_that_comes_twice_is_one(monkeypatch):
+    """A scheduler signals every process, and its batch script hands the signal on."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop, clock = module._Stop(), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    for seconds, number, count in (
+        (0, "SIGUSR1", 1),
+        (1, "SIGTERM", 1),
+        (9, "SIGTERM", 1),
+        (11, "SIGTERM", 2),
+        (12, "SIGINT", 3),
+    ):
+        clock[0] = 100.0 + seconds
+        stop._receive(getattr(signal, number), None)
+        assert len(stop.received) == count
 
 
 def test_what_is_tried_again():
@@ -122,6 +217,8 @@ def test_what_is_tried_again():
         "only the ranks heard it: a node that is taken away"
     )
     assert again({"status": "preempted", "signal": "SIGTERM"}, asked=True) == 0
+    assert again({"status": "preempted", "signal": "stop-request"}) == 0, "a person asked for it"
+    assert judge({"status": "preempted", "signal": None}, 3, False, unfinished=3) == 3
     assert again({"status": "failed", "exit_code": 2}) == 2 and again({"status": "failed", "exit_code": 76}) == 76
     for end in (
         {"status": "failed", "exit_code": 1},
@@ -144,7 +241,7 @@ def test_the_recipe_of_a_command(recipe_file, tmp_path):
 def test_nodes_that_are_left(recipe_file, monkeypatch):
     """Of four nodes one is drained and one does not answer; the layout divides two."""
     states = "n1 idle\nn2 drng\nn3 alloc*\nn4 mix\n"
-    assert ill_nodes(states) == {"n2", "n3"}
+    assert ill_nodes(states) == {"n2", "n3"} and ill_nodes("n1 inval\nn2 idle") == {"n1"}
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setattr(module, "_output", lambda *command: "n1\nn2\nn3\nn4\n" if command[0] == "scontrol" else states)

@@ -14,7 +14,7 @@ Q, K = torch.randn(6, 2, 8), torch.randn(6, 1, 8)
 TABLE, AT = torch.randn(9, 4), torch.arange(6, dtype=torch.int32)
 COLUMN, ROWS = torch.tensor([0, 3, -7, 2, 1, 5]), torch.ones(6)
 DOCUMENTS = Documents.of([0, 2], 6)
-SEEN = (DOCUMENTS.seen, DOCUMENTS.seen_by)
+SEEN = [DOCUMENTS.seen, DOCUMENTS.seen_by]
 NUMBERS = (0.9, 0.95, 0.1, 0.05, 1e-3, 1.0, 1e-8, 0.99, 0, 8, 8, 5)
 CALLS = {
     "rms_norm_forward": (X, None, W, 1e-5),
@@ -30,8 +30,8 @@ CALLS = {
     "embedding_backward": (X, COLUMN.clamp(0, 6).sort().values, COLUMN.clamp(0, 6).sort().indices, 6),
     "sums_of_squares": (X,),
     "adamw_": (X.clone(), X.clone(), X.clone().bfloat16(), X.abs().bfloat16(), torch.ones(()), *NUMBERS),
-    "attention_forward": (Q, K, K.clone(), SEEN[0], 0.3),
-    "attention_backward": (Q, Q.clone(), K, K.clone(), Q.clone(), torch.zeros(2, 6), *SEEN, 0.3),
+    "attention_forward": (Q, K, K.clone(), SEEN, [4, 4], "triton", False),
+    "attention_backward": (Q, Q.clone(), K, K.clone(), Q.clone(), torch.zeros(2, 6), SEEN, [4, 4], "triton", False),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import attention_libraries
 import pytest
 import torch
 import torch.nn.functional as F
@@ -562,48 +563,105 @@ def test_apex_gets_its_arguments_in_its_order(monkeypatch):
     assert backend.find_apex is not None
 
 
-def library(name: str):
-    """Stand-ins with the arguments of each library's function, which compute by our CPU path."""
-    reference = lambda q, k, v, cu_q, cu_k: attention(
-        q, k, v, Documents(tuple(cu_q.tolist()), tuple(cu_k.tolist()), cu_q, cu_k)
+@pytest.mark.parametrize("layout", ["keys reach back", "many"])
+@pytest.mark.parametrize("name", attention_libraries.FUNCTIONS)
+def test_libraries_are_called_by_their_own_names(name, layout, monkeypatch):
+    """Forward and backward, a head size that they do not have, against SDPA."""
+    documents = LAYOUTS[layout]
+    make = lambda: [random(documents.q[-1], 4, 12), *(random(documents.k[-1], 2, 12, seed=s) for s in (1, 2))]
+    want = gradients(lambda q, k, v: attention(q, k, v, documents), make())
+    attention_libraries.install(name, monkeypatch)
+    got = gradients(lambda q, k, v: attention(q, k, v, documents), make())
+    assert attention_libraries.calls == {"forward": 1, "backward": 1}
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert difference(a, b) <= ATTENTION[torch.float64]
+
+
+def test_the_true_signatures_of_torch_are_those_of_the_stand_ins():
+    """What of the libraries can be had here: the functions of torch's own."""
+    from megacpt_kernels.attention_backends import arguments_of, missing_library
+    from torch.nn.attention import varlen
+
+    assert missing_library("varlen") == ""
+    assert arguments_of(varlen._varlen_attn_backward) == arguments_of(attention_libraries.varlen_backward)
+    assert arguments_of(varlen.varlen_attn) == arguments_of(attention_libraries.varlen)
+
+
+def test_a_library_of_a_version_that_is_not_known_says_what_it_wants(monkeypatch):
+    from megacpt_kernels.attention_backends import missing_library
+
+    def later(q, k, v, sink, *, causal): ...
+
+    monkeypatch.setitem(attention_libraries.FUNCTIONS, "flash-attn", (later, attention_libraries.two_backward))
+    attention_libraries.install("flash-attn", monkeypatch)
+    assert missing_library("flash-attn") == (
+        "flash_attn.flash_attn_varlen_func of this version wants sink, which megacpt_kernels does not know"
     )
-
-    def three(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=False,
-        deterministic=False,
-        return_attn_probs=False,
-    ):
-        assert causal and (max_seqlen_q, max_seqlen_k) == (5, 9)
-        out = reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
-        return (out, out.new_zeros(q.shape[1], q.shape[0])) if return_attn_probs else out
-
-    def four(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False,
-             window_size=(None, None), deterministic=False, return_lse=False):  # fmt: skip
-        assert causal and softmax_scale is None
-        return reference(q, k, v, cu_seqlens_q, cu_seqlens_k), None
-
-    def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, -1), enable_gqa=False):
-        assert window_size == (-1, 0) and enable_gqa
-        return reference(query, key, value, cu_seq_q, cu_seq_k)
-
-    return {"flash-attn-3": three, "flash-attn": three, "flash-attn-4": four, "varlen": varlen}[name]
+    assert missing_library("flash-attn-4").startswith("flash_attn.cute has no flash_attn_varlen_func")
 
 
-@pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-4", "flash-attn", "varlen"])
-def test_libraries_are_called_by_their_own_names(name, monkeypatch):
-    module = sys.modules["megacpt_kernels.attention"]
-    monkeypatch.setattr(module, "_import", lambda *place: library(name))
-    documents = LAYOUTS["keys reach back"]
+def test_what_does_not_change_is_looked_up_once(monkeypatch):
+    """Signatures a process, lengths of documents a micro-batch: not in every layer."""
+    from megacpt_kernels import attention_backends
+
+    documents = Documents.of([0, 5], 9)
+    inputs = [random(9, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2)]
+    attention_libraries.install("flash-attn-4", monkeypatch)
+    attention(*inputs, documents).sum().backward()
+    monkeypatch.setattr(attention_backends.inspect, "signature", None)
+    assert documents.longest is documents.longest
+    attention(*inputs, documents).sum().backward()
+
+
+def test_no_backward_without_atomics_is_an_error(monkeypatch):
     inputs = [random(9, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8, seed=2)]
-    out, _ = module._library(name, *inputs, documents, False, False)
-    assert torch.equal(out, attention(*inputs, documents))
+
+    def older(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k): ...
+
+    monkeypatch.setitem(attention_libraries.FUNCTIONS, "flash-attn", (attention_libraries.two, older))
+    attention_libraries.install("flash-attn", monkeypatch)
+    with pytest.raises(ValueError, match="'flash-attn' has no deterministic backward in this version"):
+        attention(*inputs, LAYOUTS["keys reach back"], deterministic=True)
+    attention_libraries.install("varlen", monkeypatch)
+    with pytest.raises(ValueError, match="deterministic only under torch.use_deterministic_algorithms"):
+        attention(*inputs, LAYOUTS["keys reach back"], deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_of_other_devices(layout, dtype, monkeypatch):
+    """What SDPA does on a GPU, on a CPU: forward by whichever kernel, backward by products, in blocks of three queries."""
+    from megacpt_kernels import attention_backends
+
+    documents = LAYOUTS[layout]
+    inputs = [
+        random(documents.q[-1], 4, 8, dtype=dtype),
+        *(random(documents.k[-1], 2, 8, dtype=dtype, seed=s) for s in (1, 2)),
+    ]
+    monkeypatch.setattr(attention_backends, "_cpu_forward", attention_backends._any_forward)
+    monkeypatch.setattr(attention_backends, "_cpu_backward", attention_backends._any_backward)
+    monkeypatch.setattr(attention_backends, "SCORES", 3 * 4 * max(documents.k))
+    got = gradients(lambda q, k, v: attention(q, k, v, documents), inputs)
+    want = gradients(lambda q, k, v: attention_reference(q, k, v, documents), wide(inputs))
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert difference(a, b) <= ATTENTION[dtype]
+    with pytest.raises(ValueError, match="does not return the log-sum-exp"):
+        attention(*inputs, documents, return_lse=True)
+
+
+def test_cudnn_takes_what_its_operations_are_given(monkeypatch):
+    """torch's schemas bind, on tensors without storage; what it cannot do is said."""
+    from megacpt_kernels.attention_backends import BACKENDS
+
+    q, k = torch.empty(64, 4, 8, device="meta"), torch.empty(64, 2, 8, device="meta")
+    bounds = [LAYOUTS["many"].edges]
+    out, lse = BACKENDS["cudnn"].forward(q, k, k, bounds, [24, 24], False)
+    assert (out.shape, lse.shape) == (q.shape, (4, 64))
+    grads = BACKENDS["cudnn"].backward(out, q, k, k, out, lse, bounds, [24, 24], False)
+    assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+    q, k = torch.empty(9, 4, 8, device="meta"), torch.empty(13, 2, 8, device="meta")
+    with pytest.raises(ValueError, match="there are keys before the queries of a document"):
+        BACKENDS["cudnn"].forward(q, k, k, [LAYOUTS["keys reach back"].edges], [5, 9], False)
 
 
 def test_the_log_sum_exp_comes_along():

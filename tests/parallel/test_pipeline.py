@@ -1,5 +1,7 @@
 """The executor, measured: which activations are alive after each action, against the schedule."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,12 @@ def batch(number: int):
     return Batch(tokens, np.roll(tokens, -1, 1), positions, np.array([0]), np.array([0, 1]), [""])
 
 
+def counts_of_all():
+    from megacpt.data.loader import StepCounts
+
+    return StepCounts(MICRO_BATCHES * TOKENS, MICRO_BATCHES * TOKENS, MICRO_BATCHES)
+
+
 def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], list[int], list[int]]:
     """On a rank, after each action: pairs of stage and micro-batch of which a tensor that autograd saved is alive; what the
     schedule says; the bytes of those tensors."""
@@ -27,7 +35,6 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
 
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
-    from megacpt.data.loader import StepCounts
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
@@ -75,8 +82,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
         return result
 
     run._Gradients.run = observed
-    counts = StepCounts(MICRO_BATCHES * TOKENS, MICRO_BATCHES * TOKENS, MICRO_BATCHES)
-    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts, "step")
+    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
     assert max(expected) == peak_in_flight(plan.schedule(MICRO_BATCHES).ranks[mesh.pipeline_rank])
     return alive, expected[1:], held
 
@@ -101,6 +107,102 @@ def test_the_measurement_sees_a_graph_that_stays():
 
 def test_four_ranks_keep_what_one_forward_one_backward_says():
     assert [max(alive) for alive, _, _ in on_ranks(4, alive_after_each_action, "1f1b")] == [4, 3, 2, 1]
+
+
+def made_model(name: str, layout, parallel):
+    from megacpt.model.build import build_model, sharding_of
+    from megacpt.model.config import parse_config
+    from megacpt.model.hf import initialize
+    from megacpt.model.llama import ModelOptions
+    from megacpt.model.stage import plan_stages
+    from megacpt.parallel.mesh import build_mesh
+
+    config = parse_config(tiny_config(num_hidden_layers=6), "test")
+    plan, mesh = plan_stages(6, parallel), build_mesh(layout, torch.device("cpu"))
+    model = build_model(config, mesh, torch.float32, ModelOptions(), plan, sharding_of(parallel))
+    initialize(model, config, 1)
+    return model
+
+
+def order_between_actions(name: str) -> list[str]:
+    """What a rank does in a step: run, make room, receive, send."""
+    import torch.distributed as dist
+
+    from megacpt.config.layout import Layout
+    from megacpt.config.stage import Parallel
+    from megacpt.model import run
+
+    ranks = dist.get_world_size()
+    parallel = Parallel(pipeline=ranks, virtual_stages=SCHEDULES[name], schedule=name)
+    model, done = made_model(name, Layout(pipeline=ranks), parallel), []
+
+    def noted(owner, attribute: str, what: str) -> None:
+        original = getattr(owner, attribute)
+        setattr(owner, attribute, lambda *args, **kwargs: (done.append(what), original(*args, **kwargs))[1])
+
+    noted(run._Gradients, "run", "run")
+    noted(run._Gradients, "shape", "room")
+    noted(dist, "irecv", "receive")
+    noted(dist, "isend", "send")
+    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
+    return done
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_nothing_but_messages_follows_a_message_until_the_next_action(name):
+    """To make room may wait for the device, and so for messages that were posted."""
+    for done in on_ranks(2, order_between_actions, name):
+        assert done.count("room") == done.count("receive") > 0 and done.count("send") > 0
+        for before, after in pairwise(done):
+            assert after != "room" or before in ("room", "run"), done
+
+
+def connections() -> tuple[set, set]:
+    """(opened when the model is made, used in a step): groups of collectives, and pairs of ranks of a group's messages."""
+    import torch.distributed as dist
+
+    from megacpt.config.layout import Layout
+    from megacpt.config.stage import Parallel
+    from megacpt.model import run
+    from megacpt.optim.clip import grad_norm
+    from megacpt.parallel import collectives
+
+    found: set = set()
+
+    def noted(owner, attribute: str) -> None:
+        original = getattr(owner, attribute, None)
+
+        def call(*args, **kwargs):
+            group = kwargs.get("group") or dist.group.WORLD
+            peer = kwargs.get("group_src", kwargs.get("group_dst"))
+            if group.size() > 1:
+                found.add((group.group_desc, dist.get_process_group_ranks(group)[0], "all" if peer is None else peer))
+            return original(*args, **kwargs)
+
+        if original:
+            setattr(owner, attribute, call)
+
+    for owner, attributes in (
+        (collectives, ("_all_gather", "_reduce_scatter")),
+        (dist, ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")),
+        (dist, ("send", "recv", "isend", "irecv")),
+    ):  # fmt: skip
+        for attribute in attributes:
+            noted(owner, attribute)
+    parallel = Parallel(pipeline=2, context=2, tensor=2)
+    model = made_model("1f1b", Layout(pipeline=2, context=2, tensor=2), parallel)
+    opened = set(found)
+    found.clear()
+    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
+    grad_norm(model.counted_parameters(), model.mesh)
+    return opened, found
+
+
+def test_a_step_opens_no_communicator():
+    """Opening one holds up the hosts of its ranks, which no schedule's program accounts for."""
+    for opened, used in on_ranks(8, connections):
+        assert used <= opened and {name for name, _, _ in used} >= {"mesh_tp", "mesh_cp", "mesh_fsdp", "mesh_pp"}, used
+        assert any(name.startswith("mesh_activation") for name, _, _ in used)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megacpt.config.stage import Parallel
 from megacpt.model.stage import plan_stages, split_layers
 from megacpt.parallel.pipeline.schedule import SCHEDULES, Action, Schedule, make_schedule, virtual_stages_of
-from megacpt.parallel.pipeline.simulate import lower, needed, rendezvous, simulate
+from megacpt.parallel.pipeline.simulate import Op, lower, made, needed, rendezvous, simulate
 
 EQUAL = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
@@ -111,7 +111,7 @@ def test_the_simulator_sees_a_deadlock():
 def test_the_rule_of_nccl_sees_receives_in_another_order():
     """No tags: the second activation would land in the first one's buffer."""
     schedule = make_schedule("gpipe", 2, 1, 3)
-    programs = [lower(schedule, rank) for rank in range(2)]
+    programs = [list(lower(schedule, rank)) for rank in range(2)]
     receives = [i for i, op in enumerate(programs[1]) if op.kind == "receive"]
     first, second = receives[:2]
     programs[1][first], programs[1][second] = programs[1][second], programs[1][first]
@@ -119,33 +119,191 @@ def test_the_rule_of_nccl_sees_receives_in_another_order():
 
 
 def test_the_rule_of_nccl_sees_one_communicator_for_both_kinds(monkeypatch):
-    """With activations and gradients on one communicator, what waits in front blocks what is needed."""
+    """With activations and gradients on one communicator, what waits in front blocks what is needed, when receives are posted
+    in the order of their use; `lower` posts in the order of the sends, which does not even need two."""
     import megacpt.parallel.pipeline.simulate as module
 
     both = [make_schedule("interleaved", 2, 2, m) for m in (1, 2, 3, 5, 8)]
-    assert all(rendezvous(schedule) == "sound" for schedule in both)
+    played = lambda schedule: rendezvous(schedule, [one_ahead(schedule, rank) for rank in range(2)], holds=False)
+    assert all(played(schedule) == rendezvous(schedule) == "sound" for schedule in both)
     monkeypatch.setattr(module, "channel", lambda source, target, tensor: ("all", "up" if target > source else "down"))
-    assert any(rendezvous(schedule) != "sound" for schedule in both)
+    assert any(played(schedule) != "sound" for schedule in both)
+    assert all(rendezvous(schedule) == "sound" for schedule in both)
 
 
 def test_the_programs_last_message_must_arrive():
     schedule = make_schedule("1f1b", 2, 1, 2)
-    programs = [lower(schedule, rank) for rank in range(2)]
+    programs = [list(lower(schedule, rank)) for rank in range(2)]
     programs[1].remove(next(op for op in reversed(programs[1]) if op.kind == "send"))
     assert rendezvous(schedule, programs) == "deadlock"
 
 
-def test_receives_are_posted_one_action_ahead():
-    schedule = make_schedule("interleaved", 4, 2, 6)
-    for rank in range(4):
-        waiting, most = set(), 0
-        for op in lower(schedule, rank):
-            if op.kind == "receive":
-                waiting.add(op.tensor)
-            elif op.kind == "run":
-                waiting.discard(needed(op.action, schedule))
-                most = max(most, len(waiting))
-        assert most == 1 and not waiting
+def one_ahead(schedule: Schedule, rank: int, behind_its_cause: bool = True) -> list[Op]:
+    """The posting of a program that looks at its own list only: each receive one action ahead.
+
+    Args:
+        behind_its_cause: also behind an action that the tensor depends on; without, in front of the action that needs it.
+    """
+    actions, program, posted, depends = schedule.ranks[rank], [], 0, ancestors(schedule)
+    for i, action in enumerate(actions):
+        while posted < min(len(actions), i + 2):
+            tensor = needed(actions[posted], schedule)
+            if tensor and schedule.placement[tensor[1]] != rank:
+                if posted > i and not behind_its_cause and depends[tensor][rank] >= i:
+                    break
+                program.append(Op("receive", actions[posted], tensor, schedule.placement[tensor[1]]))
+            posted += 1
+        program.append(Op("run", action))
+        if (given := made(action, schedule)) and given[1] != rank:
+            program.append(Op("send", action, *given))
+    return program
+
+
+def ancestors(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, ...]]:
+    """Of each tensor: on every rank, the place in its list of the last action that the tensor depends on, -1 for none."""
+    found: dict[tuple, tuple[int, ...]] = {None: (-1,) * len(schedule.ranks)}
+    for rank, i in ((r, i) for _, r, i in sorted((t, r, i) for r, i, t in begins(schedule))):
+        action = schedule.ranks[rank][i]
+        before = [found[needed(action, schedule)]] + ([found[rank, i - 1]] if i else [])
+        mine = [max(places) for places in zip(*before, strict=True)]
+        mine[rank] = i
+        found[rank, i] = tuple(mine)
+        kind = {"F": "activation", "W": "weights"}.get(action.kind, "gradient")
+        found[kind, action.stage, action.micro_batch] = tuple(mine)
+    return found
+
+
+def begins(schedule: Schedule) -> list[tuple[int, int, float]]:
+    """(rank, place in its list, time) of all actions; what depends on another begins later."""
+    spans = simulate(schedule).spans
+    return [(rank, i, begin) for rank, mine in enumerate(spans) for i, (_, begin, _) in enumerate(mine)]
+
+
+def held_by_their_cause(schedule: Schedule, programs) -> int:
+    """Receives that are posted in front of an action on which their tensor depends."""
+    depends, count = ancestors(schedule), 0
+    for rank, program in enumerate(programs):
+        done = 0
+        for op in program:
+            done += op.kind == "run"
+            count += op.kind == "receive" and depends[op.tensor][rank] >= done
+    return count
+
+
+def every_schedule(ranks=(1, 2, 3, 4, 8), micro_batches=(1, 2, 3, 5, 8, 19)):
+    for name, p, v, m in itertools.product(SCHEDULES, ranks, (1, 2, 3), micro_batches):
+        for contiguous in (None, p + 1, 2 * p) if name == "interleaved" else (None,):
+            schedule = make_schedule(name, p, stages(name, v), m, contiguous)
+            yield schedule
+            yield schedule.forward_only()
+
+
+class TestPosting:
+    """A message that was posted holds the device until its partner is there, and any action may have to wait for the device."""
+
+    def test_no_action_waits_for_a_message_that_waits_for_it(self):
+        for schedule in every_schedule():
+            programs = [lower(schedule, rank) for rank in range(len(schedule.ranks))]
+            assert rendezvous(schedule, programs) == "sound" and held_by_their_cause(schedule, programs) == 0
+
+    @pytest.mark.parametrize(
+        "name, virtual, micro_batches, count",
+        [
+            ("1f1b", 1, 1, 3),
+            ("1f1b", 1, 2, 2),
+            ("gpipe", 1, 1, 3),
+            ("gpipe", 1, 8, 3),
+            ("interleaved", 2, 1, 11),
+            ("interleaved", 2, 2, 2),
+            ("interleaved", 2, 4, 1),
+            ("zb-v", 2, 1, 6),
+            ("zb-v", 2, 2, 4),
+        ],
+    )
+    def test_one_action_ahead_holds_what_it_waits_for(self, name, virtual, micro_batches, count):
+        """The twin: found by hand on four ranks."""
+        schedule = make_schedule(name, 4, virtual, micro_batches)
+        programs = [one_ahead(schedule, rank) for rank in range(4)]
+        assert held_by_their_cause(schedule, programs) == count
+        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+
+    def test_to_spare_each_receive_its_own_cause_is_not_enough(self):
+        """Two ranks, one forward and one backward: each holds in front of an action the message that the other's action would
+        send, though neither tensor depends on the action behind which it is posted."""
+        schedule = make_schedule("1f1b", 2, 1, 2)
+        programs = [one_ahead(schedule, rank, behind_its_cause=False) for rank in range(2)]
+        assert held_by_their_cause(schedule, programs) == 0
+        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+
+    def test_nor_is_to_post_none_ahead(self):
+        """A ring of senders, each held by a receive that stands behind what the next one waits for."""
+        schedule = make_schedule("gpipe", 2, 2, 4)
+        programs = []
+        for rank in range(2):
+            late = []
+            for op in (op for op in lower(schedule, rank) if op.kind != "receive"):
+                tensor = needed(op.action, schedule)
+                if op.kind == "run" and tensor and schedule.placement[tensor[1]] != rank:
+                    late.append(Op("receive", op.action, tensor, schedule.placement[tensor[1]]))
+                late.append(op)
+            programs.append(late)
+        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+
+    @pytest.mark.parametrize(
+        "name, virtual", [("gpipe", 1), ("1f1b", 1), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2)]
+    )
+    def test_transfers_hide_as_well_as_one_action_ahead(self, name, virtual):
+        """A transfer of a twentieth of a forward, which begins when it is posted and sent: at most 0.3 % of the step more than
+        with all receives one action ahead; posted in front of what needs them they cost up to 3 %."""
+        schedule = make_schedule(name, 4, virtual, 32)
+        times = [time_of(schedule, [post(schedule, rank) for rank in range(4)], 0.05) for post in (lower, one_ahead)]
+        assert times[0] <= 1.003 * times[1]
+
+    def test_what_waits_for_its_action_is_bounded(self):
+        """Inputs of stages that came early: N - P + 1 behind the stage before on a ring, 3 without one."""
+        for name, virtual, contiguous, most in (
+            ("1f1b", 1, None, 1), ("zb-h1", 1, None, 1), ("zb-v", 2, None, 3), ("interleaved", 4, 4, 3), ("interleaved", 4, 6, 6)
+        ):  # fmt: skip
+            schedule = make_schedule(name, 4, virtual, 32, contiguous)
+            assert max(most_waiting(schedule, rank) for rank in range(4)) == most
+
+
+def most_waiting(schedule: Schedule, rank: int) -> int:
+    """Most tensors that are posted and not yet used while an action runs that needs another."""
+    waiting, most = set(), 0
+    for op in lower(schedule, rank):
+        if op.kind == "receive":
+            waiting.add(op.tensor)
+        elif op.kind == "run":
+            waiting.discard(needed(op.action, schedule))
+            most = max(most, len(waiting))
+    assert not waiting
+    return most
+
+
+def time_of(schedule: Schedule, programs, transfer: float) -> float:
+    """The time of a step when messages travel from when they are both sent and posted."""
+    cost, ready, posted = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}, {}, {}
+    now, at, moved = [0.0] * len(programs), [0] * len(programs), True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            while at[rank] < len(program):
+                op = program[at[rank]]
+                if op.kind == "receive":
+                    posted[op.tensor] = now[rank]
+                elif op.kind == "run":
+                    tensor = needed(op.action, schedule)
+                    if tensor and tensor not in ready:
+                        break
+                    far = tensor in posted
+                    come = max(ready[tensor], posted[tensor]) + transfer if far else ready.get(tensor, 0.0)
+                    now[rank] = max(now[rank], come) + cost[op.action.kind]
+                    if given := made(op.action, schedule):
+                        ready[given[0]] = now[rank]
+                at[rank] += 1
+                moved = True
+    return max(now)
 
 
 class TestStages:

@@ -11,14 +11,12 @@ T, H, F = 24, 16, 12
 def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
     """On a rank of two: silu(x A), then B; the outputs and gradients, gathered."""
     import contextlib
-    from types import SimpleNamespace
 
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    from megacpt.parallel import tensor
     from megacpt.parallel.collectives import gather_tokens
     from megacpt.parallel.tensor import Later, TensorAxis, column_parallel, drain, row_parallel
 
@@ -33,16 +31,13 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
         for whole, dim in ((a, 0), (b, 1))
     )
     axis, queue = TensorAxis(group, overlap, chunks=5), Later() if later else None
-    fallback = contextlib.nullcontext()
-    if (
-        overlap == "symmetric_memory"
-    ):  # torch's own stand-in for the fused operations, which need GPUs that share memory
-        fallback = symmetric._test_mode([group.group_name])
-        tensor._symmetric = SimpleNamespace(
-            fused_all_gather_matmul=symmetric._fused_all_gather_matmul,
-            fused_matmul_reduce_scatter=symmetric._fused_matmul_reduce_scatter,
-        )
-    with fallback:
+    stand_in = contextlib.nullcontext()
+    if overlap == "symmetric_memory":  # torch's own, behind its operations, which need GPUs that share memory
+        stand_in = symmetric._test_mode([group.group_name])
+        library = torch.library.Library("symm_mem", "IMPL")
+        library.impl("fused_all_gather_matmul", symmetric._fused_all_gather_matmul, "CPU")
+        library.impl("fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter, "CPU")
+    with stand_in:
         first, second = column_parallel(x, [a, a], axis, later=queue)
         out = row_parallel(torch.nn.functional.silu(first) * second, b, axis, queue)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
@@ -74,6 +69,23 @@ def test_products_equal_one_process(overlap, later):
     expected = {"out": out, "x": x.grad, "a": a.grad, "b": b.grad}
     for found in on_ranks(2, parts, overlap, later):
         assert all(difference(found[name], expected[name]) < 1e-13 for name in expected)
+
+
+def test_the_fused_products_are_registered_before_they_are_used(monkeypatch):
+    """torch 2.11 registers them when their module is imported, later versions sooner: here nothing is there before."""
+    from types import SimpleNamespace
+
+    from megacpt.parallel import tensor
+
+    there = SimpleNamespace()
+
+    def register(name: str) -> None:
+        assert name == "torch.distributed._symmetric_memory"
+        there.fused_all_gather_matmul = "the operation"
+
+    monkeypatch.setattr(torch.ops, "symm_mem", there)
+    monkeypatch.setattr(tensor.importlib, "import_module", register)
+    assert tensor._fused.__wrapped__("fused_all_gather_matmul") == "the operation"
 
 
 def test_symmetric_memory_needs_gpus(mesh):

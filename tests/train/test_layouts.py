@@ -18,9 +18,6 @@ from tolerances import LAYOUT
 from megacpt.checkpoint.load import StoredModel
 from megacpt.config.load import load_recipe
 
-ROWS = ["--parallel.micro_batch_tokens=64", "--stages.s.batch_tokens=320", "--stages.s.tokens=2560"]
-"""5 micro-batches a step on one data rank, 3 on two, 2 on four: more, as many and fewer than stages."""
-
 CHOSEN = {
     "untied": [
         "tp2",
@@ -93,41 +90,22 @@ def weights(directory: Path, step: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture
-def one(recipe_file, tmp_path):
-    """(recipe path, flags, what one process found) by "tied" or "untied", of two layers or with "six"; 2 of 4 heads are key heads."""
-    path, found = recipe_file(), {}
-
-    def run(kind: str):
-        raw = tiny_config(num_hidden_layers=6 if "six" in kind else 2, tie_word_embeddings="untied" not in kind)
-        (tmp_path / f"{kind}.json").write_text(json.dumps(raw))
-        flags = [*ROWS, f"--model.config={tmp_path}/{kind}.json"]
-        if kind not in found:
-            found[kind] = train(path, flags, "dp1", tmp_path / kind)[0]
-        return path, flags, found[kind]
-
-    return run
+CASES = [(kind, layout) for kind, layouts in CHOSEN.items() for layout in layouts]
 
 
-@pytest.mark.parametrize("kind", CHOSEN)
-def test_every_layout_gives_the_numbers_of_one_process(one, tmp_path, kind):
-    path, flags, reference = one(kind)
-    found = {}
-    for i, layout in enumerate(CHOSEN[kind]):
-        begin = time.monotonic()
-        found[layout] = worst(train(path, flags, layout, tmp_path / str(i)), reference)
-        print(f"{layout}: {time.monotonic() - begin:.0f} s")
-    assert all(value < LAYOUT for values in found.values() for value in values.values()), found
+@pytest.mark.parametrize("kind, layout", CASES, ids=[f"{kind} {layout}" for kind, layout in CASES])
+def test_every_layout_gives_the_numbers_of_one_process(trained, kind, layout):
+    found = worst(trained(kind, layout), trained.one(kind))
+    assert all(value < LAYOUT for value in found.values()), found
 
 
 @pytest.mark.full
-def test_all_layouts_of_eight_ranks_and_seven_of_sixteen(one, tmp_path):
+def test_all_layouts_of_eight_ranks_and_seven_of_sixteen(trained):
     """Writes the table of docs/numerics.md."""
     lines, bad = [], []
-    for i, (kind, layout) in enumerate([*matrix(), *SIXTEEN]):
-        path, flags, reference = one(f"{kind} six")
-        begin = time.monotonic()
-        found = worst(train(path, flags, layout, tmp_path / str(i)), reference)
+    for kind, layout in [*matrix(), *SIXTEEN]:
+        reference, begin = trained.one(f"{kind} six"), time.monotonic()
+        found = worst(trained(f"{kind} six", layout), reference)
         row = f"| {layout} | {kind} | {world_size(layout)} | " + " | ".join(f"{value:.1e}" for value in found.values())
         lines.append(f"{row} |")
         print(lines[-1], f"{time.monotonic() - begin:.0f} s", flush=True)
@@ -154,9 +132,8 @@ def test_all_layouts_of_eight_ranks_and_seven_of_sixteen(one, tmp_path):
         ("doubled_weights", "untied", "pp2 zb-h1"),
     ],
 )
-def test_the_comparison_sees_a_broken_axis(one, tmp_path, breakage, kind, layout):
-    path, flags, reference = one(kind)
-    found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+def test_the_comparison_sees_a_broken_axis(trained, breakage, kind, layout):
+    found = worst(trained(kind, layout, breakage), trained.one(kind))
     assert found["gradients"] > 1e-6 and found["weights"] > 1e-6, found
 
 
@@ -165,12 +142,11 @@ class TestMegatronIssue7452:
     the comparison must see it when it is put in."""
 
     @pytest.mark.parametrize("layout", ["cp2", "dp2"])
-    def test_the_loss_is_normalised_by_the_global_count_of_labels(self, one, tmp_path, layout):
-        path, flags, reference = one("untied")
-        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["loss and norm"] < LAYOUT
+    def test_the_loss_is_normalised_by_the_global_count_of_labels(self, trained, layout):
+        reference = trained.one("untied")
+        assert worst(trained("untied", layout), reference)["loss and norm"] < LAYOUT
         if layout == "dp2":  # context ranks hold the same rows, so their own count is the same here
-            broken = train(path, flags, layout, tmp_path / "broken", "local_count")
-            assert worst(broken, reference)["loss and norm"] > 1e-3
+            assert worst(trained("untied", layout, "local_count"), reference)["loss and norm"] > 1e-3
 
     @pytest.mark.parametrize(
         "breakage, kind, layout",
@@ -180,20 +156,20 @@ class TestMegatronIssue7452:
             ("counted_twice", "tied", "pp2"),
         ],
     )
-    def test_the_gradient_norm_counts_each_parameter_once(self, one, tmp_path, breakage, kind, layout):
-        path, flags, reference = one(kind)
-        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["loss and norm"] < LAYOUT
-        found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+    def test_the_gradient_norm_counts_each_parameter_once(self, trained, breakage, kind, layout):
+        reference = trained.one(kind)
+        assert worst(trained(kind, layout), reference)["loss and norm"] < LAYOUT
+        found = worst(trained(kind, layout, breakage), reference)
         assert found["loss and norm"] > 1e-4, found
 
     @pytest.mark.parametrize(
         "breakage, layout",
         [("mean_of_means", "dp2"), ("averaged_gradients", "dp2"), ("own_keys_only", "cp2"), ("replicated", "tp2")],
     )
-    def test_gradients_are_sums_over_all_who_had_a_part(self, one, tmp_path, breakage, layout):
-        path, flags, reference = one("untied")
-        assert worst(train(path, flags, layout, tmp_path / "ours"), reference)["gradients"] < LAYOUT
-        found = worst(train(path, flags, layout, tmp_path / "broken", breakage), reference)
+    def test_gradients_are_sums_over_all_who_had_a_part(self, trained, breakage, layout):
+        reference = trained.one("untied")
+        assert worst(trained("untied", layout), reference)["gradients"] < LAYOUT
+        found = worst(trained("untied", layout, breakage), reference)
         assert found["gradients"] > 1e-4, found
 
     def test_a_context_rank_without_labels_gives_no_nan(self):
@@ -239,18 +215,16 @@ def filled_row() -> tuple[int, float, float]:
     return mine, loss.item(), grad_norm(model.counted_parameters(), mesh).item()
 
 
-def test_seven_data_ranks_train_like_eight(one, tmp_path):
-    path, flags, _ = one("untied")
-    flags = [*flags, "--stages.s.batch_tokens=512", "--stages.s.tokens=4096"]
+def test_seven_data_ranks_train_like_eight(trained, tmp_path):
+    path, flags = trained.path, [*trained.flags("untied"), "--stages.s.batch_tokens=512", "--stages.s.tokens=4096"]
     eight, seven = (train(path, flags, f"dp{n}", tmp_path / str(n)) for n in (8, 7))
     for ours, theirs in zip(seven[0]["numbers"], eight[0]["numbers"], strict=True):
         assert all(abs(a - b) <= LAYOUT * b for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_split_backward_in_bfloat16_accumulates_like_a_whole_one(one, tmp_path):
+def test_a_split_backward_in_bfloat16_accumulates_like_a_whole_one(trained, tmp_path):
     """fp32 accumulation of bfloat16 weight gradients that came outside autograd: the same bits."""
-    path, flags, _ = one("untied")
-    flags = [*flags, "--precision.compute=bfloat16"]
+    path, flags = trained.path, [*trained.flags("untied"), "--precision.compute=bfloat16"]
     whole, split = (train(path, flags, f"pp2 dp2 {name}", tmp_path / name) for name in ("1f1b", "zb-h1"))
     for a, b in zip(whole, split, strict=True):
         assert a["numbers"] == b["numbers"]
@@ -268,10 +242,11 @@ def only_train(path: str, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_checkpoint_goes_on_under_any_other_layout(one, tmp_path, kind):
+def test_a_checkpoint_goes_on_under_any_other_layout(trained, tmp_path, kind):
     """Four steps on one layout, four on the next; the first load is bit-identical, the end equals one process."""
-    path, flags, _ = one(kind)
-    reference = weights(tmp_path / kind)
+    path, flags = trained.path, trained.flags(kind)
+    trained.one(kind)
+    reference = weights(trained.directory(kind))
     pairs = {
         "untied": [("tp2 cp2", "pp2 v2 dp3"), ("pp3", "tp2 hsdp2")],
         "tied": [("dp3", "pp2 tp2"), ("pp2 v2 zb-v", "tp2")],
@@ -365,12 +340,13 @@ def test_validation_is_the_same_on_every_layout(recipe_file, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.gpu
-def test_the_same_on_nccl(one, tmp_path):
+def test_the_same_on_nccl(trained, tmp_path):
     """The same body under torchrun in float64: as many ranks as GPUs, each axis that fits."""
     import subprocess
     import sys
 
-    path, flags, _ = one("untied")
+    path, flags = trained.path, trained.flags("untied")
+    trained.one("untied")
     for layout in [
         name
         for name in ("tp2", "cp2", "pp2", "dp2", "tp2 pp2", "tp2 cp2 pp2")
@@ -389,7 +365,7 @@ def test_the_same_on_nccl(one, tmp_path):
             f"--run.directory={tmp_path}/{layout.replace(' ', '')}",
         ]
         subprocess.run([*command, "-m", "megacpt", "train", path, *flags, *flags_of(layout), *more], check=True)
-        ours, theirs = losses(tmp_path / layout.replace(" ", "")), losses(tmp_path / "untied")
+        ours, theirs = losses(tmp_path / layout.replace(" ", "")), losses(trained.directory("untied"))
         assert all(
             abs(a - b) <= LAYOUT * b for p, q in zip(ours, theirs, strict=True) for a, b in zip(p, q, strict=True)
         )

@@ -69,7 +69,7 @@ def test_a_run_leaves_what_the_design_says(train):
     assert metrics[-1]["lr"] == pytest.approx(1e-4) and sum(metrics[-1]["domain_tokens"].values()) == 2048
     for key in ("tokens_per_second", "mfu", "mfu_exact", "data_s", "step_s", "memory_gib", "grad_norm"):
         assert metrics[0][key] >= 0
-    assert sum(row["mfu_exact"] for row in metrics) < sum(row["mfu"] for row in metrics)
+    assert all(row["mfu_exact"] <= row["mfu"] for row in metrics)  # rounded; values: tests/evaluate/test_values.py
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "start" and kinds.count("validation") == 3 and kinds.count("saved") == 3 and "stage" in kinds
@@ -107,7 +107,7 @@ def test_the_comparison_sees_a_lost_optimizer_state(train, monkeypatch):
 
     whole = train(name="whole")
     part = train("--run.stop_at_step=4", name="part")
-    monkeypatch.setattr(AdamW, "num_updates", property(lambda self: 0, lambda self, value: None), raising=False)
+    monkeypatch.setattr(AdamW, "num_updates", property(lambda self: 1, lambda self, value: None), raising=False)
     train(name="part")
     assert weights(part, 8) != weights(whole, 8)
 
@@ -329,7 +329,7 @@ def test_a_stop_request_saves_and_ends_with_0(recipe_file, tmp_path):
     path = recipe_file()
     flags = ["--stages.s.tokens=1M", "--validation=[]"]
     process = subprocess.Popen([sys.executable, "-m", "megacpt", "train", path, *flags], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -487,3 +487,21 @@ def test_doctor_and_help():
         assert f"\n    {verb} " in text or f"\n    {verb}\n" in text, verb
     assert command("export", "/nowhere", "--output", "/tmp/x").returncode == 2
     assert command("train").returncode == 2
+
+
+def test_no_order_is_made_of_losses_that_are_none(prepared, tmp_path, monkeypatch):
+    """Scores of a model that gives nan for one document are not written, and the document is named."""
+    from types import SimpleNamespace
+
+    from megacpt.errors import NumbersError
+    from megacpt.evaluate import score
+
+    def losses(model, lengths, read, tokens):
+        found = np.ones((len(lengths), 3))
+        found[7, 0] = np.nan
+        return found
+
+    monkeypatch.setattr(score, "score_sequences", losses)
+    with pytest.raises(NumbersError, match=r"The loss of 1 of \d+ documents is not finite \(\d+\)"):
+        score.score(SimpleNamespace(config=None), str(prepared / "a"), tmp_path / "a.jsonl", 64, 64, "model")
+    assert not list(tmp_path.iterdir())

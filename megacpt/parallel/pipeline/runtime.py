@@ -1,7 +1,9 @@
 """The executor: runs one rank's list of actions, moves tensors between stages, knows nothing of what a stage does.
 
 Sends are asynchronous and keep their tensor until the other side has it; receives are posted by the program of
-simulate.py. A tensor that was handed over is kept nowhere else.
+simulate.py, under which no action can hang, though it waits for the whole device: first uses of kernels need no step of
+their own before the first. Between two actions all room is made before anything is posted, because making it may wait,
+too. A tensor that was handed over is kept nowhere else.
 """
 
 from collections import deque
@@ -30,16 +32,28 @@ class Work(Protocol):
 def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
     """Runs this rank's part of a schedule. All pipeline ranks call it with the same schedule."""
     here: dict[tuple, Tensor] = {}
+    room: dict[tuple, Tensor] = {}
     receiving: dict[tuple, tuple[dist.Work, Tensor]] = {}
     sending: deque[tuple[dist.Work, Tensor]] = deque()
     rank = mesh.pipeline_rank
-    for op in lower(schedule, rank):
+    program = lower(schedule, rank)
+
+    def make_room(at: int) -> None:
+        """For what is received before the next action."""
+        while at < len(program) and program[at].kind != "run":
+            op, at = program[at], at + 1
+            if op.kind == "receive":
+                room[op.tensor] = torch.empty(work.shape(op.action.micro_batch), dtype=work.dtype, device=mesh.device)
+
+    make_room(0)
+    for at, op in enumerate(program, 1):
         if op.kind == "receive":
-            buffer = torch.empty(work.shape(op.action.micro_batch), dtype=work.dtype, device=mesh.device)
+            buffer = room.pop(op.tensor)
             group = mesh.channels[channel(op.peer, rank, op.tensor)]
             receiving[op.tensor] = dist.irecv(buffer, group=group, group_src=op.peer), buffer
+            del buffer
         elif op.kind == "send":
-            tensor = here.pop(op.tensor).contiguous()
+            tensor = here.pop(op.tensor)
             group = mesh.channels[channel(rank, op.peer, op.tensor)]
             sending.append((dist.isend(tensor, group=group, group_dst=op.peer), tensor))
             del tensor
@@ -54,8 +68,9 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
             else:
                 result = work.run(op.action, here.pop(tensor, None))
             if given := made(op.action, schedule):
-                here[given[0]] = result
+                here[given[0]] = result.contiguous()
             del result
+            make_room(at)
         while sending and sending[0][0].is_completed():
             sending.popleft()
     for handle, _ in sending:
@@ -65,8 +80,8 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
 def connect(schedule: Schedule, mesh: Mesh) -> None:
     """Opens every connection of a schedule, edge by edge in the same order on all ranks.
 
-    NCCL opens a communicator with the first message of a pair and holds up both hosts until both are there. A receive that is
-    posted an action ahead could then wait for a send that waits for this very action: in GPipe it does.
+    NCCL opens a communicator with the first message of a pair and holds up both hosts until both are there. Programs only
+    account for what holds up the device: in a first step that opened connections, a host could wait for one that waits for it.
     """
     edges = set()
     for rank in range(len(schedule.ranks)):

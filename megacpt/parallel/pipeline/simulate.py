@@ -1,18 +1,26 @@
-"""What a schedule costs, before it runs: time and bubble, peak activations, deadlock, and NCCL's rule. Imports no torch.
+"""What a schedule costs, before it runs: time and bubble, peak activations, deadlock, and NCCL's rules. Imports no torch.
 
-NCCL has no tags and runs one communicator in posting order, and a send waits for its partner. So `lower` gives every
-directed edge and kind of tensor a communicator of its own, posts receives in the order of their sends, at most one
-action ahead, and `rendezvous` plays the lists by that rule.
+NCCL has no tags and runs one communicator in posting order, so `lower` gives every directed edge and kind of tensor a
+communicator of its own and posts receives in the order of their sends. And a message that was posted, send or receive,
+holds the device until its partner is there, while any action may have to wait for the whole device: the first use of a
+kernel loads it, the allocator asks for or gives back memory, an operation synchronises (CUDA C++ Programming Guide, lazy
+loading, "potential hazards"). A receive posted too early waits for what its own rank cannot begin; one posted too late
+holds its sender. `lower` posts each by the schedule's timetable, and `rendezvous` plays the lists by these rules.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from megacpt.parallel.pipeline.schedule import Action, Schedule, peak_in_flight
 
 COST = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+
+TRANSFER = 0.1
+"""What a message takes in the timetable by which receives are posted, in forwards. Above 0 the timetable has the slack that
+a real pipeline has, in which transfers hide."""
 
 
 class Op(NamedTuple):
@@ -49,20 +57,49 @@ def made(action: Action, schedule: Schedule) -> tuple[tuple[str, int, int], int]
     return None
 
 
-def lower(schedule: Schedule, rank: int) -> list[Op]:
-    """The program of a rank: actions, sends right after them, receives one action ahead."""
-    actions, program, posted = schedule.ranks[rank], [], 0
-    for i, action in enumerate(actions):
-        while posted < min(len(actions), i + 2):
-            tensor = needed(actions[posted], schedule)
-            if tensor and schedule.placement[tensor[1]] != rank:
-                program.append(Op("receive", actions[posted], tensor, schedule.placement[tensor[1]]))
-            posted += 1
+@lru_cache(64)
+def lower(schedule: Schedule, rank: int) -> tuple[Op, ...]:
+    """The program of a rank: actions, sends right after them, and each receive before the first action that begins, by the
+    schedule's timetable, after the making of its tensor has begun.
+
+    No program can hang, whatever an action waits for. Whatever waits for something waits for what begins earlier: an action
+    for its tensor and for the one before it; an action behind a posted receive for the maker of that tensor; an action
+    behind a posted send for its receive, which stands in front of the first action that begins after the sender's, so at
+    the latest behind one that began no later. Times that only decrease make no circle. A receive in front of an action
+    that needs another tensor travels while it runs; so it does in all but the tightest schedules.
+    """
+    return _program(schedule, rank, _begins(schedule))
+
+
+def _begins(schedule: Schedule) -> dict[tuple[str, int, int], float]:
+    """When the making of each tensor begins, W's weights among them."""
+    timetable = simulate(schedule, transfer=TRANSFER)
+    assert timetable is not None, (
+        f"{len(schedule.ranks)} ranks, {schedule.num_stages} stages: a schedule that deadlocks has no program"
+    )
+    return {_result(action): begin for spans in timetable.spans for action, begin, _ in spans}
+
+
+def _program(schedule: Schedule, rank: int, begins: Mapping[tuple[str, int, int], float]) -> tuple[Op, ...]:
+    actions, program = schedule.ranks[rank], []
+    tensors = [(needed(action, schedule), action) for action in actions]
+    far = [(tensor, action) for tensor, action in tensors if tensor and schedule.placement[tensor[1]] != rank]
+    waiting = deque(sorted(far, key=lambda pair: begins[pair[0]]))
+    for action in actions:
+        while waiting and begins[waiting[0][0]] < begins[_result(action)]:
+            tensor, user = waiting.popleft()
+            program.append(Op("receive", user, tensor, schedule.placement[tensor[1]]))
         program.append(Op("run", action))
         given = made(action, schedule)
         if given and given[1] != rank:
             program.append(Op("send", action, *given))
-    return program
+    return tuple(program)
+
+
+def _result(action: Action) -> tuple[str, int, int]:
+    """The key of what an action makes."""
+    kind = {"F": "activation", "W": "weights"}.get(action.kind, "gradient")
+    return kind, action.stage, action.micro_batch
 
 
 def channel(source: int, target: int, tensor: tuple[str, int, int]) -> tuple[str, str]:
@@ -70,38 +107,50 @@ def channel(source: int, target: int, tensor: tuple[str, int, int]) -> tuple[str
     return tensor[0], "up" if target > source else "down"
 
 
-def rendezvous(schedule: Schedule, messages: Sequence[list[Op]] | None = None) -> str:
+def rendezvous(schedule: Schedule, messages: Sequence[Sequence[Op]] | None = None, holds: bool = True) -> str:
     """Plays all programs with unbuffered messages, in order on each communicator, without tags.
 
+    Args:
+        messages: the ranks' programs, default `lower`'s.
+        holds: every action waits for all that was posted on its rank before it, as on a device that must come to rest;
+            without, only for the tensor that it needs.
     Returns:
         "sound", "deadlock", or "mismatch": a receive meets another tensor than it expects.
     """
-    programs = messages or [lower(schedule, rank) for rank in range(len(schedule.ranks))]
+    if messages is None:
+        if simulate(schedule) is None:
+            return "deadlock"
+        begins = _begins(schedule)
+        messages = [_program(schedule, rank, begins) for rank in range(len(schedule.ranks))]
     queues: dict = defaultdict(lambda: (deque(), deque()))
-    arrived, at = [set() for _ in programs], [0] * len(programs)
+    arrived, posted, at = [set() for _ in messages], [set() for _ in messages], [0] * len(messages)
     while True:
         moved = False
-        for rank, program in enumerate(programs):
+        for rank, program in enumerate(messages):
             while at[rank] < len(program):
                 op = program[at[rank]]
                 if op.kind == "run":
                     tensor = needed(op.action, schedule)
-                    if tensor and schedule.placement[tensor[1]] != rank and tensor not in arrived[rank]:
+                    here = not tensor or schedule.placement[tensor[1]] == rank or tensor in arrived[rank]
+                    if not here or (holds and posted[rank]):
                         break
                 else:
                     ends = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
                     queues[(*ends, *channel(*ends, op.tensor))][op.kind == "receive"].append(op.tensor)
+                    posted[rank].add(op.tensor)
                 at[rank] += 1
                 moved = True
-        for (_, target, *_), (sends, receives) in queues.items():
+        for (source, target, *_), (sends, receives) in queues.items():
             while sends and receives:
-                if sends[0] != receives[0]:
+                if sends[0] != receives.popleft():
                     return "mismatch"
-                arrived[target].add(sends.popleft())
-                receives.popleft()
+                tensor = sends.popleft()
+                arrived[target].add(tensor)
+                posted[source].remove(tensor)
+                posted[target].remove(tensor)
                 moved = True
         if not moved:
-            whole = all(at[rank] == len(program) for rank, program in enumerate(programs))
+            whole = all(at[rank] == len(program) for rank, program in enumerate(messages))
             return "sound" if whole and not any(a or b for a, b in queues.values()) else "deadlock"
 
 
@@ -144,8 +193,7 @@ def simulate(
                 far = tensor is not None and schedule.placement[tensor[1]] != rank
                 begin = max(now[rank], ends[tensor] + (transfer if far else 0.0)) if tensor else now[rank]
                 now[rank] = begin + cost[action.kind] * weights[action.stage]
-                kind = {"F": "activation", "W": "weights"}.get(action.kind, "gradient")
-                ends[kind, action.stage, action.micro_batch] = now[rank]
+                ends[_result(action)] = now[rank]
                 spans[rank].append((action, begin, now[rank]))
                 at[rank] += 1
                 moved = True

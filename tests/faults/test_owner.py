@@ -1,0 +1,380 @@
+"""A run directory has one owner, and an owner may lose its agent, its supervisor, its terminal and the reader of its output."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from crash import QUICK, events, rows, run_ranks, same, status
+
+from megacpt.checkpoint.manifest import list_steps
+from megacpt.errors import LeaseError
+from megacpt.train import lease as module
+from megacpt.train.lease import FOLDER, Lease, current_owner, process_of, request_stop, stop_request
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "-m",
+    "megacpt",
+    "train",
+]
+PLAIN = [sys.executable, "-m", "megacpt", "train"]
+LONG = ["--stages.s.tokens=1B", "--checkpoint.every_steps=1000000"]
+
+
+def until(ready, seconds: float = 300, told=lambda: "") -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.05)
+
+
+def has_steps(run: Path, count: int):
+    return lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count
+
+
+def owner_file(run: Path, number: int, **more) -> Path:
+    """The lease of a job on another machine."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    path = run / FOLDER / f"{number:08d}.json"
+    facts = {"attempt": "theirs", "host": "elsewhere", "since": "yesterday", "pid": 7, "start": 1, "machine": "another"}
+    path.write_text(json.dumps(facts | more) + "\n")
+    return path
+
+
+def test_only_one_of_many_owns_it(tmp_path, monkeypatch):
+    """Eight processes take and release it again and again; inside, each makes a file that must not be there."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 100.0)
+
+    def work() -> None:
+        for _ in range(10):
+            lease = Lease(tmp_path, f"of {os.getpid()}")
+            lease.take()
+            os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))
+            assert lease.look() and lease.held()
+            os.unlink(tmp_path / "inside")
+            lease.release()
+
+    pids = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 8
+    assert current_owner(tmp_path).number == 80 and len(list((tmp_path / FOLDER).iterdir())) == 1
+
+
+def test_a_second_job_names_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
+    first, second = Lease(tmp_path, "first"), Lease(tmp_path, "second")
+    first.take()
+    with pytest.raises(
+        LeaseError, match=rf"process {os.getpid()} on .*attempt first, since .*last heartbeat \d+ s ago"
+    ):
+        second.take()
+    assert not second.lost and first.look(), "who was refused changed nothing"
+    first.release()
+    second.take()
+    assert second.look()
+
+
+def test_the_process_decides_on_its_own_machine(tmp_path, monkeypatch):
+    """A process that is gone is not waited for, nor one whose number has gone to another process since."""
+    monkeypatch.setattr(module, "STALE_SECONDS", 1000.0)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 1000.0)
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    mine = process_of(os.getpid())
+    for i, process in enumerate((replace(mine, pid=child.pid, start=5), replace(mine, start=mine.start + 1)), 1):
+        run = tmp_path / str(i)
+        owner_file(run, 3, **asdict(process))
+        lease = Lease(run, "next")
+        lease.take()
+        assert lease.number == 4
+
+
+def test_elsewhere_the_heartbeat_decides_whatever_the_clocks_say(tmp_path, monkeypatch):
+    """The file's time is a year ahead, or behind: only whether it changes counts. So it is with a file that was cut in its writing."""
+    monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
+    for i, shift in enumerate((3e7, -3e7)):
+        path, over = owner_file(tmp_path / str(i), 1), threading.Event()
+
+        def beat(path=path, over=over, shift=shift):
+            count = 0
+            while not over.wait(0.1):
+                count += 1
+                os.utime(path, (time.time() + shift + count, time.time() + shift + count))
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        with pytest.raises(LeaseError, match="process 7 on elsewhere"):
+            Lease(tmp_path / str(i), "next").take()
+        over.set()
+        thread.join()
+        begin, lease = time.monotonic(), Lease(tmp_path / str(i), "next")
+        lease.take()
+        assert lease.number == 2 and time.monotonic() - begin >= 2.0
+    path = owner_file(tmp_path / "cut", 1)
+    path.write_bytes(b'{"attempt": "th')
+    Lease(tmp_path / "cut", "next").take()
+
+
+def test_a_slow_one_does_not_come_between(tmp_path):
+    """It saw number 1 as the last, then slept while 2 came and went: what it creates now is not the last and gives it nothing."""
+    owner_file(tmp_path, 3)
+    slow = Lease(tmp_path, "slow")
+    assert not slow._create(2) and current_owner(tmp_path).number == 3
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["00000003.json"]
+
+
+def test_the_owner_sees_that_it_is_none_any_more(tmp_path, monkeypatch):
+    lease = Lease(tmp_path, "old")
+    lease.take()
+    lease.fence()
+    owner_file(tmp_path, lease.number + 1)
+    assert lease.held(), "the last look is not long ago"
+    monkeypatch.setattr(module, "TRUST_SECONDS", -1.0)
+    assert not lease.held()
+    with pytest.raises(LeaseError, match="belongs to process 7 on elsewhere"):
+        lease.fence()
+    removed = Lease(tmp_path / "b", "old")
+    removed.take()
+    (tmp_path / "b" / FOLDER / "00000001.json").unlink()
+    with pytest.raises(LeaseError, match="to nobody"):
+        removed.fence()
+
+
+def test_two_trainings_on_one_directory(recipe_file, tmp_path, monkeypatch):
+    """The second is refused with 75 and has written nothing; the first goes on, and has each step once."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
+    run, seen = tmp_path / "run", {}
+
+    def second(pids):
+        until(has_steps(run, 2))
+        for rival in ("true", "false"):
+            flags = [*LONG, f"--run.directory={run}", f"--health.watchdog={rival}"]
+            seen[rival] = run_ranks(2, path, flags)
+        seen["status"], seen["steps"] = status(run), len(rows(run))
+        until(has_steps(run, seen["steps"] + 2))
+        (run / "stop-request").write_text("please\n")
+
+    path = recipe_file()
+    flags = [*LONG, f"--run.directory={run}", "--health.watchdog=true"]
+    codes, _ = run_ranks(2, path, flags, during=second)
+    assert codes == [0, 0] and seen["status"]["status"] == "running" and seen["status"]["attempt"] == 1
+    for rival in ("true", "false"):
+        refused, errors = seen[rival]
+        assert refused == [75, 75] and all("belongs to another job" in error for error in errors), errors
+    assert (status(run)["status"], status(run)["signal"], status(run)["attempt"]) == ("preempted", "stop-request", 1)
+    assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))
+    assert list_steps(run / "checkpoints") == [len(rows(run))] and not (run / "incidents").exists()
+
+
+@pytest.mark.parametrize("watchdog", ["true", "false"])
+def test_who_lost_the_directory_publishes_nothing(recipe_file, tmp_path, monkeypatch, watchdog):
+    """Another job takes the directory over while this one trains. The next save is not published, nothing is pruned, run.json and the
+    rows are the other's, and all ranks leave with 75."""
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)  # the fence alone
+    run = tmp_path / "run"
+
+    def take_over(pids):
+        until(has_steps(run, 5))
+        owner_file(run, 2)
+        (run / "run.json").write_text('{"status": "running", "attempt_id": "theirs"}')
+        (tmp_path / "go").touch()
+
+    def slow():
+        from megacpt.train import loop
+
+        step, count = loop.train_step, []
+
+        def held(*args, **kwargs):
+            count.append(1)
+            until(lambda: len(count) != 6 or (tmp_path / "go").exists())
+            return step(*args, **kwargs)
+
+        loop.train_step = held
+
+    flags = [f"--run.directory={run}", f"--health.watchdog={watchdog}", "--checkpoint.keep_last=2"]
+    codes, errors = run_ranks(2, recipe_file(), flags, prepare=slow, during=take_over)
+    assert codes == [75, 75], errors
+    assert list_steps(run / "checkpoints") == [2, 4] and status(run) == {"status": "running", "attempt_id": "theirs"}
+    assert len(rows(run)) in (5, 6)
+
+
+def test_the_fence_is_what_holds_it_back(recipe_file, tmp_path, monkeypatch):
+    """The twin: without it, the job that lost the directory publishes its checkpoint."""
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
+    run = tmp_path / "run"
+
+    def unfenced():
+        from megacpt.train.run_directory import RunDirectory
+
+        RunDirectory.fence = lambda self: None
+
+    def take_over(pids):
+        until(has_steps(run, 1))
+        owner_file(run, 2)
+
+    run_ranks(1, recipe_file(), [f"--run.directory={run}"], prepare=unfenced, during=take_over)
+    assert 8 in list_steps(run / "checkpoints")
+
+
+def test_a_stop_request_is_for_who_is_meant(tmp_path, monkeypatch):
+    asked = []
+    keeper = module.Keeper(asked.append, [])
+    try:
+        monkeypatch.setenv(module.ATTEMPT, module.Supervised("mine", process_of(os.getpid())).told()[module.ATTEMPT])
+        request_stop(tmp_path, "mine", "SIGUSR1")
+        lease = Lease(tmp_path, "mine.0")
+        lease.take()
+        assert stop_request(tmp_path), "it came before the owner"
+        keeper._read(lease)
+        request_stop(tmp_path, "theirs", "SIGTERM")
+        keeper._read(lease)
+        assert asked == ["SIGUSR1"]
+        (tmp_path / "stop-request").write_text("by hand")
+        keeper._read(lease)
+        assert asked == ["SIGUSR1", "stop-request"]
+        lease.release()
+        Lease(tmp_path, "later").take()
+        assert stop_request(tmp_path) is None, "a later job is not asked"
+    finally:
+        keeper.close()
+
+
+def finished(run: Path) -> None:
+    assert status(run)["status"] == "finished" and [row["step"] for row in rows(run)] == list(range(1, 9))
+
+
+def start(*command: str, **more) -> subprocess.Popen:
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def supervisor(*command: str, **more) -> subprocess.Popen:
+    return start(sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", "--", *command, **more)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+@pytest.mark.parametrize("watchdog", ["true", "false"])
+def test_ranks_end_with_a_killed_agent(whole, recipe_file, tmp_path, watchdog):
+    """torchrun is killed, as the system does when memory is short: its ranks end, the supervisor starts again, the numbers are those of a
+    run without, each step once."""
+    run, log = tmp_path / "run", open(tmp_path / "log", "w")
+    flags = [*QUICK, f"--run.directory={run}", f"--health.watchdog={watchdog}"]
+    child = supervisor(*TORCHRUN, recipe_file(), *flags, stderr=log)
+    until(has_steps(run, 1))
+    (agent,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
+    ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(agent, signal.SIGKILL)
+    until(lambda: not any(module.process_state(pid) for pid in ranks), 120)
+    assert child.wait(600) == 0, (tmp_path / "log").read_text()
+    same(run, whole)
+
+
+@pytest.mark.parametrize("watchdog", ["true", "false"])
+def test_ranks_end_with_a_killed_supervisor(recipe_file, tmp_path, watchdog):
+    """And the next one waits for them."""
+    run, log = tmp_path / "run", open(tmp_path / "log", "w")
+    flags = [*QUICK, f"--run.directory={run}", f"--health.watchdog={watchdog}"]
+    endless = supervisor(*PLAIN, recipe_file(), *flags, *LONG, "--checkpoint.every_steps=2", stderr=log)
+    until(has_steps(run, 3))
+    below = descendants(endless.pid)
+    endless.kill()
+    endless.wait()
+    until(lambda: not any(module.process_state(pid) for pid in below), 120)
+    last = rows(run)[-1]["step"]
+    assert current_owner(run).released is False and last >= 3, "nothing was said at its end"
+    again = supervisor(*PLAIN, recipe_file(), *flags, *LONG, f"--run.stop_at_step={last + 2}", stderr=log)
+    assert again.wait(600) == 0, (tmp_path / "log").read_text()
+    assert [row["step"] for row in rows(run)] == list(range(1, last + 3))
+
+
+def test_a_closed_terminal_ends_nothing(recipe_file, tmp_path):
+    """Supervisor and ranks have a terminal that is closed in the middle: SIGHUP and EIO. The run is finished, and its events say so."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "megacpt",
+        "supervise",
+        "--",
+        *PLAIN,
+        recipe_file(),
+        *QUICK,
+        f"--run.directory={run}",
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, command)
+    until(has_steps(run, 1))
+    os.close(terminal)
+    deadline = time.monotonic() + 600
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    finished(run)
+    assert len(events(run, "console_lost")) == 1
+
+
+def test_a_hangup_of_the_launcher_ends_nothing(recipe_file, tmp_path):
+    """launch/torchrun.sh without a supervisor, in a terminal that is closed; torchrun's own default hands SIGHUP on and ends."""
+    run, script = tmp_path / "run", str(Path(__file__).parents[2] / "launch/torchrun.sh")
+    more = {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(["bash", script, recipe_file(), *QUICK, f"--run.directory={run}"], env=os.environ | more)
+    until(has_steps(run, 1))
+    for pid in [child.pid, *descendants(child.pid)]:
+        os.kill(pid, signal.SIGHUP)
+    assert child.wait(600) == 0
+    finished(run)
+
+
+def test_a_reader_that_leaves_ends_nothing(recipe_file, tmp_path):
+    """megacpt train … 2>&1 | head -2"""
+    run = tmp_path / "run"
+    child = start(
+        *PLAIN, recipe_file(), *QUICK, f"--run.directory={run}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.wait(600) == 0
+    finished(run)
+    assert "Broken pipe" in events(run, "console_lost")[0]["error"]
+
+
+def test_a_verb_that_prints_into_a_closed_pipe_has_not_done_its_work(recipe_file):
+    """As `seq 1000000 | head -1` has it: 141, without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    child = start(
+        sys.executable, "-m", "megacpt", "check", recipe_file(), stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    _, said = child.communicate(timeout=120)
+    assert (child.returncode, said) == (128 + signal.SIGPIPE, "")

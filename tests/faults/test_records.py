@@ -1,0 +1,137 @@
+"""What a run leaves and reads back: metrics.jsonl and run.json with anything in them; and a watchdog that lets a rank leave."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from crash import QUICK, events, rows, run_ranks
+
+from megacpt.points import Heartbeat
+from megacpt.train import watchdog as module
+from megacpt.train.run_directory import RunDirectory, read_status, useful_seconds
+from megacpt.train.watchdog import Watchdog
+
+
+def row(step: int, **more) -> str:
+    return json.dumps({"step": step, "step_s": 1.0} | more) + "\n"
+
+
+def test_each_step_stands_once_and_damaged_rows_are_told(tmp_path, capsys):
+    """Rows that came twice, in any order: the last of each counts. Bytes that are no text, other types, a line cut by a kill."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [row(1), row(2, loss=1), row(3), row(2, loss=2), row(3, loss=3), row(4), row(9)]
+    bad = [b'\xac{"step": 5}\n', b'{"step": "x"}\n', b"[1]\n", b'{"step": true}\n', b"[" * 100_000 + b"\n"]
+    path.write_bytes(
+        b"".join([*(line.encode() for line in lines[:3]), *bad, *(line.encode() for line in lines[3:])])
+        + b'{"step": 5, "lo'
+    )
+    directory = RunDirectory(tmp_path, write=True)
+    directory.cut_metrics(4)
+    kept = rows(tmp_path)
+    assert [found["step"] for found in kept] == [1, 2, 3, 4] and [found.get("loss") for found in kept] == [
+        None,
+        2,
+        3,
+        None,
+    ]
+    assert directory.useful_seconds == 4.0
+    told = capsys.readouterr().err
+    assert told.count("is damaged and was left out") == len(bad) and "line 4 is" in told
+    assert events(tmp_path, "damaged_rows")[0]["lines"] == [4, 5, 6, 7, 8]
+
+
+def test_times_that_are_none_count_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        row(1) + row(2, step_s="x") + row(3, step_s=None) + '{"step": 4, "step_s": Infinity}\n'
+    )
+    assert useful_seconds(tmp_path) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"attempt": "x"}', '{"attempt": null}', '{"attempt": [1]}', '{"attempt": true, "first_started": "x"}',
+     '{"first_started": Infinity}', '{"time": "x", "status": 7}', '{"attempt_id": 3, "signal": 4}', "[]", "x", "[" * 100_000],
+)  # fmt: skip
+def test_run_json_may_hold_anything(text, recipe_file, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    found = read_status(tmp_path)
+    assert not found.keys() & {"attempt", "first_started", "attempt_id", "signal", "status"}
+    from megacpt.config.load import load_recipe
+    from megacpt.train.supervise import effective_time
+
+    assert effective_time(tmp_path) is None
+    directory = RunDirectory(tmp_path, write=True, attempt="one")
+    directory.begin(load_recipe(recipe_file()), {})
+    assert (read_status(tmp_path)["attempt"], read_status(tmp_path)["status"]) == (1, "running")
+
+
+def test_a_resume_over_damaged_records(recipe_file, tmp_path):
+    run, flags = tmp_path / "run", [f"--run.directory={tmp_path}/run"]
+    assert run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=4"])[0] == [0, 0]
+    content = bytearray((run / "metrics.jsonl").read_bytes())
+    content[20] |= 0x80
+    (run / "metrics.jsonl").write_bytes(content)
+    (run / "run.json").write_text('{"attempt": [1], "first_started": "x"}')
+    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
+    assert [found["step"] for found in rows(run)] == [2, 3, 4, 5, 6, 7, 8] and len(events(run, "damaged_rows")) == 1
+
+
+def test_a_folder_where_a_file_belongs_is_named_on_all_ranks(recipe_file, tmp_path):
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/run"])
+    assert codes == [2, 2] and all("a folder lies where a file belongs. Move it away" in error for error in errors)
+
+
+LEAVING = """
+import sys, time
+from pathlib import Path
+from megacpt.points import Heartbeat
+heart = Heartbeat(Path(sys.argv[1]) / "rank-00000.beat", 0)
+heart.write(0.0, sys.argv[2], "")
+while not (Path(sys.argv[1]) / "go").exists():
+    time.sleep(0.02)
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("phase, code", [("failed", 2), ("step", -signal.SIGTERM)])
+def test_who_is_leaving_takes_its_own_exit_code_with_it(tmp_path, monkeypatch, phase, code):
+    """A machine so slow that a rank needs longer than the grace of the others. The twin: a rank that has said nothing is ended."""
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
+    (tmp_path / "beats").mkdir()
+    child = subprocess.Popen([sys.executable, "-c", LEAVING, str(tmp_path / "beats"), phase])
+    watchdog, deadline = Watchdog(tmp_path / "beats", tmp_path / "run", 1, 1), time.monotonic() + 60
+    while not watchdog.beats:
+        watchdog._look()
+        assert time.monotonic() < deadline
+    begin, waits = time.monotonic(), watchdog._wait
+
+    def wait(so_long, seconds):
+        if seconds > 10:  # the signals for the others are behind it
+            (tmp_path / "beats/go").touch()
+        waits(so_long, seconds)
+
+    watchdog._wait = wait
+    watchdog._end(0.1)
+    assert child.wait(60) == code and time.monotonic() - begin < 60
+
+
+def test_a_changed_value_is_shown_at_the_resume(recipe_file, tmp_path, capfd):
+    flags = [*QUICK, f"--run.directory={tmp_path}/run"]
+    run_ranks(1, recipe_file(), [*flags, "--run.stop_at_step=2"])
+    capfd.readouterr()
+    run_ranks(1, recipe_file(), [*flags, "--stages.s.lr.peak=1e-4", "--run.stop_at_step=4"])
+    assert "changed since the run was started: stages.s.lr.peak: 0.001 -> 0.0001" in capfd.readouterr().err
+
+
+def test_the_heartbeat_of_who_leaves_is_read(tmp_path):
+    """What the watchdog goes by is written before the error leaves the process."""
+    from megacpt import points
+
+    watch = module.Watch(tmp_path / "none", tmp_path, 0)
+    points.begin(Heartbeat(tmp_path / "rank-00000.beat", 0))
+    watch.failed(ValueError("x"))
+    assert module.read_beat(tmp_path / "rank-00000.beat").phase == "failed"
