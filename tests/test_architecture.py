@@ -118,3 +118,9 @@ def test_nothing_unsafe_and_nothing_of_one_machine():
             "shell=True",
         ):
             assert word not in text, f"{path}: {word}"
+
+
+def test_names_of_test_files_are_unique():
+    """pytest collects files of one name in two folders as one module, and stops."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
