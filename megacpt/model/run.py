@@ -52,8 +52,9 @@ def each_loss(
 
 def sum_tied_gradients(model: Llama) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
-    if model.config.tie_word_embeddings and model.plan.splits_ends and hasattr(model.model, "embed_tokens"):
-        dist.all_reduce(model.model.embed_tokens.weight.grad._local_tensor, group=model.mesh.ends)
+    table = dict(model.named_parameters()).get(model.config.embedding)
+    if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None:
+        dist.all_reduce(table.grad._local_tensor, group=model.mesh.ends)
 
 
 class _Work:

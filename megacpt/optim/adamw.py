@@ -7,6 +7,7 @@ the local tensors, with the clip coefficient inside: one pass over the state.
 import functools
 import math
 import zlib
+from collections.abc import Collection
 
 import torch
 from megacpt_kernels import adamw_
@@ -34,7 +35,8 @@ def place_of(name: str, parameter: Tensor) -> Place:
 
 class AdamW:
     """Args:
-    parameters: by name; matrices are decayed, vectors (norms) are not.
+    parameters: by name.
+    decayed: names of those that weight decay acts on; default the matrices.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
 
@@ -49,8 +51,10 @@ class AdamW:
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        decayed: Collection[str] | None = None,
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
+        self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
         zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
         self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
         self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
@@ -81,8 +85,8 @@ class AdamW:
     def _groups(self, weight_decay: float) -> list[tuple[float, list[str]]]:
         """(decay, names) of the parameters that this rank holds a part of and that have a gradient."""
         mine = [n for n, p in self.parameters.items() if p.grad is not None and local(p).numel()]
-        matrices = [n for n in mine if self.parameters[n].ndim >= 2]
-        return [(weight_decay, matrices), (0.0, [n for n in mine if self.parameters[n].ndim < 2])]
+        decayed = [name for name in mine if name in self.decayed]
+        return [(weight_decay, decayed), (0.0, [name for name in mine if name not in self.decayed])]
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
