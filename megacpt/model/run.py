@@ -4,6 +4,7 @@ of one rank and one stage: the same lines."""
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from megacpt import points
 from megacpt.data.loader import Batch
+from megacpt.errors import ConfigError
+from megacpt.family.base import ModelConfig
+from megacpt.model.config import window_problem
 from megacpt.model.inputs import to_inputs
 from megacpt.model.llama import Inputs, Llama
 from megacpt.parallel import fsdp
@@ -57,6 +61,15 @@ def sum_tied_gradients(model: Llama) -> None:
         dist.all_reduce(table.grad._local_tensor, group=model.mesh.ends)
 
 
+def _within_window(batch: Batch, config: ModelConfig) -> None:
+    """Raises:
+    ConfigError: if a document is longer than what the model's tokens see: attention here is full.
+    """
+    longest = max(np.diff(np.append(batch.document_starts, batch.tokens.size)))
+    if problem := window_problem(config, longest):
+        raise ConfigError([f"a document of {longest} tokens: {problem}"], "the data")
+
+
 class _Work:
     """Inputs of micro-batches, from this rank's first use of one to its last."""
 
@@ -68,7 +81,9 @@ class _Work:
 
     def inputs_of(self, micro_batch: int) -> Inputs:
         if micro_batch not in self.inputs:
-            self.inputs[micro_batch] = to_inputs(self.batch_of(micro_batch), self.model.mesh)
+            batch = self.batch_of(micro_batch)
+            _within_window(batch, self.model.config)
+            self.inputs[micro_batch] = to_inputs(batch, self.model.mesh)
         return self.inputs[micro_batch]
 
     def used(self, micro_batch: int) -> None:

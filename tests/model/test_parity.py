@@ -1,4 +1,4 @@
-"""Logits, losses and every gradient against transformers' Llama, for each rotary scaling, tied and untied, beyond the
+"""Logits, losses and every gradient against transformers, for each family and rotary scaling, tied and untied, beyond the
 original context; documents packed here, one by one there."""
 
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
+from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config, without_names
 from tolerances import PARITY, difference
 
 from megacpt.data.loader import IGNORE, Batch
@@ -27,6 +27,12 @@ VARIANTS = {
     "yarn-mscale": tiny_config(rope_scaling=ROPE_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}),
     "v5": {k: v for k, v in tiny_config().items() if k not in ("rope_theta", "rope_scaling")}
     | {"rope_parameters": {"rope_theta": 20000.0, **ROPE_LLAMA3}},
+    "qwen2": family_config("qwen2", rope_theta=1000000.0, rms_norm_eps=1e-6),
+    "qwen2-tied-yarn": family_config("qwen2", tie_word_embeddings=True, rope_scaling=ROPE_YARN),
+    "qwen3": family_config("qwen3", num_key_value_heads=1),
+    "qwen3-tied": family_config("qwen3", tie_word_embeddings=True, rope_theta=1000000.0),
+    "mistral": family_config("mistral", head_dim=16, num_key_value_heads=4),
+    "mistral-window": family_config("mistral", sliding_window=150),
 }
 LENGTHS = [150, 1, 37, 2]
 
@@ -45,18 +51,15 @@ class Lifted(torch.nn.Module):
 def reference(raw: dict, dtype: torch.dtype):
     """transformers' model with random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**without_names(raw))
-    config._attn_implementation = "sdpa"
-    model = transformers.LlamaForCausalLM(config).to(dtype)
+    config = transformers.AutoConfig.for_model(raw["model_type"], **without_names(raw))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
                 1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
             )
-    for layer in model.model.layers:
-        layer.input_layernorm = Lifted(layer.input_layernorm)
-        layer.post_attention_layernorm = Lifted(layer.post_attention_layernorm)
-    model.model.norm = Lifted(model.model.norm)
+    for name, norm in [each for each in model.named_modules() if type(each[1]).__name__.endswith("RMSNorm")]:
+        model.set_submodule(name, Lifted(norm))
     return model
 
 

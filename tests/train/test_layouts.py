@@ -12,11 +12,12 @@ import torch
 import transformers
 from layout_runs import flags_of, train, world_size, worst
 from ranks import on_ranks
-from samples import tiny_config, without_names
+from samples import family_config, tiny_config, without_names
 from tolerances import LAYOUT
 
 from megacpt.checkpoint.load import StoredModel
 from megacpt.config.load import load_recipe
+from megacpt.family.families import FAMILIES
 
 ROWS = ["--parallel.micro_batch_tokens=64", "--stages.s.batch_tokens=320", "--stages.s.tokens=2560"]
 """5 micro-batches a step on one data rank, 3 on two, 2 on four: more, as many and fewer than stages."""
@@ -45,6 +46,8 @@ CHOSEN = {
         "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
     ],
     "tied": ["v2", "tp2", "cp2 dp2", "pp2", "pp2 v2 zb-v", "tp2 pp2 dp2 v2", "cp2 pp2 zb-h1"],
+    "untied qwen2": ["tp4 activation_checkpointing=full", "cp2 pp2 zb-h1"],
+    "tied qwen3": ["tp4", "tp2 cp2 activation_checkpointing=selective", "pp2 dp2 v2 zb-v"],
 }
 SIXTEEN = [
     ("untied", "tp2 cp2 pp2 dp2"),
@@ -95,11 +98,13 @@ def weights(directory: Path, step: int = 8) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def one(recipe_file, tmp_path):
-    """(recipe path, flags, what one process found) by "tied" or "untied", of two layers or with "six"; 2 of 4 heads are key heads."""
+    """(recipe path, flags, what one process found) by "tied" or "untied", of two layers or with "six", of a family or Llama; 2 of 4 heads
+    are key heads."""
     path, found = recipe_file(), {}
 
     def run(kind: str):
-        raw = tiny_config(num_hidden_layers=6 if "six" in kind else 2, tie_word_embeddings="untied" not in kind)
+        layers, family = 6 if "six" in kind else 2, next((name for name in FAMILIES if name in kind), "llama")
+        raw = family_config(family, num_hidden_layers=layers, tie_word_embeddings="untied" not in kind)
         (tmp_path / f"{kind}.json").write_text(json.dumps(raw))
         flags = [*ROWS, f"--model.config={tmp_path}/{kind}.json"]
         if kind not in found:
@@ -267,7 +272,7 @@ def only_train(path: str, flags: list[str]) -> None:
     loop.train(load_recipe(path, flags))
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "untied qwen2"])
 def test_a_checkpoint_goes_on_under_any_other_layout(one, tmp_path, kind):
     """Four steps on one layout, four on the next; the first load is bit-identical, the end equals one process."""
     path, flags, _ = one(kind)
@@ -275,6 +280,7 @@ def test_a_checkpoint_goes_on_under_any_other_layout(one, tmp_path, kind):
     pairs = {
         "untied": [("tp2 cp2", "pp2 v2 dp3"), ("pp3", "tp2 hsdp2")],
         "tied": [("dp3", "pp2 tp2"), ("pp2 v2 zb-v", "tp2")],
+        "untied qwen2": [("tp4", "pp2 dp2")],  # biases held whole, then sharded
     }
     for first, second in pairs[kind]:
         directory = tmp_path / f"{first}-{second}".replace(" ", "_")
