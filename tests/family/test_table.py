@@ -172,6 +172,7 @@ def test_the_layout_rules_name_the_config_key_and_what_fits_all():
     assert any("the padded vocabulary = 512" in p for p in found)
 
 
-def test_the_recipes_text_lists_the_named_shapes():
-    text = (Path(__file__).parents[2] / "docs/recipe.md").read_text()
-    assert all(name in text for name in ARCHITECTURES)
+def test_the_pages_list_all_families_and_named_shapes():
+    read = lambda name: (Path(__file__).parents[2] / "docs" / name).read_text()
+    assert all(name in read("recipe.md") for name in ARCHITECTURES)
+    assert all(f"\n| `{name}` |" in read("families.md") for name in FAMILIES)
