@@ -19,7 +19,7 @@ topics = ["scikit-learn>=1.5"]
 setup(
     name="megacpt",
     version="0.1.0",
-    description="4D-parallel continual pre-training of Llama-family models, from raw text to a Hugging Face checkpoint",
+    description="4D-parallel continual pre-training of Llama, Qwen2, Qwen3 and Mistral models, from raw text to a Hugging Face checkpoint",
     long_description=readme,
     long_description_content_type="text/markdown",
     license="Apache-2.0",

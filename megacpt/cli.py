@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megacpt",
-        description="Continual pre-training of Llama-family models: text in, Hugging Face checkpoint out.",
+        description="Continual pre-training of Llama, Qwen2, Qwen3 and Mistral models: text in, Hugging Face checkpoint out.",
     )
     parser.add_argument("--version", action="version", version=f"megacpt {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

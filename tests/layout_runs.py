@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from ranks import on_ranks
-from samples import tiny_config
+from samples import family_config
 from tolerances import difference
 
 from megacpt.config.load import load_recipe
+from megacpt.family.families import FAMILIES
 
 AXES = {
     "tp": "tensor",
@@ -108,7 +109,7 @@ class Trained:
         self._found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
     def __call__(self, kind: str, layout: str, breakage: str = "") -> list[dict[str, Any]]:
-        """By rank. `kind` is tied or untied, of two layers or with "six"; 2 of 4 heads are key heads."""
+        """By rank. `kind` is tied or untied, of two layers or with "six", of a family or Llama."""
         key = kind, layout, breakage
         if key not in self._found:
             self._found[key] = train(self.path, self.flags(kind), layout, self.directory(*key), breakage)
@@ -123,7 +124,8 @@ class Trained:
 
     def flags(self, kind: str) -> list[str]:
         config = self.folder / f"{kind}.json"
-        raw = tiny_config(num_hidden_layers=6 if "six" in kind else 2, tie_word_embeddings="untied" not in kind)
+        layers, family = 6 if "six" in kind else 2, next((name for name in FAMILIES if name in kind), "llama")
+        raw = family_config(family, num_hidden_layers=layers, tie_word_embeddings="untied" not in kind)
         config.write_text(json.dumps(raw))
         return [*ROWS, f"--model.config={config}"]
 

@@ -19,16 +19,13 @@ class Lifted(torch.nn.Module):
 def reference(raw: dict, dtype: torch.dtype):
     """transformers' model with random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**without_names(raw))
-    config._attn_implementation = "sdpa"
-    model = transformers.LlamaForCausalLM(config).to(dtype)
+    config = transformers.AutoConfig.for_model(raw["model_type"], **without_names(raw))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
                 1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
             )
-    for layer in model.model.layers:
-        layer.input_layernorm = Lifted(layer.input_layernorm)
-        layer.post_attention_layernorm = Lifted(layer.post_attention_layernorm)
-    model.model.norm = Lifted(model.model.norm)
+    for name, norm in [each for each in model.named_modules() if type(each[1]).__name__.endswith("RMSNorm")]:
+        model.set_submodule(name, Lifted(norm))
     return model

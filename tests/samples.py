@@ -49,6 +49,16 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """As `tiny_config`, of a family. Qwen3's heads are wider than hidden / heads, as in its published models."""
+    own = {
+        "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 32},
+        "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+        "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+    }
+    return tiny_config() | {"model_type": model_type} | own.get(model_type, {}) | changes
+
+
 def make_tokenizer(directory: Path) -> Path:
     """A byte-level BPE tokenizer of 400 entries, EOS 0, as a Hugging Face directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

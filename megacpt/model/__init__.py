@@ -1,1 +1,1 @@
-"""Llama on the parallel layers, and its Hugging Face form."""
+"""The decoder on the parallel layers, and its Hugging Face form."""

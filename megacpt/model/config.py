@@ -1,4 +1,4 @@
-"""config.json of Llama models, read and written. Imports no torch.
+"""config.json of a model, read and written: what all families have in common. Imports no torch.
 
 Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`, `rope_scaling`) and 5's
 (`rope_parameters`), and written back as they came. What would change the computation and is not known is refused.
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from megacpt.config.load import nearest
 from megacpt.config.recipe import Model
 from megacpt.config.stage import Parallel, Rope, Stage
 from megacpt.errors import ConfigError
+from megacpt.family.base import ModelConfig as LlamaConfig
+from megacpt.family.base import Parameter
+from megacpt.family.families import family_of
+from megacpt.family.rope import RopeConfig
+from megacpt.family.shapes import ARCHITECTURES
 
 _ROPE_FIELDS = {
     "default": ((), ()),
@@ -77,78 +82,6 @@ def number_problems(raw: dict[str, Any], where: str = "") -> list[str]:
     return problems
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Base and scaling of the rotary embedding; `fields` are those of the type, as in transformers."""
-
-    theta: float = 10000.0
-    type: str = "default"
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def longest(self) -> int | None:
-        """The context length that the scaling is made for, None if it names none."""
-        original = self.fields.get("original_max_position_embeddings")
-        return math.floor(original * self.fields["factor"]) if original else None
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Shape of a model. `raw` is the file it came from, carried through to the export."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    initializer_range: float
-    rope: RopeConfig
-    raw: dict[str, Any]
-
-    @property
-    def eos_token_id(self) -> int | None:
-        eos = self.raw.get("eos_token_id")
-        return eos[0] if isinstance(eos, list) else eos
-
-    @property
-    def dtype(self) -> str | None:
-        """The type that the file names, in either spelling."""
-        return self.raw.get("dtype") or self.raw.get("torch_dtype")
-
-    def padded_vocab(self, multiple: int) -> int:
-        return -(-self.vocab_size // multiple) * multiple
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter by Hugging Face name, in the order of the model, without vocabulary padding."""
-        h, f, d = self.hidden_size, self.intermediate_size, self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, h)}
-        for i in range(self.num_hidden_layers):
-            layer = f"model.layers.{i}."
-            shapes |= {
-                layer + "self_attn.q_proj.weight": (self.num_attention_heads * d, h),
-                layer + "self_attn.k_proj.weight": (self.num_key_value_heads * d, h),
-                layer + "self_attn.v_proj.weight": (self.num_key_value_heads * d, h),
-                layer + "self_attn.o_proj.weight": (h, self.num_attention_heads * d),
-                layer + "mlp.gate_proj.weight": (f, h),
-                layer + "mlp.up_proj.weight": (f, h),
-                layer + "mlp.down_proj.weight": (h, f),
-                layer + "input_layernorm.weight": (h,),
-                layer + "post_attention_layernorm.weight": (h,),
-            }
-        shapes["model.norm.weight"] = (h,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, h)
-        return shapes
-
-    def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes().values())
-
-
 def read_config(path: str | Path) -> LlamaConfig:
     """config.json, or the folder that holds it.
 
@@ -170,21 +103,12 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     problems = []
     if not isinstance(raw, dict):
         raise ConfigError([f"{source}: is a {type(raw).__name__}, not an object."], "the model")
-    if raw.get("model_type", "llama") != "llama":
-        problems.append(f"model_type = {raw['model_type']!r}: this version trains 'llama'.")
-    refused = {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "attention_dropout": 0,
-        "quantization_config": None,
-    }
-    for key, only in refused.items():
-        if raw.get(key, only) not in (only, None):
-            problems.append(f"{key} = {raw[key]!r}: only {only!r} is trained.")
+    family, own = family_of(raw, source), raw
+    problems += family.problems(raw)
+    raw = family.complete(raw)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     problems += [f"{key}: is required, a positive integer." for key in required if raw.get(key) is None]
-    numbers = number_problems(raw)
+    numbers = number_problems(own)
     of_rope = [problem for problem in numbers if problem.startswith("rope_") and "finite" not in problem]
     problems += [problem for problem in numbers if problem not in of_rope]
     told = {re.split("[ :]", problem)[0] for problem in problems}
@@ -201,7 +125,7 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         problems.append(f"hidden_size = {hidden}: is no multiple of num_attention_heads = {heads}.")
     if head_dim % 2:
         problems.append(f"head_dim = {head_dim}: rotary embedding needs an even one.")
-    longest = raw.get("max_position_embeddings") or 2048
+    longest = raw.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
     rope = _parse_rope(raw, longest, problems)
     if problems:
         raise ConfigError(problems, source)
@@ -218,7 +142,8 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
         bool(raw.get("tie_word_embeddings", False)),
         float(raw.get("initializer_range") or 0.02),
         rope,
-        raw,
+        own,
+        family,
     )
 
 
@@ -275,6 +200,7 @@ def config_of(model: Model) -> LlamaConfig:
 
 def _compare(config: LlamaConfig, expected: LlamaConfig, name: str) -> None:
     names = (
+        "model_type",
         "hidden_size",
         "intermediate_size",
         "num_hidden_layers",
@@ -434,7 +360,8 @@ def frozen_names(patterns: Sequence[str], config: LlamaConfig) -> list[str]:
     """
     names = list(config.shapes())
     unknown = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
-    frozen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    fits = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    frozen = [p.name for p in config.parameters if not p.trainable or fits(p.name)]
     problems = [f"freeze: no parameter fits {pattern!r}. {nearest(pattern, names[:3])}" for pattern in unknown]
     if len(frozen) == len(names):
         problems.append("freeze: all parameters are frozen, nothing would be trained.")
@@ -448,11 +375,30 @@ def config_of_stage(config: LlamaConfig, stages: Sequence[Stage], index: int) ->
 
     Args:
         config: with `[model]`'s own change.
+    Raises:
+        ConfigError: if the rows are longer than the model's window.
     """
     base = config
     for stage in stages[: index + 1]:
         config = change_rope(config, stage.rope, stage.seq_len, base)
+    if problem := window_problem(config, stages[index].seq_len):
+        raise ConfigError([f"seq_len = {stages[index].seq_len}: {problem}"], "the recipe")
     return config
+
+
+def window_problem(config: LlamaConfig, longest: int) -> str:
+    """Why documents of so many tokens are not those of the model; empty if they are."""
+    if config.window is None or longest <= config.window:
+        return ""
+    given = (
+        ""
+        if "sliding_window" in config.raw
+        else f", the default of {config.model_type} models where config.json names none"
+    )
+    return (
+        f"the model's sliding_window is {config.window}{given}, and a window shorter than the row is not trained. Use at most "
+        f'{config.window}, or write "sliding_window": null into config.json if the model was made without one.'
+    )
 
 
 def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, Any]:
@@ -462,8 +408,8 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
         longest: the longest row that was trained.
     """
     raw = dict(config.raw)
-    raw.setdefault("architectures", ["LlamaForCausalLM"])
-    raw["model_type"] = "llama"
+    raw.setdefault("architectures", [config.family.architecture])
+    raw["model_type"] = config.model_type
     raw["vocab_size"] = config.vocab_size
     for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
         raw[key] = dtype
@@ -482,66 +428,30 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
     return raw
 
 
-def _llama3(hidden: int, ffn: int, layers: int, heads: int, factor: float, tied: bool) -> dict[str, Any]:
-    """A Llama 3.1 or 3.2 of this size."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.02,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    }
-
-
-# Llama 3 paper, Table 3; scaling factors from the models' config.json (32 for 3.2; Llama 3 itself has none).
-ARCHITECTURES = {
-    "llama3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
-    "llama3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
-    "llama3-8b": _llama3(4096, 14336, 32, 32, 8.0, False) | {"max_position_embeddings": 8192, "rope_scaling": None},
-    "llama3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, False),
-    "llama3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
-    "llama3.1-405b": _llama3(16384, 53248, 126, 128, 8.0, False),
-}
-
-
 def shape_problems(config: LlamaConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
     """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers."""
-    tensor, kv_heads, problems = parallel.tensor, config.num_key_value_heads, []
-    if kv_heads % tensor and tensor % kv_heads:
-        possible = [
-            n
-            for n in range(1, config.num_attention_heads + 1)
-            if (kv_heads % n == 0 or n % kv_heads == 0) and config.num_attention_heads % n == 0
-        ]
+    tensor = parallel.tensor
+    shared = {(_counted(p), units_of(p, vocab_multiple), p.repeated): p for p in config.parameters if not p.is_whole(1)}
+    fits = lambda units, repeated, ranks: units % ranks == 0 or (repeated and ranks % units == 0)
+    most = min(units for _, units, repeated in shared if not repeated)
+    possible = [n for n in range(1, most + 1) if all(fits(units, again, n) for _, units, again in shared)]
+    problems = []
+    for name, units, repeated in shared:
+        if fits(units, repeated, tensor):
+            continue
         problems.append(
-            f"parallel.tensor = {tensor}: num_key_value_heads = {kv_heads} can neither be divided by it nor repeated to it. "
+            f"parallel.tensor = {tensor}: {name} = {units} can neither be divided by it nor repeated to it. "
             f"Use {', '.join(map(str, possible))}."
+            if repeated
+            else f"parallel.tensor = {tensor}: does not divide the model's {name} = {units}."
         )
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "the padded vocabulary": config.padded_vocab(vocab_multiple),
-    }
-    return problems + [
-        f"parallel.tensor = {tensor}: does not divide the model's {name} = {size}."
-        for name, size in sizes.items()
-        if size % tensor
-    ]
+    return problems
+
+
+def _counted(parameter: Parameter) -> str:
+    return "the padded vocabulary" if parameter.split == "vocab" else parameter.counted
+
+
+def units_of(parameter: Parameter, vocab_multiple: int) -> int:
+    """What tensor ranks share out of a parameter: heads, features, rows of the padded vocabulary."""
+    return parameter.padded(vocab_multiple)[0] if parameter.split == "vocab" else parameter.units

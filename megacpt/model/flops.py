@@ -5,7 +5,7 @@ of query and key and layer. Two conventions: PaLM's (Chowdhery et al. 2022, appe
 the exact one counts the pairs that a causal mask inside documents leaves. Peaks are dense bf16, from data sheets.
 """
 
-from megacpt.model.config import LlamaConfig
+from megacpt.family.base import ModelConfig as LlamaConfig
 
 PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
     "H100 PCIe": 756e12,
@@ -26,10 +26,8 @@ PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
 
 def matmul_flops_per_token(config: LlamaConfig) -> int:
     """Forward and backward of all matrix products with weights."""
-    heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    h, layers = config.hidden_size, config.num_hidden_layers
-    per_layer = h * (heads + 2 * kv) * d + heads * d * h + 3 * h * config.intermediate_size
-    return 6 * (layers * per_layer + h * config.vocab_size)
+    multiplied = ("matmul", "lookup") if config.tie_word_embeddings else ("matmul",)  # tied, the table is the head too
+    return 6 * sum(p.size for p in config.parameters if p.role in multiplied)
 
 
 def attention_flops_per_pair(config: LlamaConfig) -> int:

@@ -6,6 +6,7 @@ and renames it. Names are the model's own, so neither renames nor permutes.
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError, NumbersError
+from megacpt.family.base import ModelConfig as LlamaConfig
+from megacpt.family.base import Parameter
 from megacpt.files import new_folder, write_atomically
-from megacpt.model.config import LlamaConfig, export_config
+from megacpt.model.config import export_config
 from megacpt.parallel.finite import not_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -191,21 +194,22 @@ def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[t
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: LlamaConfig, seed: int) -> None:
-    """Weights from scratch: normal with the config's range, products that end a residual branch divided by sqrt(2 layers)
-    (Radford et al. 2019), norms one. Each tensor has a generator of its own: the same numbers on every layout."""
-    import zlib
+    """Weights from scratch, as the family's table says: normal with the config's range, products that end a residual branch divided by
+    sqrt(2 layers) (Radford et al. 2019), norms one, biases zero."""
+    held = dict(model.named_parameters())
+    for each in config.parameters:
+        if each.name in held:
+            full = _initial(each, config, seed)
+            fill_shard(held[each.name], each.shape, lambda box, full=full: full[box])
 
-    true_shapes = config.shapes()
-    for name, parameter in model.named_parameters():
-        shape = true_shapes[name]
-        if len(shape) == 1:
-            full = torch.ones(shape)
-        else:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if residual else 1)
-            full = torch.randn(shape, generator=generator) * std
-        fill_shard(parameter, shape, lambda box, full=full: full[box])
+
+def _initial(parameter: Parameter, config: LlamaConfig, seed: int) -> Tensor:
+    """Each tensor has a generator of its own: the same numbers on every layout."""
+    if parameter.init in ("ones", "zeros"):
+        return torch.full(parameter.shape, float(parameter.init == "ones"))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{parameter.name}".encode()))
+    std = config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if parameter.init == "residual" else 1)
+    return torch.randn(parameter.shape, generator=generator) * std
 
 
 def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Path) -> None:

@@ -1,4 +1,5 @@
-"""Llama on the parallel layers. Parameter names are Hugging Face's; layers carry their global index.
+"""The decoder on the parallel layers: one for all families. What a family adds (biases, norms of heads) is there where its table has the
+parameter. Parameter names are Hugging Face's; layers carry their global index.
 
 Shapes: T tokens of a micro-batch on this cp rank (all rows one after another), t = T / tp local tokens, h hidden, heads and kv_heads
 of this tp rank, d head_dim.
@@ -10,7 +11,8 @@ import torch
 from megacpt_kernels import add_rms_norm, rms_norm, rope_qk, swiglu
 from torch import Tensor, nn
 
-from megacpt.model.config import LlamaConfig, RopeConfig
+from megacpt.family.base import ModelConfig
+from megacpt.family.rope import RopeConfig
 from megacpt.model.rope import RopeTables
 from megacpt.model.stage import StagePlan
 from megacpt.parallel.context import ContextPlan, Gather, context_attention
@@ -19,9 +21,6 @@ from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.recompute import Kept
 from megacpt.parallel.tensor import (
-    COLUMN,
-    REPLICATED,
-    ROW,
     Later,
     TensorAxis,
     Weight,
@@ -67,44 +66,55 @@ Rotary = tuple[Tensor, Tensor, Tensor]
 """cos and sin fp32 [positions, d / 2], and each token's position int32 [T]."""
 
 
+class Table:
+    """Makes the places of a model's parameters, as its family's table says."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, vocab_multiple: int):
+        self.config, self.mesh, self.dtype, self.vocab_multiple = config, mesh.tensor, dtype, vocab_multiple
+        self.parameters = {parameter.name: parameter for parameter in config.parameters}
+
+    def place(self, module: str) -> Weight | None:
+        """For `module`.weight and .bias; None if the table has no such weight."""
+        weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
+        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype) if weight else None
+
+
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+    def __init__(self, name: str, table: Table, mesh: Mesh, options: ModelOptions):
         super().__init__()
-        h, d = config.hidden_size, config.head_dim
-        make = lambda shape, placement: Weight(shape, placement, mesh.tensor, dtype)
-        self.q_proj = make((config.num_attention_heads * d, h), COLUMN)
-        # more ranks than key heads: every rank holds them all and uses one
-        ranks_per_head = mesh.tensor.size() // config.num_key_value_heads
-        head = mesh.tensor_rank // max(1, ranks_per_head)
-        mine = slice(head * d, (head + 1) * d) if ranks_per_head > 1 else slice(None)
-        self.rows = [mine, mine, slice(None)]  # of keys, values, queries
-        placement = REPLICATED if ranks_per_head > 1 else COLUMN
-        self.k_proj = make((config.num_key_value_heads * d, h), placement)
-        self.v_proj = make((config.num_key_value_heads * d, h), placement)
-        self.o_proj = make((h, config.num_attention_heads * d), ROW)
-        self.head_dim, self.options = d, options
+        self.q_proj, self.k_proj, self.v_proj = (table.place(f"{name}.{letter}_proj") for letter in "qkv")
+        self.o_proj = table.place(f"{name}.o_proj")
+        self.q_norm, self.k_norm = table.place(f"{name}.q_norm"), table.place(f"{name}.k_norm")
+        self.head_dim, self.eps, self.options = table.config.head_dim, table.config.rms_norm_eps, options
         self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
 
     @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
     def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
         options, kept = self.options, gather.kept
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
-        rotated = lambda k: rope_qk(k[:, :0], k, *rotary, backend=options.operations)[1]
-        weights = [self.k_proj.weight, self.v_proj.weight, self.q_proj.weight]
+        rotated = lambda k: rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
+        made = [self.k_proj, self.v_proj, self.q_proj]
+        weights, rows, biases = [w.weight for w in made], [w.rows for w in made], [w.bias for w in made]
         start = (2, lambda k, v: gather.start(heads(k), heads(v), rotated))  # travels while the queries are computed
-        k, v, q = map(heads, column_parallel(x, weights, self.axis, self.rows, later, start, kept))
+        k, v, q = map(heads, column_parallel(x, weights, self.axis, rows, later, start, biases, kept))
+        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k = rope_qk(q, k, *rotary, backend=options.operations)
         out = context_attention(q, k, v, gather, options.attention_backend, options.deterministic)
         return row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later, gather.start_again, kept)
 
+    def _normed(self, heads: Tensor, norm: Weight | None) -> Tensor:
+        """[T, heads, d], each head divided by its root mean square, times the weight that all heads and ranks share."""
+        if norm is None:
+            return heads
+        rows = rms_norm(heads.flatten(0, 1), replicated(norm.weight), self.eps, self.options.operations)
+        return rows.view_as(heads)
+
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+    def __init__(self, name: str, table: Table, mesh: Mesh, options: ModelOptions):
         super().__init__()
-        h, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
-        self.up_proj = Weight((f, h), COLUMN, mesh.tensor, dtype)
-        self.down_proj = Weight((h, f), ROW, mesh.tensor, dtype)
+        self.gate_proj, self.up_proj = table.place(f"{name}.gate_proj"), table.place(f"{name}.up_proj")
+        self.down_proj = table.place(f"{name}.down_proj")
         self.axis, self.operations = TensorAxis(mesh.tensor_group, options.overlap), options.operations
 
     def forward(self, x: Tensor, kept: Kept, later: Later | None) -> Tensor:
@@ -116,13 +126,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)), on [t, h]."""
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
+    def __init__(self, name: str, table: Table, mesh: Mesh, options: ModelOptions):
         super().__init__()
-        self.input_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
-        self.self_attn = Attention(config, mesh, dtype, options)
-        self.post_attention_layernorm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
-        self.mlp = MLP(config, mesh, dtype, options)
-        self.eps, self.operations = config.rms_norm_eps, options.operations
+        self.input_layernorm = table.place(f"{name}.input_layernorm")
+        self.self_attn = Attention(f"{name}.self_attn", table, mesh, options)
+        self.post_attention_layernorm = table.place(f"{name}.post_attention_layernorm")
+        self.mlp = MLP(f"{name}.mlp", table, mesh, options)
+        self.eps, self.operations = table.config.rms_norm_eps, options.operations
         self.run = torch.compile(self._run) if options.compile else self._run
         self.recompute = "none"
 
@@ -140,18 +150,16 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Holds the parameters under Hugging Face's prefix `model.`, those of this rank's stages; `Llama` runs them."""
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
+    def __init__(self, table: Table, mesh: Mesh, options: ModelOptions, plan: StagePlan):
         super().__init__()
         stages = plan.of(mesh.pipeline_rank)
         is_first, is_last = 0 in stages, len(plan.layers) - 1 in stages
-        if is_first or (is_last and config.tie_word_embeddings):
-            rows = config.padded_vocab(options.vocab_multiple)
-            self.embed_tokens = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, mesh, dtype, options) for stage in stages for i in plan.layers[stage]}
-        )
+        if is_first or (is_last and table.config.tie_word_embeddings):
+            self.embed_tokens = table.place("model.embed_tokens")
+        layers = [i for stage in stages for i in plan.layers[stage]]
+        self.layers = nn.ModuleDict({str(i): Block(f"model.layers.{i}", table, mesh, options) for i in layers})
         if is_last:
-            self.norm = Weight((config.hidden_size,), REPLICATED, mesh.tensor, dtype)
+            self.norm = table.place("model.norm")
 
 
 class Llama(nn.Module):
@@ -161,14 +169,16 @@ class Llama(nn.Module):
         dtype: of the parameters as made (the masters), not of the computation.
     """
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
         super().__init__()
         self.config, self.mesh, self.options, self.plan = config, mesh, options, plan
-        self.model = Decoder(config, mesh, dtype, options, plan)
-        self.lm_head = None
-        if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) and not config.tie_word_embeddings:
-            rows = config.padded_vocab(options.vocab_multiple)
-            self.lm_head = Weight((rows, config.hidden_size), COLUMN, mesh.tensor, dtype)
+        table = Table(config, mesh, dtype, options.vocab_multiple)
+        self.model = Decoder(table, mesh, options, plan)
+        self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
+        built = {name for name, _ in self.named_parameters()}
+        mine = {int(layer) for layer in self.model.layers}
+        missing = [p.name for p in config.parameters if p.layer in mine and p.name not in built]
+        assert not missing, f"the decoder has no place for {missing}"
         self.set_rope(config.rope)
 
     def set_rope(self, rope: RopeConfig) -> None:
@@ -183,7 +193,7 @@ class Llama(nn.Module):
     def counted_parameters(self) -> list[nn.Parameter]:
         """All of this rank's but the copy of the embedding that is the head at the other end of the pipeline."""
         copy = self.config.tie_word_embeddings and 0 not in self.plan.of(self.mesh.pipeline_rank)
-        return [p for name, p in self.named_parameters() if not (copy and name == "model.embed_tokens.weight")]
+        return [p for name, p in self.named_parameters() if not (copy and name == self.config.embedding)]
 
     def blocks(self, stage: int) -> list[Block]:
         """The blocks of one of this rank's stages."""

@@ -4,6 +4,7 @@ of one rank and one stage: the same lines."""
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from megacpt import points
 from megacpt.data.loader import Batch, StepCounts
+from megacpt.errors import ConfigError
+from megacpt.family.base import ModelConfig
+from megacpt.model.config import window_problem
 from megacpt.model.inputs import to_inputs
 from megacpt.model.llama import Inputs, Llama
 from megacpt.objective.base import Objective
@@ -62,8 +66,18 @@ def each_loss(
 
 def sum_tied_gradients(model: Llama) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
-    if model.config.tie_word_embeddings and model.plan.splits_ends and hasattr(model.model, "embed_tokens"):
-        dist.all_reduce(model.model.embed_tokens.weight.grad._local_tensor, group=model.mesh.ends)
+    table = dict(model.named_parameters()).get(model.config.embedding)
+    if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None:
+        dist.all_reduce(table.grad._local_tensor, group=model.mesh.ends)
+
+
+def _within_window(batch: Batch, config: ModelConfig) -> None:
+    """Raises:
+    ConfigError: if a document is longer than what the model's tokens see: attention here is full.
+    """
+    longest = max(np.diff(np.append(batch.document_starts, batch.tokens.size)))
+    if problem := window_problem(config, longest):
+        raise ConfigError([f"a document of {longest} tokens: {problem}"], "the data")
 
 
 class _Work:
@@ -77,7 +91,9 @@ class _Work:
 
     def inputs_of(self, micro_batch: int) -> Inputs:
         if micro_batch not in self.inputs:
-            self.inputs[micro_batch] = to_inputs(self.batch_of(micro_batch), self.model.mesh)
+            batch = self.batch_of(micro_batch)
+            _within_window(batch, self.model.config)
+            self.inputs[micro_batch] = to_inputs(batch, self.model.mesh)
         return self.inputs[micro_batch]
 
     def used(self, micro_batch: int) -> None:

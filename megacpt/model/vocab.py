@@ -14,8 +14,6 @@ from megacpt.errors import ConfigError
 from megacpt.model.config import read_config
 from megacpt.model.hf import Weights, check_names, write_pretrained
 
-ROWS = ("model.embed_tokens.weight", "lm_head.weight")
-
 
 def grown(rows: Tensor, spellings: Sequence[Sequence[int]], old: Tokenizer, init: str) -> Tensor:
     """The rows with one more for each spelling: the mean of the old rows of its parts ("mean"), or their mean weighted by the length of
@@ -51,10 +49,11 @@ def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, 
     first = old.vocab_size
     spellings = [old.spell(new, i) if i < new.vocab_size else [] for i in range(first, size)]
     larger = replace(config, vocab_size=size)
+    by_token = {p.name for p in config.parameters if p.split == "vocab"}
 
     def read(name: str) -> Tensor:
         whole = weights.read(name, (slice(None),))
-        return grown(whole[:first], spellings, old, init) if name in ROWS else whole
+        return grown(whole[:first], spellings, old, init) if name in by_token else whole
 
     dtypes = {name: weights.dtype(name) for name in config.shapes()}
     write_pretrained(output, larger, tokenizer, read, dtypes, config.max_position_embeddings)

@@ -38,7 +38,8 @@ def place_of(name: str, parameter: Tensor) -> Place:
 
 class AdamW:
     """Args:
-    parameters: by name; matrices are decayed, vectors (norms) are not.
+    parameters: by name.
+    decayed: names of those that weight decay acts on; default the matrices.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
 
@@ -54,8 +55,10 @@ class AdamW:
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        decayed: Collection[str] | None = None,
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
+        self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
         zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
         self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
         self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
@@ -116,7 +119,7 @@ class AdamW:
         groups: dict[tuple[float, int], list[str]] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and local(parameter).numel():
-                decay = weight_decay if parameter.ndim >= 2 else 0.0
+                decay = weight_decay if name in self.decayed else 0.0
                 groups.setdefault((decay, self.count_of(name)), []).append(name)
         return groups
 

@@ -24,24 +24,41 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from megacpt.family.base import Parameter
 from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
 from megacpt.parallel.recompute import KEEP_ALL, Kept
 
-COLUMN, ROW, REPLICATED = Shard(0), Shard(1), Replicate()
-
 
 class Weight(nn.Module):
-    """A named place for one parameter, so that its full name is Hugging Face's. Has no forward: the functions below
-    take the parameter."""
+    """A named place for a weight, and its bias where it has one, so that their full names are Hugging Face's. Has no forward: the
+    functions below take the parameters.
 
-    def __init__(self, shape: tuple[int, ...], placement: Placement, tensor_mesh: DeviceMesh, dtype: torch.dtype):
+    Attributes:
+        rows: of the local tensors, those that this rank uses: all, or one head of a parameter that has fewer heads than there are ranks.
+    """
+
+    def __init__(
+        self, weight: Parameter, bias: Parameter | None, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype
+    ):
         super().__init__()
-        local = list(shape)
-        if isinstance(placement, Shard):
-            assert local[placement.dim] % tensor_mesh.size() == 0, f"{shape} on {tensor_mesh.size()} tp ranks"
-            local[placement.dim] //= tensor_mesh.size()
-        empty = torch.empty(local, dtype=dtype, device="meta")
-        self.weight = nn.Parameter(DTensor.from_local(empty, tensor_mesh, [placement], run_check=False))
+        self.rows = slice(None)
+        if weight.repeated and weight.is_whole(mesh.size()):
+            unit = mesh.get_local_rank() // (mesh.size() // weight.units) * weight.unit
+            self.rows = slice(unit, unit + weight.unit)
+        self.weight = _empty(weight, vocab_multiple, mesh, dtype)
+        self.register_parameter("bias", None if bias is None else _empty(bias, vocab_multiple, mesh, dtype))
+
+
+def _empty(parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Parameter:
+    """On the meta device, placed as the table says."""
+    local, size = list(parameter.padded(vocab_multiple)), mesh.size()
+    placement: Placement = Replicate()
+    if not parameter.is_whole(size):
+        placement = Shard(1 if parameter.split == "row" else 0)
+        assert local[placement.dim] % size == 0, f"{parameter.name} {local} on {size} tp ranks"
+        local[placement.dim] //= size
+    empty = torch.empty(local, dtype=dtype, device="meta")
+    return nn.Parameter(DTensor.from_local(empty, mesh, [placement], run_check=False))
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ def column_parallel(
     rows: list[slice] | None = None,
     later: Later | None = None,
     between: tuple[int, Callable[..., None]] | None = None,
+    biases: list[DTensor | None] | None = None,
     kept: Kept = KEEP_ALL,
 ) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight in turn.
@@ -82,11 +100,12 @@ def column_parallel(
         x: [t, h]. weights: each [f, h], this rank's rows.
         rows: of each weight's local tensor, those that this rank uses (key heads that tp replicates); default all.
         between: (n, function): is called with the first n products before the others are computed.
-        kept: of the block that this is in.
+        biases: each [f], this rank's rows, or None. kept: of the block that this is in.
     Returns:
         [T, f] for each weight.
     """
-    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, kept, *weights)
+    biases = biases or [None] * len(weights)
+    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, kept, *weights, *biases)
 
 
 @torch.compiler.disable
@@ -145,30 +164,35 @@ def _fused(name: str) -> Callable:
     return getattr(torch.ops.symm_mem, name)
 
 
-def _products(x: Tensor, local: list[Tensor], axis: TensorAxis, between) -> tuple[Tensor, ...]:
-    """gather(x) times each matrix."""
+def _products(
+    x: Tensor, local: list[Tensor], biases: list[Tensor | None], axis: TensorAxis, between
+) -> tuple[Tensor, ...]:
+    """gather(x) times each matrix, plus its bias."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
         fused = _fused("fused_all_gather_matmul")
-        return tuple(fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1])
+        out = fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1]
+        return tuple(y if bias is None else y + bias for y, bias in zip(out, biases, strict=True))
     if axis.overlap == "chunked" and axis.group.size() > 1:
-        return _chunked_products(x, local, axis)
+        return _chunked_products(x, local, biases, axis)
     tokens, out = gather_tokens(x, axis.group), []
     for i, weight in enumerate(local):
         if between and i == between[0]:
             between[1](*out)
-        out.append(F.linear(tokens, weight))
+        out.append(F.linear(tokens, weight, biases[i]))
     return tuple(out)
 
 
-def _chunked_products(x: Tensor, local: list[Tensor], axis: TensorAxis) -> tuple[Tensor, ...]:
+def _chunked_products(
+    x: Tensor, local: list[Tensor], biases: list[Tensor | None], axis: TensorAxis
+) -> tuple[Tensor, ...]:
     size, parts = axis.group.size(), x.tensor_split(min(axis.chunks, x.shape[0]))
     pending = [start_gather(part, axis.group) for part in parts]
     out = [x.new_empty((size, x.shape[0], weight.shape[0])) for weight in local]
     begin = 0
     for part, gathered in zip(parts, pending, strict=True):
         tokens, end = gathered.wait(), begin + part.shape[0]
-        for product, weight in zip(out, local, strict=True):
-            product[:, begin:end] = F.linear(tokens, weight).view(size, -1, weight.shape[0])
+        for product, weight, bias in zip(out, local, biases, strict=True):
+            product[:, begin:end] = F.linear(tokens, weight, bias).view(size, -1, weight.shape[0])
         begin = end
     return tuple(product.flatten(0, 1) for product in out)
 
@@ -189,13 +213,16 @@ def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, kept: Kept, *weights
+        ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, kept: Kept, *parameters
     ):
+        weights, biases = parameters[: len(rows)], parameters[len(rows) :]
         local = [weight._local_tensor[part] for weight, part in zip(weights, rows, strict=True)]
+        shifts = [None if bias is None else bias._local_tensor[part] for bias, part in zip(biases, rows, strict=True)]
+        ctx.biases = [None if bias is None else (bias._spec, bias._local_tensor.shape) for bias in biases]
         ctx.group, ctx.rows, ctx.later, ctx.weights = axis.group, rows, later, weights if later is not None else None
         ctx.specs = [(weight._spec, weight._local_tensor.shape) for weight in weights]
         ctx.save_for_backward(x, *local)
-        return kept.once(lambda: _products(x, local, axis, between))
+        return kept.once(lambda: _products(x, local, shifts, axis, between))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -205,10 +232,12 @@ class _Column(torch.autograd.Function):
         for grad, weight in zip(grads[1:], local[1:], strict=True):
             dx.addmm_(grad, weight)
         dx = start_scatter_sum(dx, ctx.group)
+        shifts = zip(grads, ctx.rows, ctx.biases, strict=True)
+        dbiases = [placed and _placed(grad.sum(0), part, placed) for grad, part, placed in shifts]
         if ctx.later is None:
             tokens = gathered.wait()
             dweights = [_weight_gradient(*each, tokens) for each in zip(grads, ctx.rows, ctx.specs, strict=True)]
-            return None, dx.wait(), None, None, None, None, *dweights
+            return None, dx.wait(), None, None, None, None, *dweights, *dbiases
         shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
 
         def compute(grad: Tensor, part: slice, spec, last: bool, group=ctx.group) -> DTensor:
@@ -219,15 +248,20 @@ class _Column(torch.autograd.Function):
         for i, (weight, *each) in enumerate(zip(ctx.weights, grads, ctx.rows, ctx.specs, strict=True)):
             last = i == len(grads) - 1
             ctx.later.queue.append((weight, lambda each=each, last=last: compute(*each, last)))
-        return None, dx.wait(), *[None] * (4 + len(grads))
+        return None, dx.wait(), *[None] * (4 + len(grads)), *dbiases
 
 
 def _weight_gradient(grad: Tensor, part: slice, spec, tokens: Tensor) -> DTensor:
-    (placed, shape), dweight = spec, grad.t() @ tokens
-    if dweight.shape != shape:  # rows of other ranks: their gradients come from there
-        dweight, used = tokens.new_zeros(shape), dweight
-        dweight[part] = used
-    return DTensor(dweight, placed, requires_grad=False)
+    return _placed(grad.t() @ tokens, part, spec)
+
+
+def _placed(gradient: Tensor, part: slice, spec) -> DTensor:
+    """The gradient of the rows `part` as that of the parameter."""
+    placed, shape = spec
+    if gradient.shape != shape:  # rows of other ranks: their gradients come from there
+        gradient, used = gradient.new_zeros(shape), gradient
+        gradient[part] = used
+    return DTensor(gradient, placed, requires_grad=False)
 
 
 class _Row(torch.autograd.Function):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from megacpt.config.layout import Layout, token_unit
 from megacpt.config.stage import Parallel
-from megacpt.model.config import LlamaConfig
+from megacpt.family.base import ModelConfig as LlamaConfig
 from megacpt.model.stage import StagePlan, plan_stages
 from megacpt.parallel.pipeline.schedule import Schedule
 from megacpt.parallel.pipeline.simulate import lower, needed
@@ -86,19 +86,15 @@ def stage_parameters(
 ) -> list[tuple[int, int]]:
     """(of its layers, of embedding, last norm and head) of each pipeline stage, on one tensor rank, before FSDP shards them."""
     last, layers, ends = len(plan.layers) - 1, [0] * len(plan.layers), [0] * len(plan.layers)
-    for name, shape in config.shapes().items():
-        size = math.prod(shape)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            size = config.padded_vocab(vocab_multiple) * shape[1]
-        repeated = ("k_proj" in name or "v_proj" in name) and parallel.tensor > config.num_key_value_heads
-        if len(shape) == 2 and not repeated:
+    for parameter in config.parameters:
+        size = math.prod(parameter.padded(vocab_multiple))
+        if not parameter.is_whole(parallel.tensor):
             size //= parallel.tensor
-        if ".layers." in name:
-            layer = int(name.split(".")[2])
-            layers[next(stage for stage, own in enumerate(plan.layers) if layer in own)] += size
+        if parameter.layer is not None:
+            layers[next(stage for stage, own in enumerate(plan.layers) if parameter.layer in own)] += size
             continue
         tied = config.tie_word_embeddings and last
-        for stage in ({0, last} if tied else {0}) if name == "model.embed_tokens.weight" else {last}:
+        for stage in ({0, last} if tied else {0}) if parameter.role == "lookup" else {last}:
             ends[stage] += size
     return list(zip(layers, ends, strict=True))
 
@@ -124,7 +120,8 @@ def kept_bytes(job: Job, mode: str | None = None) -> int:
     attention = tokens * (2 * q + 2 * k) * width + 4 * tokens * job.config.num_attention_heads // job.layout.tensor
     match mode or job.parallel.activation_checkpointing:
         case "none":  # inputs of two norms and of what follows them; attention; gate, up and their product; two 1 / rms
-            return 4 * local * hidden * width + attention + 3 * tokens * f * width + 8 * local
+            normed = tokens * (q + k) * (width + 4 / job.config.head_dim) * job.config.has_head_norms
+            return 4 * local * hidden * width + attention + 3 * tokens * f * width + 8 * local + int(normed)
         case "selective":  # the block's input, outputs of products (not of the last) and attention
             return 2 * local * hidden * width + attention + 2 * tokens * f * width
     return local * hidden * width

@@ -95,7 +95,7 @@ def check_replicas(optimizer: AdamW, model: Llama, step: int) -> None:
     """
     mesh, sums = model.mesh, weight_sums(optimizer)
     replicated = [name for name in sums if _is_replicated(optimizer, name)]
-    tied = [name for name in sums if name.endswith(".model.embed_tokens.weight")]
+    tied = [name for name in sums if name.partition(".")[2] == model.config.embedding]
     shared = [(mesh.groups["dp_replicate"], list(sums)), (mesh.groups["tp"], replicated)]
     if mesh.ends is not None and model.config.tie_word_embeddings and model.plan.splits_ends and tied:
         shared.append((mesh.ends, tied))

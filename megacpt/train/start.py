@@ -175,7 +175,8 @@ def build(
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
     rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
     state = torch.bfloat16 if rounded else None
-    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed)
+    decayed = [p.name for p in config.parameters if p.decay]
+    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed, decayed)
 
 
 def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:

@@ -106,7 +106,10 @@ def test_dynamic_scaling_and_unknown_fields_are_refused_with_the_reason():
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"model_type": "qwen2"}, "this version trains 'llama'"),
+        (
+            {"model_type": "mixtral"},
+            "model_type = 'mixtral': is not trained here. It has a mixture of experts. Trained are llama, qwen2, ",
+        ),
         ({"attention_bias": True}, "only False is trained"),
         ({"hidden_act": "gelu"}, "only 'silu'"),
         ({"num_key_value_heads": 3}, "does not divide num_attention_heads = 4"),
@@ -157,6 +160,10 @@ def test_parameter_counts_of_the_named_shapes():
         "llama3.1-8b": 8_030_261_248,
         "llama3.1-70b": 70_553_706_496,
         "llama3.1-405b": 405_853_388_800,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-8b": 8_190_735_360,
+        "mistral-7b-v0.3": 7_248_023_552,
     }
 
 

@@ -1,4 +1,4 @@
-"""Logits, losses and every gradient against transformers' Llama, for each rotary scaling, tied and untied, beyond the
+"""Logits, losses and every gradient against transformers, for each family and rotary scaling, tied and untied, beyond the
 original context; documents packed here, one by one there."""
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from references import reference
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config
+from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config
 from tolerances import PARITY, difference
 
 from megacpt.data.loader import IGNORE, Batch, StepCounts
@@ -28,6 +28,12 @@ VARIANTS = {
     "yarn-mscale": tiny_config(rope_scaling=ROPE_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}),
     "v5": {k: v for k, v in tiny_config().items() if k not in ("rope_theta", "rope_scaling")}
     | {"rope_parameters": {"rope_theta": 20000.0, **ROPE_LLAMA3}},
+    "qwen2": family_config("qwen2", rope_theta=1000000.0, rms_norm_eps=1e-6),
+    "qwen2-tied-yarn": family_config("qwen2", tie_word_embeddings=True, rope_scaling=ROPE_YARN),
+    "qwen3": family_config("qwen3", num_key_value_heads=1),
+    "qwen3-tied": family_config("qwen3", tie_word_embeddings=True, rope_theta=1000000.0),
+    "mistral": family_config("mistral", head_dim=16, num_key_value_heads=4),
+    "mistral-window": family_config("mistral", sliding_window=150),
 }
 LENGTHS = [150, 1, 37, 2]
 

@@ -40,6 +40,16 @@ def test_updates_equal_torchs_with_decay_on_matrices_only(mesh, dtype):
         assert difference(ours[name]._local_tensor, plain[name]) < ADAMW[dtype]
 
 
+def test_decay_acts_on_what_is_named(mesh):
+    """Whatever its shape: the family's table decides."""
+    ours, plain = pair(mesh, torch.float64)
+    for parameter in ours.values():
+        parameter.grad = DTensor.from_local(torch.zeros_like(parameter._local_tensor), mesh.tensor, [Replicate()])
+    AdamW(ours, decayed=["vector"]).step(1e-2, (0.8, 0.9), 1e-8, 0.3)
+    assert difference(ours["vector"]._local_tensor, plain["vector"] * (1 - 3e-3)) < ADAMW[torch.float64]
+    assert torch.equal(ours["matrix"]._local_tensor, plain["matrix"])
+
+
 def test_the_comparison_sees_decay_on_norms(mesh):
     ours, plain = pair(mesh, torch.float64)
     for parameter in ours.values():

@@ -9,7 +9,7 @@ T, H, F = 24, 16, 12
 
 
 def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
-    """On a rank of two: silu(x A), then B; the outputs and gradients, gathered."""
+    """On a rank of two: silu(x A + c) times x A, then B; the outputs and gradients, gathered."""
     import contextlib
 
     import torch.distributed as dist
@@ -23,12 +23,12 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
     size, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (size,))
     group = mesh.get_group()
-    x, a, b = (t.double() for t in reference_inputs())
+    x, a, b, c = (t.double() for t in reference_inputs())
     mine = lambda whole, dim: whole.chunk(size, dim)[rank].clone().contiguous()
     x = mine(x, 0).requires_grad_()
-    a, b = (
+    a, b, c = (
         torch.nn.Parameter(DTensor.from_local(mine(whole, dim), mesh, [Shard(dim)], run_check=False))
-        for whole, dim in ((a, 0), (b, 1))
+        for whole, dim in ((a, 0), (b, 1), (c, 0))
     )
     axis, queue = TensorAxis(group, overlap, chunks=5), Later() if later else None
     stand_in = contextlib.nullcontext()
@@ -38,7 +38,7 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
         library.impl("fused_all_gather_matmul", symmetric._fused_all_gather_matmul, "CPU")
         library.impl("fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter, "CPU")
     with stand_in:
-        first, second = column_parallel(x, [a, a], axis, later=queue)
+        first, second = column_parallel(x, [a, a], axis, later=queue, biases=[c, None])
         out = row_parallel(torch.nn.functional.silu(first) * second, b, axis, queue)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
     if later:
@@ -50,23 +50,24 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
         "x": whole(x.grad, 0),
         "a": whole(a.grad._local_tensor, 0),
         "b": whole(b.grad._local_tensor, 1),
+        "c": whole(c.grad._local_tensor, 0),
     }
 
 
 def reference_inputs():
     torch.manual_seed(0)
-    return torch.randn(T, H), torch.randn(F, H), torch.randn(H, F)
+    return torch.randn(T, H), torch.randn(F, H), torch.randn(H, F), torch.randn(F)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("overlap", ["none", "chunked", "symmetric_memory"])
 def test_products_equal_one_process(overlap, later):
-    x, a, b = (t.double().requires_grad_() for t in reference_inputs())
-    out = (torch.nn.functional.silu(x @ a.t()) * (x @ a.t())) @ b.t()
+    x, a, b, c = (t.double().requires_grad_() for t in reference_inputs())
+    out = (torch.nn.functional.silu(x @ a.t() + c) * (x @ a.t())) @ b.t()
     size = out.numel() // 2
     weights = torch.cat([torch.arange(size), torch.arange(size)]).view(out.shape)
     (out * weights).sum().backward()
-    expected = {"out": out, "x": x.grad, "a": a.grad, "b": b.grad}
+    expected = {"out": out, "x": x.grad, "a": a.grad, "b": b.grad, "c": c.grad}
     for found in on_ranks(2, parts, overlap, later):
         assert all(difference(found[name], expected[name]) < 1e-13 for name in expected)
 

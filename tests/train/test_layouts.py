@@ -42,6 +42,8 @@ CHOSEN = {
         "tp2 pp2 hsdp2 v2 zb-v activation_checkpointing=full overlap=chunked",
     ],
     "tied": ["v2", "tp2", "cp2 dp2", "pp2", "pp2 v2 zb-v", "tp2 pp2 dp2 v2", "cp2 pp2 zb-h1"],
+    "untied qwen2": ["tp4 activation_checkpointing=full", "cp2 pp2 zb-h1"],
+    "tied qwen3": ["tp4", "tp2 cp2 activation_checkpointing=selective", "pp2 dp2 v2 zb-v"],
 }
 SIXTEEN = [
     ("untied", "tp2 cp2 pp2 dp2"),
@@ -241,7 +243,7 @@ def only_train(path: str, flags: list[str]) -> None:
     loop.train(load_recipe(path, flags))
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "untied qwen2"])
 def test_a_checkpoint_goes_on_under_any_other_layout(trained, tmp_path, kind):
     """Four steps on one layout, four on the next; the first load is bit-identical, the end equals one process."""
     path, flags = trained.path, trained.flags(kind)
@@ -250,6 +252,7 @@ def test_a_checkpoint_goes_on_under_any_other_layout(trained, tmp_path, kind):
     pairs = {
         "untied": [("tp2 cp2", "pp2 v2 dp3"), ("pp3", "tp2 hsdp2")],
         "tied": [("dp3", "pp2 tp2"), ("pp2 v2 zb-v", "tp2")],
+        "untied qwen2": [("tp4", "pp2 dp2")],  # biases held whole, then sharded
     }
     for first, second in pairs[kind]:
         directory = tmp_path / f"{first}-{second}".replace(" ", "_")

@@ -14,7 +14,7 @@ import torch
 import transformers
 from ranks import on_ranks
 from safetensors.torch import load_file
-from samples import ROPE_LLAMA3, tiny_config, without_names
+from samples import ROPE_LLAMA3, family_config, tiny_config, without_names
 from tolerances import PARITY
 
 from megacpt.cli import run
@@ -203,6 +203,29 @@ def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dty
     )
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False)])
+def test_every_family_comes_and_goes_bit_identical(train, tmp_path, tokenizer_dir, name, tied):
+    """config.json, names, shapes and bits. The export loads in transformers as what it was."""
+    torch.manual_seed(1)
+    raw = family_config(name, tie_word_embeddings=tied, initializer_range=0.2)
+    config = transformers.AutoConfig.for_model(name, **without_names(raw))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for parameter in model.parameters():  # biases and norms too
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "hf")
+    transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
+    directory = train("--run.stop_at_step=0", model={"pretrained": str(tmp_path / "hf")})
+    run(["export", str(directory), "--output", str(tmp_path / "out")])
+    before, after = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    read = lambda folder: json.loads((tmp_path / folder / "config.json").read_text())
+    assert read("hf") == read("out") and read("out")["model_type"] == name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs) is type(model) and all(
+        torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_export_in_another_type(train, tmp_path):
