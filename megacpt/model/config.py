@@ -150,10 +150,10 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
 def what_matters(config: LlamaConfig) -> dict[str, Any]:
     """What of a config.json decides what is computed from given weights, by its names there."""
     ours = {each.name: getattr(config, each.name) for each in fields(config)}
-    for name in ("raw", "rope", "initializer_range"):
+    for name in ("raw", "rope", "initializer_range", "family"):
         del ours[name]
     rope = {"rope_theta": config.rope.theta, "rope_type": config.rope.type, **config.rope.fields}
-    return ours | rope | {"eos_token_id": config.eos_token_id}
+    return ours | rope | {"model_type": config.model_type, "eos_token_id": config.eos_token_id}
 
 
 def _wrong_values(raw: dict[str, Any]) -> list[str]:

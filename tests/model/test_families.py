@@ -116,7 +116,7 @@ def _gradients_apart(model, gradients: dict[str, torch.Tensor]) -> dict[str, flo
     mesh = model.mesh
     batches = [batch for batch, _ in rows()]
     labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
-    accumulate(model, batches[mesh.data_rank :: mesh.layout.data], labels, "step")
+    accumulate(model, batches[mesh.data_rank :: mesh.layout.data], StepCounts(labels, labels, 1), "step")
     out = {}
     for name, parameter in model.named_parameters():
         whole = torch.zeros(parameter.shape, dtype=torch.float64)
