@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megacpt.config.layout import Layout
 from megacpt.config.stage import Parallel
+from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.families import FAMILIES
 from megacpt.model import llama
