@@ -30,7 +30,9 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments
     with open(f"{folder}/{rank}", "wb") as file:
         pickle.dump(result, file)
     if result[0] == "value" and dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # the result is written; a rank that has left already resets its connections
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the result is written; a rank that has left already resets its connections
             dist.barrier()
             dist.destroy_process_group()
     os._exit(0)

@@ -149,7 +149,9 @@ def test_sound_checkpoints_count_and_folders_do_not(whole, tmp_path):
     assert module.newest_step(checkpoints) == 8 and not module._brought_one(checkpoints, known), "cut"
     shutil.rmtree(checkpoints / "step-00000008")
     shutil.copytree(whole / "checkpoints/step-00000008", checkpoints / "step-00000008")
-    os.utime(checkpoints / "step-00000008" / "manifest.json")  # a copy has the time, and may have the place, of the one before
+    os.utime(
+        checkpoints / "step-00000008" / "manifest.json"
+    )  # a copy has the time, and may have the place, of the one before
     assert module._brought_one(checkpoints, known), "step 8 was damaged, and is saved again"
 
 
