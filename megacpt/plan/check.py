@@ -206,7 +206,8 @@ def _memory(
     lines: list[str] = []
     for stage in recipe.stages:
         job, need = fullest_step(recipe, stage, world_size, config)
-        line = f"at most {need.gib:.1f} GiB on pipeline rank {need.rank} ({need})"
+        held = f" ({need})" if str(need) else ""
+        line = f"at most {need.gib:.1f} GiB on pipeline rank {need.rank}{held}"
         if not lines or not lines[-1].endswith(line):
             lines.append(f"memory of a card from stage {stage.name} on: {line}")
         if card_gib is not None and need.gib + RESERVE_GIB > card_gib:
