@@ -181,7 +181,7 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 def without_biases(monkeypatch) -> None:
     original = llama.column_parallel
-    monkeypatch.setattr(llama, "column_parallel", lambda *args: original(*args[:6]))
+    monkeypatch.setattr(llama, "column_parallel", lambda *args, **more: original(*args[:6], **more))
 
 
 def without_head_norms(monkeypatch) -> None:
