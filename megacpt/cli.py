@@ -474,7 +474,7 @@ def _inspect(options) -> None:
 
 def _train(options) -> int:
     from megacpt.log import info
-    from megacpt.train.watchdog import tell_supervisor
+    from megacpt.survive.watchdog import tell_supervisor
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal is closed, and the run goes on
     recipe = _load(options, with_dtype=True)
@@ -541,7 +541,7 @@ def _evaluate(options) -> None:
     if not recipe.validation and not recipe.gates:
         raise ConfigError([f"{options.recipe}: has no [[validation]] and no [gates]."], "the arguments")
     from megacpt.log import is_rank0
-    from megacpt.train.run_directory import plain_numbers
+    from megacpt.survive.run_directory import plain_numbers
     from megacpt.train.standalone import evaluate
 
     results = evaluate(options.model, recipe, options.dtype, options.step)
@@ -642,7 +642,7 @@ def _checkpoint(options) -> int:
 
 
 def _supervise(options) -> int:
-    from megacpt.train.supervise import Options, supervise
+    from megacpt.survive.supervise import Options, supervise
 
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if options.max_restarts < 0 or not 0 <= options.backoff <= 86400 or options.min_nodes < 1:

@@ -66,9 +66,9 @@ def doubled_weights() -> None:
 
 def counted_twice() -> None:
     """The norm counts the tied embedding on both of its ranks."""
-    from megacpt.model.llama import Llama
+    from megacpt.model.decoder import Decoder
 
-    Llama.counted_parameters = lambda self: list(self.parameters())
+    Decoder.counted_parameters = lambda self: list(self.parameters())
 
 
 def norm_of_the_stage() -> None:

@@ -134,9 +134,9 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import fill_shard
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.objective.next_token import NEXT_TOKEN
     from megacpt.parallel.mesh import build_mesh
 
@@ -148,7 +148,7 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
     schedule = next((word for word in layout.split() if word not in words), "1f1b")
     parallel = Parallel(**degrees, schedule=schedule)
     sizes = {key: value for key, value in degrees.items() if key != "virtual_stages"}
-    mesh, plan = build_mesh(Layout(**sizes), torch.device("cpu")), plan_stages(RAW["num_hidden_layers"], parallel)
+    mesh, plan = build_mesh(Layout(**sizes), torch.device("cpu")), plan_pipeline(RAW["num_hidden_layers"], parallel)
     config = parse_config(RAW, "test")
     model = build_model(config, mesh, torch.float64, ModelOptions(), plan, sharding_of(parallel))
     with torch.no_grad():
@@ -207,10 +207,10 @@ def _documents_alone() -> None:
 
 def _weights_of_neighbours() -> None:
     """Each token has the weight of the one before."""
-    from megacpt.model.llama import Llama
+    from megacpt.model.decoder import Decoder
 
-    original = Llama.loss
-    Llama.loss = lambda self, x, inputs, weights, scale: original(
+    original = Decoder.loss
+    Decoder.loss = lambda self, x, inputs, weights, scale: original(
         self, x, inputs, weights.nan_to_num(0.0).roll(1), scale
     )
 

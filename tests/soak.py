@@ -32,7 +32,7 @@ KINDS = {
 
 def plan(chance: random.Random, folder: Path, ranks: int) -> tuple[list[tuple[str, str]], str]:
     """([(kind, fault)], the faults that are not once) of a round."""
-    from megacpt.points import POINTS
+    from megacpt.heartbeat import POINTS
 
     save_points = [point for point in POINTS if point.startswith("save.")]
     step_points = [point for point in POINTS if point not in (*save_points, "evaluate")]
@@ -125,8 +125,8 @@ def main() -> None:
     from crash import exact, rows, weights
     from samples import make_data, make_tokenizer, write_recipe
 
-    from megacpt.train.run_directory import read_status
-    from megacpt.train.supervise import LEDGER, effective_time
+    from megacpt.survive.run_directory import read_status
+    from megacpt.survive.supervise import LEDGER, effective_time
 
     work = Path(options.directory or tempfile.mkdtemp(prefix="soak-"))
     work.mkdir(parents=True, exist_ok=True)

@@ -78,10 +78,10 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
     from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
     from megacpt.model.run import accumulate
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.optim.clip import grad_norm
     from megacpt.parallel.mesh import build_mesh
 
@@ -99,7 +99,7 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
         "bench",
     )  # fmt: skip
     mesh = build_mesh(layout, torch.device("cpu"))
-    plan = plan_stages(LAYERS, parallel)
+    plan = plan_pipeline(LAYERS, parallel)
     model = build_model(config, mesh, torch.float32, ModelOptions(), plan, sharding_of(parallel))
     initialize(model, config, 1)
     random = np.random.default_rng(mesh.data_rank)

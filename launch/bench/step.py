@@ -189,8 +189,8 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
     from megacpt.optim.adamw import AdamW
     from megacpt.parallel.mesh import build_mesh, start_process_group
     from megacpt.train.step import Update, train_step
@@ -218,7 +218,7 @@ def transformers_step(raw: dict, ids, starts, device, compiled: bool) -> Callabl
     import transformers
 
     names = {k: v for k, v in raw.items() if k not in ("architectures", "model_type")}
-    config = transformers.LlamaConfig(**names)
+    config = transformers.ModelConfig(**names)
     config._attn_implementation = (
         "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     )

@@ -9,7 +9,7 @@ from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound
 from megacpt.config.load import load_recipe
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
-from megacpt.model.config import LlamaConfig, change_rope, config_of_stage, read_config
+from megacpt.model.config import ModelConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
 
 HUGGING_FACE = "huggingface"
@@ -36,7 +36,7 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkp
     return found[0], found[1].step
 
 
-def run_config(run_directory: Path, stage: str | None = None) -> tuple[LlamaConfig, int]:
+def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
     """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
     recipe = load_recipe(str(run_directory / "recipe.toml"))
     config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)

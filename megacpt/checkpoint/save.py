@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from megacpt import log, points
+from megacpt import heartbeat, log
 from megacpt.checkpoint.manifest import (
     MANIFEST,
     Items,
@@ -72,32 +72,32 @@ def save(
             if dist.get_rank() == 0:
                 fence()
                 _begin(partial, needed)
-            points.reached("save.staged", state.step)
+            heartbeat.reach("save.staged", state.step)
         writer = CheckedWriter(partial)
         with together(group), warnings.catch_warnings():  # what fails inside, fails on all ranks: it has collectives
             warnings.simplefilter("ignore")
             dcp.save(tensors, storage_writer=writer, process_group=group)
         with together(group):
-            points.reached("save.after_shards", state.step, lambda: partial)
+            heartbeat.reach("save.after_shards", state.step, lambda: partial)
             check_items(partial, writer.written)
         with together(group):
             if dist.get_rank() == 0:
-                points.reached("save.before_manifest", state.step)
+                heartbeat.reach("save.before_manifest", state.step)
                 fence()
                 write_manifest(partial, state, facts, writer.items)
-                points.reached("save.before_rename", state.step)
+                heartbeat.reach("save.before_rename", state.step)
                 if how == "rename":
                     fence()
                     _publish(partial, final)
                 sync_directory(checkpoints)
-                points.reached("save.after_rename", state.step)
+                heartbeat.reach("save.after_rename", state.step)
     except NotOnAll as error:
         if dist.get_rank() == 0 and how == "rename" and _is_ours(fence):
             shutil.rmtree(partial, ignore_errors=True)  # the room is needed
         raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
     if dist.get_rank() == 0:
         try:
-            points.reached("save.before_prune", state.step)
+            heartbeat.reach("save.before_prune", state.step)
             fence()
             removed = prune()
         except (OSError, LeaseError) as error:  # there is a checkpoint too many

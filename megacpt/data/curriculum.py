@@ -1,7 +1,7 @@
 """Documents in the order of their perplexity: buckets of about equal tokens, easy to hard or hard to easy, which packing keeps apart.
 
 Scores are what `megacpt score` writes for each prepared set: FILE.jsonl with a line a document, FILE.json with the hashes of model,
-tokenizer and data. numpy is imported where it is needed: `check` reads this file. (Order by perplexity: Llama-3-SynE; inside a bucket
+tokenizer and data. numpy is imported where it is needed: `check` reads this file. (Order by perplexity: Decoder-3-SynE; inside a bucket
 it stays random.)
 """
 

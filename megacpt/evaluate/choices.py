@@ -5,11 +5,11 @@ import numpy as np
 from megacpt.data.questions import Question
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.sequences import score_sequences
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 
 
 def accuracy(
-    model: Llama, questions: list[Question], tokenizer: Tokenizer, seq_len: int, micro_batch_tokens: int
+    model: Decoder, questions: list[Question], tokenizer: Tokenizer, seq_len: int, micro_batch_tokens: int
 ) -> float:
     """Share of questions that the model answers right. All ranks call it and get the same number.
 

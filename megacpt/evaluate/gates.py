@@ -15,7 +15,7 @@ from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.choices import accuracy
 from megacpt.evaluate.needle import Grid, hay_of, run_needles
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Examiner:
         self.recipe, self.domains, self.pad_id = recipe, domains, pad_id
         self.tokenizer = Tokenizer(recipe.model.tokenizer or recipe.model.pretrained)
 
-    def baseline(self, model: Llama, stage: Stage) -> Decision | None:
+    def baseline(self, model: Decoder, stage: Stage) -> Decision | None:
         """What recovery and forgetting compare with, measured before the first step; None if no stage asks them."""
         asked = {name for s in self.recipe.stages for name in s.gates}
         gates = [gate for name, gate in self.recipe.gates.items() if name in asked and not isinstance(gate, NeedleGate)]
@@ -60,7 +60,7 @@ class Examiner:
             **self._measure(model, stage, domains, sorted({t for gate in gates for t in gate.tasks})),
         }
 
-    def ask(self, model: Llama, stage: Stage, baseline: Decision | None) -> list[Outcome]:
+    def ask(self, model: Decoder, stage: Stage, baseline: Decision | None) -> list[Outcome]:
         """Every gate of a stage."""
         outcomes = []
         for name in stage.gates:
@@ -78,7 +78,7 @@ class Examiner:
                 outcomes.append(Outcome(name, not complaints, now, complaints))
         return outcomes
 
-    def _measure(self, model: Llama, stage: Stage, domains: list[str], tasks: list[str]) -> Decision:
+    def _measure(self, model: Decoder, stage: Stage, domains: list[str], tasks: list[str]) -> Decision:
         """Losses in rows of the first stage's seq_len, and accuracies."""
         seq_len, micro = self.recipe.stages[0].seq_len, self.recipe.parallel_of(stage).micro_batch_tokens
         layout = model.mesh.layout
@@ -91,7 +91,7 @@ class Examiner:
             "accuracies": {task: round(value, 4) for task, value in scores.items()},
         }
 
-    def _needles(self, model: Llama, stage: Stage, gate: NeedleGate) -> Grid:
+    def _needles(self, model: Decoder, stage: Stage, gate: NeedleGate) -> Grid:
         held_out = self.recipe.data[gate.haystack].holdout_documents > 0
         selection = selection_of(self.recipe, gate.haystack, stage.seq_len, held_out)
         index = open_index(self.domains[gate.haystack], selection, self.recipe.packing.directory)

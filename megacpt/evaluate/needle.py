@@ -9,7 +9,7 @@ import numpy as np
 from megacpt.data.packing import PackingIndex
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.sequences import score_sequences
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 
 CITIES = ("Singapore", "Paris", "Nairobi", "Lima", "Oslo", "Hanoi", "Quito", "Cairo", "Seoul", "Dublin")
 OPENING, CLOSING = "This is a very long story book: <book>", "</book>.\nBased on the content of the book, Question: "
@@ -56,7 +56,7 @@ def place_needles(hay: np.ndarray, needles: list[np.ndarray], depth: float, ends
 
 
 def run_needles(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     hay: np.ndarray,
     lengths: list[int],

@@ -16,7 +16,7 @@ from megacpt.errors import DataError, NumbersError
 from megacpt.evaluate.sequences import score_sequences
 from megacpt.files import publish_file, remove_abandoned, temporary, write_atomically
 from megacpt.log import info
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 
 Window = tuple[int, int, int]
 """(document, offset, length)."""
@@ -31,7 +31,7 @@ def windows_of(lengths: np.ndarray, seq_len: int) -> list[Window]:
     ]
 
 
-def score(model: Llama, prefix: str, output: Path, seq_len: int, micro_batch_tokens: int, model_dir: str) -> int:
+def score(model: Decoder, prefix: str, output: Path, seq_len: int, micro_batch_tokens: int, model_dir: str) -> int:
     """Writes {"document", "tokens", "nll"} lines, nll the mean over the document's labels or null, and FILE.json with
     hashes of model and tokenizer. All ranks call it, rank 0 writes. Returns the number of documents.
     """

@@ -10,7 +10,7 @@ import torch
 
 from megacpt.config.layout import token_unit
 from megacpt.data.loader import IGNORE, Batch, deal
-from megacpt.model.llama import Inputs, Llama
+from megacpt.model.decoder import Decoder, Inputs
 from megacpt.model.run import each_loss
 
 Read = Callable[[int], tuple[np.ndarray, int]]
@@ -30,7 +30,7 @@ def groups_of(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]
     return groups
 
 
-def score_sequences(model: Llama, lengths: Sequence[int], read: Read, micro_batch_tokens: int) -> np.ndarray:
+def score_sequences(model: Decoder, lengths: Sequence[int], read: Read, micro_batch_tokens: int) -> np.ndarray:
     """float64 [sequences, 3]: sum of losses, right predictions, predicted tokens of each. All ranks call it and get the same."""
     mesh = model.mesh
     groups = groups_of(lengths, micro_batch_tokens)

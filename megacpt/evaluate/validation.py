@@ -9,7 +9,7 @@ import torch
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, deal, make_batch, open_domains, selection_of
 from megacpt.data.packing import DomainData, PackingIndex, open_index
-from megacpt.model.llama import Inputs, Llama
+from megacpt.model.decoder import Decoder, Inputs
 from megacpt.model.run import each_loss
 
 
@@ -47,7 +47,7 @@ class Loss:
     error: float
 
 
-def validate(model: Llama, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, Loss]:
+def validate(model: Decoder, sets: ValidationSets, micro_batch_rows: int, pad_id: int) -> dict[str, Loss]:
     """The loss of each domain. All ranks call it and get the same numbers."""
     mesh, losses = model.mesh, {}
     for name, (index, count) in sets.rows.items():

@@ -9,9 +9,9 @@ from megacpt_kernels.backend import find_apex, use_triton
 from megacpt.config.recipe import Kernels
 from megacpt.config.stage import Parallel
 from megacpt.errors import ConfigError
-from megacpt.model.config import LlamaConfig
-from megacpt.model.llama import Llama, ModelOptions
-from megacpt.model.stage import StagePlan, plan_stages
+from megacpt.model.config import ModelConfig
+from megacpt.model.decoder import Decoder, ModelOptions
+from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.fsdp import Sharding, shard
 from megacpt.parallel.mesh import Mesh, open_groups
 from megacpt.parallel.pipeline.runtime import connect
@@ -58,13 +58,13 @@ def chosen_kernels(kernels: Kernels, device: torch.device, compute: torch.dtype)
 
 
 def build_model(
-    config: LlamaConfig,
+    config: ModelConfig,
     mesh: Mesh,
     compute: torch.dtype,
     options: ModelOptions,
-    plan: StagePlan | None = None,
+    plan: PipelinePlan | None = None,
     sharding: Sharding | None = None,
-) -> Llama:
+) -> Decoder:
     """This rank's stages with uninitialised weights, computing in `compute` on masters of at least fp32.
 
     Args:
@@ -75,10 +75,10 @@ def build_model(
         raise ConfigError(
             ['parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".']
         )
-    plan, sharding = plan or plan_stages(config.num_hidden_layers, Parallel()), sharding or Sharding()
+    plan, sharding = plan or plan_pipeline(config.num_hidden_layers, Parallel()), sharding or Sharding()
     master = master_dtype(compute)
     with torch.device("meta"):
-        model = Llama(config, mesh, master, options, plan)
+        model = Decoder(config, mesh, master, options, plan)
     model.compute, model.sharding = compute, sharding
     shard(model, list(model.model.layers.values()), mesh, compute, master, sharding)
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from megacpt.config.load import nearest
 from megacpt.config.recipe import Model
 from megacpt.config.stage import Parallel, Rope, Stage
 from megacpt.errors import ConfigError
-from megacpt.family.base import ModelConfig as LlamaConfig
+from megacpt.family.base import ModelConfig as ModelConfig
 from megacpt.family.base import Parameter
 from megacpt.family.families import family_of
 from megacpt.family.rope import RopeConfig
@@ -82,7 +82,7 @@ def number_problems(raw: dict[str, Any], where: str = "") -> list[str]:
     return problems
 
 
-def read_config(path: str | Path) -> LlamaConfig:
+def read_config(path: str | Path) -> ModelConfig:
     """config.json, or the folder that holds it.
 
     Raises:
@@ -98,7 +98,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     return parse_config(raw, str(file))
 
 
-def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
+def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """As `read_config`, from the content."""
     problems = []
     if not isinstance(raw, dict):
@@ -129,7 +129,7 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     rope = _parse_rope(raw, longest, problems)
     if problems:
         raise ConfigError(problems, source)
-    return LlamaConfig(
+    return ModelConfig(
         raw["vocab_size"],
         hidden,
         raw["intermediate_size"],
@@ -147,7 +147,7 @@ def parse_config(raw: dict[str, Any], source: str) -> LlamaConfig:
     )
 
 
-def what_matters(config: LlamaConfig) -> dict[str, Any]:
+def what_matters(config: ModelConfig) -> dict[str, Any]:
     """What of a config.json decides what is computed from given weights, by its names there."""
     ours = {each.name: getattr(config, each.name) for each in fields(config)}
     for name in ("raw", "rope", "initializer_range", "family"):
@@ -181,7 +181,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def config_of(model: Model) -> LlamaConfig:
+def config_of(model: Model) -> ModelConfig:
     """The model that a recipe's `[model]` names, with its change of the rotary embedding.
 
     Raises:
@@ -198,7 +198,7 @@ def config_of(model: Model) -> LlamaConfig:
     return change_rope(config, model.rope)
 
 
-def _compare(config: LlamaConfig, expected: LlamaConfig, name: str) -> None:
+def _compare(config: ModelConfig, expected: ModelConfig, name: str) -> None:
     names = (
         "model_type",
         "hidden_size",
@@ -295,8 +295,8 @@ def _parse_spelling(name: str, given: dict[str, Any], top_theta: Any, longest: i
 
 
 def change_rope(
-    config: LlamaConfig, change: Rope | None, seq_len: int = 0, own: LlamaConfig | None = None
-) -> LlamaConfig:
+    config: ModelConfig, change: Rope | None, seq_len: int = 0, own: ModelConfig | None = None
+) -> ModelConfig:
     """The config with a recipe's change of the rotary embedding.
 
     Args:
@@ -337,7 +337,7 @@ def change_rope(
     return replace(config, rope=rope)
 
 
-def ruled_theta(rule: str, own: LlamaConfig, seq_len: int) -> float:
+def ruled_theta(rule: str, own: ModelConfig, seq_len: int) -> float:
     """theta s^(d / (d - 2)), the NTK-aware rule, and twice that for ntk2, which ProLong's ablation preferred (arXiv 2410.02660); the
     checkpoint's own theta for lengths that it was made for."""
     stretch, d = seq_len / own.max_position_embeddings, own.head_dim
@@ -352,7 +352,7 @@ def least_theta(seq_len: int) -> float:
     return 0.0424 * seq_len**1.628
 
 
-def frozen_names(patterns: Sequence[str], config: LlamaConfig) -> list[str]:
+def frozen_names(patterns: Sequence[str], config: ModelConfig) -> list[str]:
     """Parameters that a stage's `freeze` names.
 
     Raises:
@@ -370,7 +370,7 @@ def frozen_names(patterns: Sequence[str], config: LlamaConfig) -> list[str]:
     return frozen
 
 
-def config_of_stage(config: LlamaConfig, stages: Sequence[Stage], index: int) -> LlamaConfig:
+def config_of_stage(config: ModelConfig, stages: Sequence[Stage], index: int) -> ModelConfig:
     """The model's config in a stage: changes of the rotary embedding hold on through later stages.
 
     Args:
@@ -386,7 +386,7 @@ def config_of_stage(config: LlamaConfig, stages: Sequence[Stage], index: int) ->
     return config
 
 
-def window_problem(config: LlamaConfig, longest: int) -> str:
+def window_problem(config: ModelConfig, longest: int) -> str:
     """Why documents of so many tokens are not those of the model; empty if they are."""
     if config.window is None or longest <= config.window:
         return ""
@@ -401,7 +401,7 @@ def window_problem(config: LlamaConfig, longest: int) -> str:
     )
 
 
-def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, Any]:
+def export_config(config: ModelConfig, dtype: str, longest: int) -> dict[str, Any]:
     """config.json of an export: what came in, with the rotary embedding, type and length of now.
 
     Args:
@@ -428,7 +428,7 @@ def export_config(config: LlamaConfig, dtype: str, longest: int) -> dict[str, An
     return raw
 
 
-def shape_problems(config: LlamaConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
+def shape_problems(config: ModelConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
     """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers."""
     tensor = parallel.tensor
     shared = {(_counted(p), units_of(p, vocab_multiple), p.repeated): p for p in config.parameters if not p.is_whole(1)}

@@ -5,7 +5,7 @@ of query and key and layer. Two conventions: PaLM's (Chowdhery et al. 2022, appe
 the exact one counts the pairs that a causal mask inside documents leaves. Peaks are dense bf16, from data sheets.
 """
 
-from megacpt.family.base import ModelConfig as LlamaConfig
+from megacpt.family.base import ModelConfig as ModelConfig
 
 PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
     "H100 PCIe": 756e12,
@@ -24,18 +24,18 @@ PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
 }
 
 
-def matmul_flops_per_token(config: LlamaConfig) -> int:
+def matmul_flops_per_token(config: ModelConfig) -> int:
     """Forward and backward of all matrix products with weights."""
     multiplied = ("matmul", "lookup") if config.tie_word_embeddings else ("matmul",)  # tied, the table is the head too
     return 6 * sum(p.size for p in config.parameters if p.role in multiplied)
 
 
-def attention_flops_per_pair(config: LlamaConfig) -> int:
+def attention_flops_per_pair(config: ModelConfig) -> int:
     """Forward and backward of one query with one key, over all heads and layers."""
     return 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
 
 
-def step_flops(config: LlamaConfig, tokens: int, seq_len: int, pairs: int) -> tuple[int, int]:
+def step_flops(config: ModelConfig, tokens: int, seq_len: int, pairs: int) -> tuple[int, int]:
     """(PaLM convention, exact) of a step.
 
     Args:

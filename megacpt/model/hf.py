@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError, NumbersError
-from megacpt.family.base import ModelConfig as LlamaConfig
+from megacpt.family.base import ModelConfig as ModelConfig
 from megacpt.family.base import Parameter
 from megacpt.files import new_folder, write_atomically
 from megacpt.model.config import export_config
@@ -108,7 +108,7 @@ class Weights:
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def check_names(weights: Weights, config: LlamaConfig) -> None:
+def check_names(weights: Weights, config: ModelConfig) -> None:
     """All of the model's tensors are there with their shapes, and nothing that would be lost.
 
     Raises:
@@ -145,7 +145,7 @@ def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
 
 
 @torch.no_grad()
-def load_pretrained(model: nn.Module, config: LlamaConfig, directory: str | Path) -> dict[str, str]:
+def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path) -> dict[str, str]:
     """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero. Collective.
 
     Returns:
@@ -193,7 +193,7 @@ def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[t
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: LlamaConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Weights from scratch, as the family's table says: normal with the config's range, products that end a residual branch divided by
     sqrt(2 layers) (Radford et al. 2019), norms one, biases zero."""
     held = dict(model.named_parameters())
@@ -203,7 +203,7 @@ def initialize(model: nn.Module, config: LlamaConfig, seed: int) -> None:
             fill_shard(held[each.name], each.shape, lambda box, full=full: full[box])
 
 
-def _initial(parameter: Parameter, config: LlamaConfig, seed: int) -> Tensor:
+def _initial(parameter: Parameter, config: ModelConfig, seed: int) -> Tensor:
     """Each tensor has a generator of its own: the same numbers on every layout."""
     if parameter.init in ("ones", "zeros"):
         return torch.full(parameter.shape, float(parameter.init == "ones"))
@@ -237,7 +237,7 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
 
 def write_pretrained(
     output: str | Path,
-    config: LlamaConfig,
+    config: ModelConfig,
     side_files: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
@@ -266,7 +266,7 @@ def write_pretrained(
 
 def _write_into(
     partial: Path,
-    config: LlamaConfig,
+    config: ModelConfig,
     side_files: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
@@ -330,7 +330,7 @@ def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
     return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
 
 
-def _plan_shards(config: LlamaConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
+def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in config.shapes().items():

@@ -12,7 +12,7 @@ from megacpt_kernels import label_weights
 from torch import Tensor
 
 from megacpt.data.loader import Batch, StepData
-from megacpt.model.llama import Inputs
+from megacpt.model.decoder import Inputs
 from megacpt.parallel.context import ContextPlan, make_plan
 from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh

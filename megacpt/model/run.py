@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from megacpt import points
+from megacpt import heartbeat
 from megacpt.data.loader import Batch, StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
 from megacpt.model.config import window_problem
+from megacpt.model.decoder import Decoder, Inputs
 from megacpt.model.inputs import to_inputs
-from megacpt.model.llama import Inputs, Llama
 from megacpt.objective.base import Objective
 from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.parallel import fsdp
@@ -26,7 +26,7 @@ from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
 
 
 def accumulate(
-    model: Llama,
+    model: Decoder,
     micro_batches: Sequence[Batch],
     counts: StepCounts,
     reduce: str,
@@ -51,7 +51,7 @@ def accumulate(
 
 @torch.no_grad()
 def each_loss(
-    model: Llama, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor, Tensor], None]
+    model: Decoder, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor, Tensor], None]
 ) -> None:
     """Forward only: `use(i, inputs, losses, right)` for each of `count` micro-batches, on the ranks of the last stage.
 
@@ -64,7 +64,7 @@ def each_loss(
     fsdp.free_weights([model, *model.model.layers.values()])
 
 
-def sum_tied_gradients(model: Llama) -> None:
+def sum_tied_gradients(model: Decoder) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
     table = dict(model.named_parameters()).get(model.config.embedding)
     if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None:
@@ -83,7 +83,7 @@ def _within_window(batch: Batch, config: ModelConfig) -> None:
 class _Work:
     """Inputs of micro-batches, from this rank's first use of one to its last."""
 
-    def __init__(self, model: Llama, schedule: Schedule, batch_of: Callable[[int], Batch]):
+    def __init__(self, model: Decoder, schedule: Schedule, batch_of: Callable[[int], Batch]):
         self.model, self.dtype, self.batch_of = model, model.compute, batch_of
         self.last_stage = schedule.num_stages - 1
         self.uses = Counter(action.micro_batch for action in schedule.ranks[model.mesh.pipeline_rank])
@@ -110,7 +110,7 @@ class _Work:
 class _Gradients(_Work):
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         schedule: Schedule,
         micro_batches: Sequence[Batch],
         objective: Objective,
@@ -132,7 +132,7 @@ class _Gradients(_Work):
     def run(self, action: Action, received: Tensor | None) -> Tensor | None:
         result = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action, received)
         self.used(action.micro_batch)
-        points.reached("after_forward" if action.kind == "F" else "after_backward")
+        heartbeat.reach("after_forward" if action.kind == "F" else "after_backward")
         return result
 
     def _forward(self, action: Action, received: Tensor | None) -> Tensor | None:
@@ -186,7 +186,7 @@ class _Gradients(_Work):
 
 
 class _Losses(_Work):
-    def __init__(self, model: Llama, schedule: Schedule, batch_of: Callable[[int], Batch], use: Callable):
+    def __init__(self, model: Decoder, schedule: Schedule, batch_of: Callable[[int], Batch], use: Callable):
         super().__init__(model, schedule, batch_of)
         self.use = use
 
@@ -197,5 +197,5 @@ class _Losses(_Work):
             self.use(action.micro_batch, inputs, *self.model.token_losses(out, inputs))
             out = None
         self.used(action.micro_batch)
-        points.reached("evaluate")
+        heartbeat.reach("evaluate")
         return out

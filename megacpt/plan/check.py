@@ -17,7 +17,7 @@ from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError
 from megacpt.log import short_number
 from megacpt.model.config import (
-    LlamaConfig,
+    ModelConfig,
     config_of,
     config_of_stage,
     frozen_names,
@@ -25,7 +25,7 @@ from megacpt.model.config import (
     ruled_theta,
     shape_problems,
 )
-from megacpt.model.stage import plan_stages, stage_weights
+from megacpt.model.split import plan_pipeline, stage_weights
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.pipeline.simulate import simulate
 from megacpt.plan.memory import RESERVE_GIB, Job, Peak, peak, rank_parameters, remedies
@@ -78,7 +78,7 @@ def _tasks(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
+def _model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
     try:
         return _known(recipe.model, files)
     except ConfigError as error:
@@ -86,14 +86,14 @@ def _model(recipe: Recipe, report: Report, files: bool) -> LlamaConfig | None:
     return None
 
 
-def _known(model: Model, files: bool) -> LlamaConfig | None:
+def _known(model: Model, files: bool) -> ModelConfig | None:
     """The model's shape, from disk only if `files`."""
     if model.architecture or (files and (model.pretrained or model.config)):
         return config_of(model)
     return config_of(Model(architecture=model.expect)) if model.expect else None
 
 
-def _model_rules(recipe: Recipe, config: LlamaConfig, report: Report) -> None:
+def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
     for key, parallel in recipe.layouts.items():
         found = shape_problems(config, parallel, recipe.model.vocab_multiple)
         report.problems += [problem.replace("parallel", key, 1) for problem in found]
@@ -138,7 +138,7 @@ def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> l
     return sorted(counts)
 
 
-def _pipeline(recipe: Recipe, world_size: int, config: LlamaConfig | None, report: Report) -> list[str]:
+def _pipeline(recipe: Recipe, world_size: int, config: ModelConfig | None, report: Report) -> list[str]:
     """Lines on stages, schedule and gradients; problems go to the report."""
     if config is None:
         if any(parallel.pipeline > 1 for parallel in recipe.layouts.values()):
@@ -154,7 +154,7 @@ def _pipeline(recipe: Recipe, world_size: int, config: LlamaConfig | None, repor
 
 
 def _pipeline_of(
-    recipe: Recipe, key: str, parallel: Parallel, world_size: int, config: LlamaConfig, report: Report
+    recipe: Recipe, key: str, parallel: Parallel, world_size: int, config: ModelConfig, report: Report
 ) -> list[str]:
     lines = []
     try:
@@ -163,7 +163,7 @@ def _pipeline_of(
         return []  # said already
     counts = micro_batch_counts(recipe, parallel, layout.data)
     try:
-        plan = plan_stages(config.num_hidden_layers, parallel)
+        plan = plan_pipeline(config.num_hidden_layers, parallel)
         schedules = {count: plan.schedule(count) for count in counts}
     except ValueError as error:
         report.problems.append(f"{key}: {error}")
@@ -197,7 +197,7 @@ def _pipeline_of(
 
 
 def _memory(
-    recipe: Recipe, world_size: int, config: LlamaConfig | None, card_gib: float | None, report: Report
+    recipe: Recipe, world_size: int, config: ModelConfig | None, card_gib: float | None, report: Report
 ) -> list[str]:
     """A line for each stage that needs other memory than the one before it; stages that do not fit go to the problems."""
     if config is None:
@@ -215,7 +215,7 @@ def _memory(
     return lines
 
 
-def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: LlamaConfig) -> tuple[Job, Peak]:
+def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelConfig) -> tuple[Job, Peak]:
     """The step of a stage, over its batch ramp, that needs most memory, and its need."""
     parallel = recipe.parallel_of(stage)
     layout = resolve_layout(parallel, world_size)
@@ -250,13 +250,13 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     if config is None:
         raise ConfigError(["--schedule-picture: the number of layers is not known without files. Set model.expect."])
     parallel = max(recipe.layouts.values(), key=lambda p: p.pipeline * p.virtual_stages)
-    plan = plan_stages(config.num_hidden_layers, parallel)
+    plan = plan_pipeline(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
     found = simulate(plan.schedule(count), stage_weights(plan, parallel))
     return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
-def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[str, int]:
+def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
     num_sets = 0
@@ -307,7 +307,7 @@ def _data(recipe: Recipe, report: Report, config: LlamaConfig | None) -> dict[st
 
 
 def _resolved(
-    recipe: Recipe, world_size: int, config: LlamaConfig | None, tokens: dict[str, int], report: Report
+    recipe: Recipe, world_size: int, config: ModelConfig | None, tokens: dict[str, int], report: Report
 ) -> None:
     clock, layout = Clock(recipe), resolve_layout(recipe.layout_of(recipe.stages[0]), world_size)
     lines = report.lines

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from megacpt.config.layout import Layout, token_unit
 from megacpt.config.stage import Parallel
-from megacpt.family.base import ModelConfig as LlamaConfig
-from megacpt.model.stage import StagePlan, plan_stages
+from megacpt.family.base import ModelConfig as ModelConfig
+from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule
 from megacpt.parallel.pipeline.simulate import lower, needed
 
@@ -38,7 +38,7 @@ class Job:
         reduce: "step" or "micro_batch". width: bytes of an element of the computation. state: bytes of one moment.
     """
 
-    config: LlamaConfig
+    config: ModelConfig
     parallel: Parallel
     layout: Layout
     seq_len: int
@@ -54,8 +54,8 @@ class Job:
         return self.parallel.micro_batch_tokens // self.layout.context
 
     @property
-    def plan(self) -> StagePlan:
-        return plan_stages(self.config.num_hidden_layers, self.parallel)
+    def plan(self) -> PipelinePlan:
+        return plan_pipeline(self.config.num_hidden_layers, self.parallel)
 
     @property
     def features(self) -> tuple[int, int, int]:
@@ -82,7 +82,7 @@ class Peak:
 
 
 def stage_parameters(
-    config: LlamaConfig, plan: StagePlan, parallel: Parallel, vocab_multiple: int
+    config: ModelConfig, plan: PipelinePlan, parallel: Parallel, vocab_multiple: int
 ) -> list[tuple[int, int]]:
     """(of its layers, of embedding, last norm and head) of each pipeline stage, on one tensor rank, before FSDP shards them."""
     last, layers, ends = len(plan.layers) - 1, [0] * len(plan.layers), [0] * len(plan.layers)
@@ -99,7 +99,7 @@ def stage_parameters(
     return list(zip(layers, ends, strict=True))
 
 
-def rank_parameters(config: LlamaConfig, plan: StagePlan, parallel: Parallel, vocab_multiple: int) -> list[int]:
+def rank_parameters(config: ModelConfig, plan: PipelinePlan, parallel: Parallel, vocab_multiple: int) -> list[int]:
     """Parameters that each pipeline rank computes with, on one tensor rank, before FSDP shards them."""
     totals = [0] * plan.ranks
     for stage, (layers, ends) in enumerate(stage_parameters(config, plan, parallel, vocab_multiple)):

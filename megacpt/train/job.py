@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from megacpt import log, points
+from megacpt import heartbeat, log
 from megacpt.checkpoint.background import Saver
 from megacpt.checkpoint.manifest import State
 from megacpt.checkpoint.save import prune, tensors_of
@@ -21,13 +21,13 @@ from megacpt.data.mixture import Order
 from megacpt.data.packing import DomainData
 from megacpt.errors import SaveError
 from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, validate
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import set_timeout
-from megacpt.train.health import Measured, check_finite, check_replicas
-from megacpt.train.lease import REPEAT_SECONDS
+from megacpt.survive.health import Measured, check_finite, check_replicas
+from megacpt.survive.lease import REPEAT_SECONDS
+from megacpt.survive.run_directory import RunDirectory, plain_numbers
 from megacpt.train.metrics import TensorBoard, resident_gib
-from megacpt.train.run_directory import RunDirectory, plain_numbers
 
 SNAPSHOTS = "snapshots"
 """Folder of a run with the weights that averages are made of."""
@@ -84,7 +84,7 @@ class Run:
     """Everything a step needs."""
 
     recipe: Recipe
-    model: Llama
+    model: Decoder
     optimizer: AdamW
     directory: RunDirectory
     fingerprints: dict[str, str]
@@ -162,7 +162,7 @@ def allowed(recipe: Recipe, phase: str) -> None:
         "save": rules.save_timeout_seconds,
         "evaluate": rules.evaluate_timeout_seconds,
     }[phase]
-    points.allow(phase, seconds)
+    heartbeat.set_deadline(phase, seconds)
     set_timeout(seconds + (GRACE if recipe.health.watchdog else 0.0))
 
 

@@ -6,6 +6,7 @@ holds no schedule of its own. It begins at the step after the checkpoint's.
 
 import errno
 import gc
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megacpt import log, points
+from megacpt import heartbeat, log
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name
 from megacpt.checkpoint.save import mend, tensors_of
@@ -28,14 +29,14 @@ from megacpt.model.config import config_of_stage, frozen_names
 from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
-from megacpt.train import watchdog
-from megacpt.train.health import Stragglers, check_finite, check_replicas, limits
+from megacpt.survive import watchdog
+from megacpt.survive.health import Stragglers, check_finite, check_replicas, limits
+from megacpt.survive.lease import Keeper, agents, attempt_name
+from megacpt.survive.run_directory import RunDirectory
 from megacpt.train.job import Run, StopRequest, allowed, saved, told_of_saves, validated
-from megacpt.train.lease import Keeper, agents, attempt_name
 from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
 from megacpt.train.recover import Rollback, go_back, judged
-from megacpt.train.run_directory import RunDirectory
 from megacpt.train.stages import adjust_mixture, average_stage, mixture_is_due, pass_gates, snapshot, take_baseline
 from megacpt.train.start import build, open_run
 from megacpt.train.step import Update, train_step
@@ -44,8 +45,12 @@ from megacpt.train.step import Update, train_step
 def train(recipe: Recipe) -> str:
     """Runs a recipe to its end or to a stop request. Returns the status: finished or preempted."""
     device = device_of_process()
+    if armed := os.environ.get("MEGACPT_FAULT"):  # by a test
+        from megacpt import faults
+
+        faults.arm(armed)
     watch = watchdog.start(Path(recipe.directory), recipe.health.watchdog)
-    points.allow("start", recipe.health.start_timeout_seconds)
+    heartbeat.set_deadline("start", recipe.health.start_timeout_seconds)
     stop, directory = StopRequest(), None
     keeper = Keeper(stop.ask, [] if recipe.health.watchdog else agents())
     try:
@@ -233,7 +238,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
     waiting = _rows(run, index, first, until)
     slow = Stragglers(mesh.device)
     for number in range(first, until + 1):
-        points.reached("step.begin", number)
+        heartbeat.reach("step.begin", number)
         step = run.clock.step(number)
         profiler.before(number)
         begin = time.monotonic()
@@ -306,7 +311,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
             due, run.retry_at = False, number + 1
         if due or run.stopping or (last and number in _final(run, stage)):
             saved(run, number, wait=last, must=run.stopping or number == run.clock.num_steps)
-        points.reached("step.end")
+        heartbeat.reach("step.end")
         if run.stopping:
             return number
     return until

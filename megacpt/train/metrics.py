@@ -14,7 +14,7 @@ import torch
 from megacpt.config.clock import Clock, Step
 from megacpt.files import Journal
 from megacpt.log import duration, short_number
-from megacpt.model.config import LlamaConfig
+from megacpt.model.config import ModelConfig
 from megacpt.model.flops import PEAK_FLOPS, step_flops
 
 
@@ -57,7 +57,7 @@ class StepMetrics:
     see if each row were one document, the part of the length that documents really use. skipped: why the update was not made, or null.
     effective_time: seconds of steps whose updates the weights hold, over all since the run was first started."""
 
-    def __init__(self, config: LlamaConfig, world_size: int, peak: float | None):
+    def __init__(self, config: ModelConfig, world_size: int, peak: float | None):
         self.config, self.world_size, self.peak = config, world_size, peak
 
     def row(

@@ -8,7 +8,7 @@ from megacpt.checkpoint.manifest import State, amend, directory_name, list_steps
 from megacpt.checkpoint.save import remove, together
 from megacpt.config.clock import Step
 from megacpt.errors import CheckpointError, NumbersError
-from megacpt.train.health import remember
+from megacpt.survive.health import remember
 from megacpt.train.job import SNAPSHOTS, Run, told_of_saves
 
 

@@ -15,7 +15,7 @@ from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import disk_told
-from megacpt.train.health import check_finite
+from megacpt.survive.health import check_finite
 from megacpt.train.job import SNAPSHOTS, Run, measure, saved, slow_phase, state_of
 
 

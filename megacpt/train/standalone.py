@@ -19,14 +19,14 @@ from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
 from megacpt.model.build import build_model, sharding_of
 from megacpt.model.config import read_config, shape_problems
+from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.hf import load_pretrained
-from megacpt.model.llama import Llama, ModelOptions
-from megacpt.model.stage import plan_stages
+from megacpt.model.split import plan_pipeline
 from megacpt.parallel.mesh import build_mesh, device_of_process, start_process_group
 from megacpt.train.step import compute_dtype
 
 
-def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | None = None) -> Llama:
+def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | None = None) -> Decoder:
     """The model of a Hugging Face directory, or of a checkpoint when `source` is a run directory, under any layout."""
     device = device_of_process()
     start_process_group(device)
@@ -41,7 +41,7 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
     problems = []
     try:
         layout = resolve_layout(parallel, world_size)
-        plan = plan_stages(config.num_hidden_layers, parallel)
+        plan = plan_pipeline(config.num_hidden_layers, parallel)
     except ValueError as error:
         problems.append(f"parallel: {error}")
     options = ModelOptions(run_vocab_multiple(path) if directory else 128, overlap=parallel.overlap)

@@ -26,18 +26,18 @@ from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.files import write_atomically
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import LlamaConfig, change_rope, config_of, read_config, what_matters
+from megacpt.model.config import ModelConfig, change_rope, config_of, read_config, what_matters
+from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
-from megacpt.model.llama import Llama, ModelOptions
-from megacpt.model.stage import plan_stages
+from megacpt.model.split import plan_pipeline
 from megacpt.optim.adamw import AdamW
-from megacpt.parallel.agreement import agree
+from megacpt.parallel.consensus import agree
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import build_mesh, picture
-from megacpt.train.health import named_tensors
+from megacpt.survive.health import named_tensors
+from megacpt.survive.run_directory import RunDirectory, changes_on_resume
 from megacpt.train.job import Run, StopRequest
 from megacpt.train.metrics import TensorBoard, event_file, peak_flops
-from megacpt.train.run_directory import RunDirectory, changes_on_resume
 from megacpt.train.step import compute_dtype
 
 
@@ -157,8 +157,8 @@ def _find_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], agai
 
 
 def build(
-    recipe: Recipe, stage: Stage, config: LlamaConfig, compute: torch.dtype, device: torch.device
-) -> tuple[Llama, AdamW]:
+    recipe: Recipe, stage: Stage, config: ModelConfig, compute: torch.dtype, device: torch.device
+) -> tuple[Decoder, AdamW]:
     """Model and optimizer for a stage's layout, without values."""
     parallel = recipe.layout_of(stage)
     mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
@@ -171,7 +171,7 @@ def build(
         kernels.operations,
         kernels.compile,
     )
-    plan = plan_stages(config.num_hidden_layers, parallel)
+    plan = plan_pipeline(config.num_hidden_layers, parallel)
     model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
     rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
     state = torch.bfloat16 if rounded else None
@@ -218,7 +218,7 @@ def _check_resume(
     return changes
 
 
-def _check_config(recipe: Recipe, directory: RunDirectory, config: LlamaConfig) -> None:
+def _check_config(recipe: Recipe, directory: RunDirectory, config: ModelConfig) -> None:
     """The model's config.json is the one that the run began with, of which its folder holds a copy. A run that has none gets one now.
     Collective: rank 0 looks.
 
@@ -249,7 +249,7 @@ def _check_config(recipe: Recipe, directory: RunDirectory, config: LlamaConfig) 
         raise ConfigError(problems[0], "config.json of the model")
 
 
-def _keep_config(copy: Path, config: LlamaConfig) -> None:
+def _keep_config(copy: Path, config: ModelConfig) -> None:
     """The copy from which a run is resumed and exported."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(copy, json.dumps(config.raw, indent=2) + "\n")
@@ -258,9 +258,9 @@ def _keep_config(copy: Path, config: LlamaConfig) -> None:
 def _fill(
     recipe: Recipe,
     directory: RunDirectory,
-    model: Llama,
+    model: Decoder,
     optimizer: AdamW,
-    config: LlamaConfig,
+    config: ModelConfig,
     compute: torch.dtype,
     start: Start,
 ) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacpt import points
+from megacpt import heartbeat
 from megacpt.data.loader import Batch, StepCounts
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
@@ -36,7 +36,7 @@ class Update:
 
 
 def train_step(
-    model: Llama,
+    model: Decoder,
     optimizer: AdamW,
     micro_batches: Sequence[Batch],
     counts: StepCounts,
@@ -54,7 +54,7 @@ def train_step(
     loss = accumulate(model, micro_batches, counts, reduce)[0]
     for name in update.frozen & optimizer.parameters.keys():
         optimizer.parameters[name].grad = None
-    points.reached("before_update", subject=lambda: _first_gradient(optimizer))
+    heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite()
     fine &= (

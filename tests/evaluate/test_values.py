@@ -14,8 +14,8 @@ from megacpt.evaluate.choices import accuracy
 from megacpt.evaluate.needle import place_needles, run_needles
 from megacpt.model.build import build_model
 from megacpt.model.config import ARCHITECTURES, parse_config
+from megacpt.model.decoder import ModelOptions
 from megacpt.model.flops import step_flops
-from megacpt.model.llama import ModelOptions
 
 
 def test_the_flops_of_8b_by_hand():

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import forget_groups
 
-from megacpt import points
+from megacpt import faults
 from megacpt.config.load import load_recipe
 from megacpt.train import loop
 
@@ -32,7 +32,7 @@ def _rank(rank: int, world_size: int, folder: str, path: str, flags: list[str], 
         forget_groups()
         dist.distributed_c10d._world.default_pg = None
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-        points._faults = points.parse_faults(fault)
+        faults.arm(fault)
         if prepare:
             prepare()
         loop.train(load_recipe(path, [*QUICK, *flags]))

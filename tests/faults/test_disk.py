@@ -11,13 +11,13 @@ import pytest
 import torch
 from crash import events, rows, run_ranks, same, status
 
-from megacpt import files, points
+from megacpt import files, heartbeat
 from megacpt.checkpoint.manifest import list_steps
 from megacpt.errors import SaveError
 from megacpt.files import Journal, new_folder, remove_abandoned, temporary, write_atomically
+from megacpt.survive.run_directory import RunDirectory, write_status
+from megacpt.survive.watchdog import Watchdog
 from megacpt.train import loop
-from megacpt.train.run_directory import RunDirectory, write_status
-from megacpt.train.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def small(tmp_path):
 
 def before_step(number: int, action) -> None:
     """In a rank: rank 0 does something when a step begins."""
-    reached = points.reached
+    reached = heartbeat.reach
 
     def also(point, step=None, subject=None):
         if point == "step.begin" and step == number and os.environ.get("RANK") == "0":
             action()
         reached(point, step, subject)
 
-    points.reached = also
+    heartbeat.reach = also
 
 
 def fill(folder: Path) -> None:
@@ -304,8 +304,8 @@ def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, capfd):
     """A rank fails where the run directory cannot be written: the other is ended all the same, and the reason is printed."""
-    from megacpt.points import Heartbeat
-    from megacpt.train import run_directory, watchdog
+    from megacpt.heartbeat import Heartbeat
+    from megacpt.survive import run_directory, watchdog
 
     run, beats = tmp_path / "run", tmp_path / "beats"
     run.mkdir(), beats.mkdir()
@@ -318,7 +318,7 @@ def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, 
 
     def beat(rank: int, pid: int, budget: float, phase: str) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(points.os, "getpid", lambda: pid)
+            patch.setattr(heartbeat.os, "getpid", lambda: pid)
             Heartbeat(beats / f"rank-{rank:05d}.beat", rank).write(budget, phase, "")
 
     failing = subprocess.Popen([sys.executable, "-c", "pass"])

@@ -10,9 +10,9 @@ import time
 import pytest
 from crash import events, rows, run_ranks, same, status
 
-from megacpt.points import Beat, Heartbeat, begin, reached, read_beat
-from megacpt.train.lease import process_state
-from megacpt.train.watchdog import Watchdog, conclusion
+from megacpt.heartbeat import Beat, Heartbeat, begin, reached, read_beat
+from megacpt.survive.lease import process_state
+from megacpt.survive.watchdog import Watchdog, conclusion
 
 WATCHED = ["--health.watchdog=true", "--health.step_timeout_seconds=3"]
 
@@ -252,7 +252,7 @@ def test_the_watchdog_leaves_with_the_last_rank(tmp_path):
 RANK = """
 import sys, time
 from pathlib import Path
-from megacpt.points import Heartbeat
+from megacpt.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]) / f"rank-{int(sys.argv[2]):05d}.beat", int(sys.argv[2]))
 heart.step = int(sys.argv[4])
 heart.write(float(sys.argv[3]), "step", "after_forward")
@@ -298,7 +298,7 @@ def test_heartbeats_lie_where_nobody_else_writes(tmp_path, monkeypatch):
     import tempfile
 
     from megacpt.errors import ConfigError
-    from megacpt.train.watchdog import _private_folder
+    from megacpt.survive.watchdog import _private_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = _private_folder()

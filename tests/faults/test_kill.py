@@ -7,7 +7,7 @@ import pytest
 from crash import QUICK, events, rows, run_ranks, same, status, weights
 
 from megacpt.checkpoint.manifest import list_steps, verify
-from megacpt.points import POINTS
+from megacpt.heartbeat import POINTS
 
 STEP_POINTS = [p for p in POINTS if not p.startswith("save.") and p != "evaluate"]
 SAVE_POINTS = [p for p in POINTS if p.startswith("save.")]
@@ -123,19 +123,19 @@ def test_the_points_are_all_passed(recipe_file, tmp_path):
 
 
 def _passed(path, flags):
-    from megacpt import points
+    from megacpt import heartbeat
     from megacpt.config.load import load_recipe
     from megacpt.train import loop
 
-    seen, original = [], points.reached
-    points.reached = lambda point, *rest, **more: (seen.append(point), original(point, *rest, **more))[1]
+    seen, original = [], heartbeat.reach
+    heartbeat.reach = lambda point, *rest, **more: (seen.append(point), original(point, *rest, **more))[1]
     loop.train(load_recipe(path, flags))
     return seen
 
 
 def test_no_such_fault(monkeypatch):
     from megacpt.errors import ConfigError
-    from megacpt.points import parse_faults
+    from megacpt.faults import parse_faults
 
     with pytest.raises(ConfigError, match="2 problems in MEGACPT_FAULT"):
         parse_faults("kill:point=nowhere;dance:point=step.begin")

@@ -14,8 +14,8 @@ from megacpt.checkpoint.manifest import list_steps
 from megacpt.config.recipe import Health
 from megacpt.config.stage import ForgettingGate
 from megacpt.evaluate.gates import compare
-from megacpt.train.health import checksum, limits, remember
-from megacpt.train.run_directory import RunDirectory, plain_numbers
+from megacpt.survive.health import checksum, limits, remember
+from megacpt.survive.run_directory import RunDirectory, plain_numbers
 
 NAN = "nan:rank=1,point=before_update,step="
 

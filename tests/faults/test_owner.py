@@ -16,8 +16,8 @@ from crash import QUICK, events, rows, run_ranks, same, status
 
 from megacpt.checkpoint.manifest import list_steps
 from megacpt.errors import LeaseError
-from megacpt.train import lease as module
-from megacpt.train.lease import FOLDER, Lease, current_owner, process_of, request_stop, stop_request
+from megacpt.survive import lease as module
+from megacpt.survive.lease import FOLDER, Lease, current_owner, process_of, request_stop, stop_request
 
 TORCHRUN = [
     sys.executable,
@@ -230,7 +230,7 @@ def test_the_fence_is_what_holds_it_back(recipe_file, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def unfenced():
-        from megacpt.train.run_directory import RunDirectory
+        from megacpt.survive.run_directory import RunDirectory
 
         RunDirectory.fence = lambda self: None
 

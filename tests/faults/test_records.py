@@ -9,10 +9,10 @@ import time
 import pytest
 from crash import QUICK, events, rows, run_ranks
 
-from megacpt.points import Heartbeat
-from megacpt.train import watchdog as module
-from megacpt.train.run_directory import RunDirectory, read_status, useful_seconds
-from megacpt.train.watchdog import Watchdog
+from megacpt.heartbeat import Heartbeat
+from megacpt.survive import watchdog as module
+from megacpt.survive.run_directory import RunDirectory, read_status, useful_seconds
+from megacpt.survive.watchdog import Watchdog
 
 
 def row(step: int, **more) -> str:
@@ -60,7 +60,7 @@ def test_run_json_may_hold_anything(text, recipe_file, tmp_path):
     found = read_status(tmp_path)
     assert not found.keys() & {"attempt", "first_started", "attempt_id", "signal", "status"}
     from megacpt.config.load import load_recipe
-    from megacpt.train.supervise import effective_time
+    from megacpt.survive.supervise import effective_time
 
     assert effective_time(tmp_path) is None
     directory = RunDirectory(tmp_path, write=True, attempt="one")
@@ -88,7 +88,7 @@ def test_a_folder_where_a_file_belongs_is_named_on_all_ranks(recipe_file, tmp_pa
 LEAVING = """
 import sys, time
 from pathlib import Path
-from megacpt.points import Heartbeat
+from megacpt.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]) / "rank-00000.beat", 0)
 heart.write(0.0, sys.argv[2], "")
 while not (Path(sys.argv[1]) / "go").exists():
@@ -129,9 +129,9 @@ def test_a_changed_value_is_shown_at_the_resume(recipe_file, tmp_path, capfd):
 
 def test_the_heartbeat_of_who_leaves_is_read(tmp_path):
     """What the watchdog goes by is written before the error leaves the process."""
-    from megacpt import points
+    from megacpt import heartbeat
 
     watch = module.Watch(tmp_path / "none", tmp_path, 0)
-    points.begin(Heartbeat(tmp_path / "rank-00000.beat", 0))
+    heartbeat.begin(Heartbeat(tmp_path / "rank-00000.beat", 0))
     watch.failed(ValueError("x"))
     assert module.read_beat(tmp_path / "rank-00000.beat").phase == "failed"

@@ -9,7 +9,7 @@ import slurm_cluster
 from crash import rows, status
 from slurm_cluster import cluster, output, until
 
-from megacpt.train.run_directory import read_status
+from megacpt.survive.run_directory import read_status
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "all there")

@@ -14,8 +14,8 @@ from crash import same, status
 
 from megacpt.config.load import load_recipe
 from megacpt.errors import ConfigError, SaveError
-from megacpt.train import supervise as module
-from megacpt.train.supervise import LEDGER, Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
+from megacpt.survive import supervise as module
+from megacpt.survive.supervise import LEDGER, Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [sys.executable, "-m", "megacpt", "train"]

@@ -22,11 +22,11 @@ from megacpt.family.families import FAMILIES
 from megacpt.model import llama
 from megacpt.model.build import build_model, sharding_of
 from megacpt.model.config import parse_config
+from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import initialize, load_pretrained
 from megacpt.model.inputs import to_inputs
-from megacpt.model.llama import ModelOptions
 from megacpt.model.run import accumulate, each_loss
-from megacpt.model.stage import plan_stages
+from megacpt.model.split import plan_pipeline
 from megacpt.parallel.mesh import build_mesh
 from megacpt.plan.memory import Job, kept_bytes, rank_parameters
 
@@ -79,7 +79,7 @@ def differences(expected: dict, degrees: dict, breakage: str = "") -> dict[str, 
         globals()[breakage]()
     parallel = Parallel(**degrees)
     layout = Layout(1, parallel.data_shard or 1, parallel.pipeline, parallel.context, parallel.tensor)
-    mesh, plan = build_mesh(layout, torch.device("cpu")), plan_stages(2, parallel)
+    mesh, plan = build_mesh(layout, torch.device("cpu")), plan_pipeline(2, parallel)
     found = {}
     for name, (folder, scores, gradients) in expected.items():
         config = parse_config(MODELS[name], name)

@@ -34,9 +34,9 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
     from megacpt.data.loader import Batch, StepCounts
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.optim import clip
     from megacpt.optim.adamw import AdamW
     from megacpt.parallel.mesh import build_mesh
@@ -44,7 +44,7 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
 
     random, parallel = np.random.default_rng(0), Parallel(**degrees)
     config = parse_config(tiny_config(num_hidden_layers=2), "test")
-    mesh, plan = build_mesh(Layout(**degrees), torch.device("cpu")), plan_stages(2, parallel)
+    mesh, plan = build_mesh(Layout(**degrees), torch.device("cpu")), plan_pipeline(2, parallel)
     options = ModelOptions(operations=operations, attention_backend="triton" if operations == "triton" else "auto")
     model = build_model(config, mesh, torch.float32, options, plan, sharding_of(parallel))
     initialize(model, config, 1)

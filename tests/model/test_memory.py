@@ -40,9 +40,9 @@ def model_of(layers: int, operations: str = "torch", **degrees):
     from megacpt.config.stage import Parallel
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.parallel.mesh import build_mesh
 
     parallel = Parallel(**degrees)
@@ -50,7 +50,7 @@ def model_of(layers: int, operations: str = "torch", **degrees):
     config = parse_config(tiny_config(num_hidden_layers=layers), "test")
     mesh = build_mesh(layout, torch.device("cpu"))
     options = ModelOptions(operations=operations, attention_backend="triton" if operations == "triton" else "auto")
-    model = build_model(config, mesh, torch.float32, options, plan_stages(layers, parallel), sharding_of(parallel))
+    model = build_model(config, mesh, torch.float32, options, plan_pipeline(layers, parallel), sharding_of(parallel))
     initialize(model, config, 1)
     return model
 
@@ -58,7 +58,7 @@ def model_of(layers: int, operations: str = "torch", **degrees):
 def alive_after_each_step(broken: bool, **degrees) -> dict[str, list[tuple]]:
     """By mode, after steps 2 and 3: bytes and number of storages, tensors that Python knows, and objects that belong to a step. Nothing is
     collected in between, as in a run."""
-    from megacpt.model.llama import Inputs
+    from megacpt.model.decoder import Inputs
     from megacpt.optim.adamw import AdamW
     from megacpt.parallel import context, recompute
     from megacpt.train.step import Update, train_step

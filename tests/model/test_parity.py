@@ -14,8 +14,8 @@ from tolerances import PARITY, difference
 from megacpt.data.loader import IGNORE, Batch, StepCounts
 from megacpt.model.build import build_model
 from megacpt.model.config import parse_config
+from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
-from megacpt.model.llama import ModelOptions
 from megacpt.model.run import accumulate, each_loss
 
 VARIANTS = {

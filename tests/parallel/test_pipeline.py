@@ -38,9 +38,9 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.parallel.mesh import build_mesh
     from megacpt.parallel.pipeline.schedule import peak_in_flight
 
@@ -48,7 +48,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
     parallel = Parallel(pipeline=ranks, virtual_stages=SCHEDULES[name], schedule=name)
     config = parse_config(tiny_config(num_hidden_layers=6), "test")
     mesh = build_mesh(Layout(pipeline=ranks), torch.device("cpu"))
-    plan = plan_stages(6, parallel)
+    plan = plan_pipeline(6, parallel)
     model = build_model(config, mesh, torch.float32, ModelOptions(), plan, sharding_of(parallel))
     initialize(model, config, 1)
     saved: dict[tuple[int, int], list] = {}
@@ -112,13 +112,13 @@ def test_four_ranks_keep_what_one_forward_one_backward_says():
 def made_model(name: str, layout, parallel):
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.parallel.mesh import build_mesh
 
     config = parse_config(tiny_config(num_hidden_layers=6), "test")
-    plan, mesh = plan_stages(6, parallel), build_mesh(layout, torch.device("cpu"))
+    plan, mesh = plan_pipeline(6, parallel), build_mesh(layout, torch.device("cpu"))
     model = build_model(config, mesh, torch.float32, ModelOptions(), plan, sharding_of(parallel))
     initialize(model, config, 1)
     return model

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.config.stage import Parallel
-from megacpt.model.stage import plan_stages, split_layers
+from megacpt.model.split import plan_pipeline, split_layers
 from megacpt.parallel.pipeline.schedule import SCHEDULES, Action, Schedule, make_schedule, virtual_stages_of
 from megacpt.parallel.pipeline.simulate import Op, lower, made, needed, rendezvous, simulate
 
@@ -324,7 +324,7 @@ class TestStages:
                 assert loads[stage] + 1 >= max(loads) - 1e-9 or stage == loads.index(max(loads))
 
     def test_explicit_layers(self):
-        plan = plan_stages(5, Parallel(pipeline=2, virtual_stages=2, stage_layers=[1, 2, 2, 0]))
+        plan = plan_pipeline(5, Parallel(pipeline=2, virtual_stages=2, stage_layers=[1, 2, 2, 0]))
         assert plan.layers == (range(0, 1), range(1, 3), range(3, 5), range(5, 5)) and plan.placement == (0, 1, 0, 1)
 
     @pytest.mark.parametrize(
@@ -340,5 +340,5 @@ class TestStages:
     )
     def test_splits_that_cannot_be(self, keys, expected):
         with pytest.raises(ValueError) as error:
-            plan_stages(5, Parallel(**keys))
+            plan_pipeline(5, Parallel(**keys))
         assert expected in str(error.value)

@@ -95,7 +95,7 @@ def test_symmetric_memory_needs_gpus(mesh):
     from megacpt.errors import ConfigError
     from megacpt.model.build import build_model
     from megacpt.model.config import parse_config
-    from megacpt.model.llama import ModelOptions
+    from megacpt.model.decoder import ModelOptions
 
     with pytest.raises(ConfigError, match="needs CUDA GPUs, this is a CPU"):
         build_model(parse_config(tiny_config(), "t"), mesh, torch.float32, ModelOptions(overlap="symmetric_memory"))

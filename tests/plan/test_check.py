@@ -11,7 +11,7 @@ from samples import tiny_config
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
 from megacpt.model.config import ARCHITECTURES, config_of
-from megacpt.model.stage import plan_stages
+from megacpt.model.split import plan_pipeline
 from megacpt.plan.check import check
 from megacpt.plan.memory import rank_parameters
 
@@ -81,9 +81,9 @@ def test_parameters_of_the_ranks_are_those_of_the_model(tied):
 
     config = parse_config(tiny_config(num_hidden_layers=6, tie_word_embeddings=tied), "test")
     whole = config.num_parameters() + (512 - 401) * 32 * (1 if tied else 2)
-    assert rank_parameters(config, plan_stages(6, Parallel()), Parallel(), 128) == [whole]
+    assert rank_parameters(config, plan_pipeline(6, Parallel()), Parallel(), 128) == [whole]
     split = Parallel(pipeline=3, virtual_stages=2)
-    ranks = rank_parameters(config, plan_stages(6, split), split, 128)
+    ranks = rank_parameters(config, plan_pipeline(6, split), split, 128)
     assert sum(ranks) == whole + (512 * 32 if tied else 0) and len(ranks) == 3
 
 

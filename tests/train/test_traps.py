@@ -155,13 +155,13 @@ def losses_of_sequences(packed_tokens: int, **degrees) -> list[float]:
     from megacpt.evaluate.sequences import score_sequences
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.config import parse_config
+    from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.llama import ModelOptions
-    from megacpt.model.stage import plan_stages
+    from megacpt.model.split import plan_pipeline
     from megacpt.parallel.mesh import build_mesh
 
     config, parallel = parse_config(tiny_config(num_hidden_layers=2), "t"), Parallel(**degrees)
-    mesh, plan = build_mesh(Layout(**degrees), torch.device("cpu")), plan_stages(2, parallel)
+    mesh, plan = build_mesh(Layout(**degrees), torch.device("cpu")), plan_pipeline(2, parallel)
     model = build_model(config, mesh, torch.float64, ModelOptions(), plan, sharding_of(parallel))
     initialize(model, config, 1)
     random, lengths = np.random.default_rng(0), [2, 31, 7, 18, 3, 40, 11, 5, 2]

@@ -12,7 +12,7 @@ from megacpt.config.load import plain, save_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
 from megacpt.files import Journal, disk_told, remove_abandoned, write_atomically
-from megacpt.train.lease import Lease
+from megacpt.survive.lease import Lease
 
 
 class RunDirectory:

@@ -12,7 +12,7 @@ from megacpt.parallel.pipeline.schedule import Schedule, looped, make_schedule, 
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class PipelinePlan:
     """Attributes:
     layers: of each stage. placement: the rank of each stage.
     """
@@ -39,11 +39,11 @@ class StagePlan:
 
 
 @lru_cache(64)
-def _schedule(plan: StagePlan, micro_batches: int) -> Schedule:
+def _schedule(plan: PipelinePlan, micro_batches: int) -> Schedule:
     return make_schedule(plan.name, plan.ranks, plan.virtual, micro_batches, plan.contiguous, plan.max_in_flight)
 
 
-def plan_stages(num_layers: int, parallel: Parallel) -> StagePlan:
+def plan_pipeline(num_layers: int, parallel: Parallel) -> PipelinePlan:
     """The plan of `[parallel]`.
 
     Raises:
@@ -75,7 +75,7 @@ def plan_stages(num_layers: int, parallel: Parallel) -> StagePlan:
     edges = [sum(counts[:stage]) for stage in range(stages + 1)]
     layers = tuple(range(edges[s], edges[s + 1]) for s in range(stages))
     place = v_shape(ranks) if name == "zb-v" else looped(ranks, virtual)
-    return StagePlan(layers, place, name, ranks, virtual, parallel.contiguous_micro_batches, parallel.max_in_flight)
+    return PipelinePlan(layers, place, name, ranks, virtual, parallel.contiguous_micro_batches, parallel.max_in_flight)
 
 
 def split_layers(num_layers: int, stages: int, embedding_weight: float, head_weight: float) -> list[int]:
@@ -91,7 +91,7 @@ def split_layers(num_layers: int, stages: int, embedding_weight: float, head_wei
     return counts
 
 
-def stage_weights(plan: StagePlan, parallel: Parallel) -> list[float]:
+def stage_weights(plan: PipelinePlan, parallel: Parallel) -> list[float]:
     """Time of each stage in layers."""
     weights = [float(len(layers)) for layers in plan.layers]
     weights[0] += parallel.embedding_weight

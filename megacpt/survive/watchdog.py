@@ -25,11 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megacpt import log, points
+from megacpt import heartbeat, log
 from megacpt.errors import ConfigError, LeaseError, MegacptError
 from megacpt.files import disk_told, write_atomically
-from megacpt.points import POINTS, Beat, Heartbeat, read_beat
-from megacpt.train.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
+from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
+from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
 INCIDENTS = "incidents"
 LOOK_SECONDS, SHARED_LOOK_SECONDS, GRACE_SECONDS, REPORT_SECONDS = 0.3, 2.0, 5.0, 10.0
@@ -66,13 +66,13 @@ class Watch:
             _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
         if not self.folder:
             return
-        points.allow("failed", 0.0)
-        points.begin(None)
+        heartbeat.set_deadline("failed", 0.0)
+        heartbeat.begin(None)
 
     def done(self) -> None:
         if self.folder:
-            points.allow("done", 0.0)
-            points.begin(None)
+            heartbeat.set_deadline("done", 0.0)
+            heartbeat.begin(None)
 
 
 def tell_supervisor(run: Path, error: BaseException) -> None:
@@ -98,7 +98,7 @@ def start(run: Path, enabled: bool) -> Watch:
     ):  # torch's flight recorder, with the rank behind it
         os.environ.setdefault(name, str(folder / "flight_recorder_"))
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(folder / "flight_recorder_ask_"))
-    points.begin(Heartbeat(folder / f"rank-{rank:05d}.beat", rank))
+    heartbeat.begin(Heartbeat(folder / f"rank-{rank:05d}.beat", rank))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         size = os.environ.get("LOCAL_WORLD_SIZE", "1")
         world = os.environ.get("WORLD_SIZE", "1")
@@ -106,7 +106,7 @@ def start(run: Path, enabled: bool) -> Watch:
         arguments = [
             sys.executable,
             "-m",
-            "megacpt.train.watchdog",
+            "megacpt.survive.watchdog",
             str(folder),
             str(run.resolve()),
             size,
@@ -313,7 +313,7 @@ class Watchdog:
             time.sleep(0.05)
 
     def _conclude(self, folder: Path, kind: str) -> None:
-        from megacpt.train.run_directory import read_status, write_status
+        from megacpt.survive.run_directory import read_status, write_status
 
         run = read_status(self.run)
         ranks = _all_ranks(folder, self.folder)

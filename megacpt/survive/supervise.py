@@ -27,9 +27,9 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
 from megacpt.files import Journal
-from megacpt.train.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
-from megacpt.train.run_directory import read_status, useful_seconds
-from megacpt.train.watchdog import told_by_ranks
+from megacpt.survive.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
+from megacpt.survive.run_directory import read_status, useful_seconds
+from megacpt.survive.watchdog import told_by_ranks
 
 LEDGER = "ledger.jsonl"
 ILL = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megacpt.config.recipe import Health
 from megacpt.errors import NumbersError, ReplicaError
-from megacpt.model.llama import Llama
+from megacpt.model.decoder import Decoder
 from megacpt.optim.adamw import AdamW, local
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import Mesh
@@ -86,7 +86,7 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def check_replicas(optimizer: AdamW, model: Llama, step: int) -> None:
+def check_replicas(optimizer: AdamW, model: Decoder, step: int) -> None:
     """Compares what several ranks hold alike: everything over dp_replicate, over tp what it replicates, and the two copies of tied
     embeddings at a pipeline's ends. Collective.
 

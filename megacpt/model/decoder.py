@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megacpt.family.base import ModelConfig
 from megacpt.family.rope import RopeConfig
 from megacpt.model.rope import RopeTables
-from megacpt.model.stage import StagePlan
+from megacpt.model.split import PipelinePlan
 from megacpt.parallel.context import ContextPlan, Gather, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs, token_losses
 from megacpt.parallel.items import Items
@@ -147,10 +147,10 @@ class Block(nn.Module):
         return kept.run(self.run, x, rotary, Gather(plan, self.self_attn.context_group, kept), later)
 
 
-class Decoder(nn.Module):
-    """Holds the parameters under Hugging Face's prefix `model.`, those of this rank's stages; `Llama` runs them."""
+class Trunk(nn.Module):
+    """Holds the parameters under Hugging Face's prefix `model.`, those of this rank's stages; `Decoder` runs them."""
 
-    def __init__(self, table: Table, mesh: Mesh, options: ModelOptions, plan: StagePlan):
+    def __init__(self, table: Table, mesh: Mesh, options: ModelOptions, plan: PipelinePlan):
         super().__init__()
         stages = plan.of(mesh.pipeline_rank)
         is_first, is_last = 0 in stages, len(plan.layers) - 1 in stages
@@ -162,18 +162,18 @@ class Decoder(nn.Module):
             self.norm = table.place("model.norm")
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
 
     Args:
         dtype: of the parameters as made (the masters), not of the computation.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: StagePlan):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: PipelinePlan):
         super().__init__()
         self.config, self.mesh, self.options, self.plan = config, mesh, options, plan
         table = Table(config, mesh, dtype, options.vocab_multiple)
-        self.model = Decoder(table, mesh, options, plan)
+        self.model = Trunk(table, mesh, options, plan)
         self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
         built = {name for name, _ in self.named_parameters()}
         mine = {int(layer) for layer in self.model.layers}

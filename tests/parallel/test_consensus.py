@@ -1,7 +1,7 @@
 import pytest
 from ranks import on_ranks
 
-from megacpt.parallel.agreement import agree, disagreements
+from megacpt.parallel.consensus import agree, disagreements
 
 
 def test_the_odd_rank_is_named():

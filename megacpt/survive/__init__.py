@@ -1,0 +1,1 @@
+"""How a run outlives what fails around it: ownership, heartbeat's watchdog, restarts, bad numbers."""
