@@ -5,12 +5,14 @@ import json
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from megacpt.config.decisions import Decisions, StoredDecisions
+from megacpt.config.timeline import Kind, Position
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
 from megacpt.files import crc_of as _crc
@@ -25,21 +27,39 @@ Items = dict[str, list[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
-class State:
-    """All that a run is besides its tensors; everything else follows from the recipe."""
+class RunState:
+    """All that a run is besides its tensors; everything else follows from the plan.
+
+    Attributes:
+        step: the last one trained. tokens: consumed up to it. stage: its name.
+        num_updates: of the optimizer, skipped ones left out.
+        done: kind of the last event of the timeline that is done; checkpoints of early versions do not say.
+    """
 
     step: int
     tokens: int
     num_updates: int
     stage: str
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    decisions: StoredDecisions = field(default_factory=Decisions)
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Content of each domain's data."""
-    accepted: list[list[float]] = field(default_factory=list)
+    accepted: list[tuple[float, float]] = field(default_factory=list)
     """Loss and gradient norm of the steps that a spike is measured by."""
     skipped_in_row: int = 0
     missed: dict[str, int] = field(default_factory=dict)
     """By name of each parameter that was ever frozen: how many of the updates passed it by."""
+    done: Kind | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands in its timeline."""
+        if self.done:
+            return Position(self.step, self.done)
+        if not self.step:
+            return Position(0, "validate")
+        if self.decisions.settled(self.stage, self.step):
+            return Position(self.step, "gates")
+        return Position(self.step, "average" if self.decisions.averaged(self.stage, self.step) else "save")
 
     def __post_init__(self) -> None:
         if not all(0 <= count <= self.num_updates for count in self.missed.values()):
@@ -48,7 +68,7 @@ class State:
 
 @dataclass(frozen=True)
 class Manifest:
-    state: State
+    state: RunState
     facts: dict[str, Any]
     files: dict[str, int]
     """Bytes by name."""
@@ -69,7 +89,7 @@ def list_steps(checkpoints: Path) -> list[int]:
     return sorted(int(m.group(1)) for p in checkpoints.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
 
 
-def write_manifest(directory: Path, state: State, facts: dict[str, Any], items: Items) -> None:
+def write_manifest(directory: Path, state: RunState, facts: dict[str, Any], items: Items) -> None:
     """Sizes of all files there and the items of the shards; of other files their CRC32. Fsynced, by one rename.
 
     Args:
@@ -82,14 +102,14 @@ def write_manifest(directory: Path, state: State, facts: dict[str, Any], items: 
     _write(directory, Manifest(state, facts, files, items))
 
 
-def amend(directory: Path, state: State) -> None:
+def amend(directory: Path, state: RunState) -> None:
     """Another state for the same tensors: a checkpoint to which a run goes back knows what is skipped from there on."""
     manifest = read_manifest(directory)
     _write(directory, Manifest(state, manifest.facts, manifest.files, manifest.items))
 
 
 def _write(directory: Path, manifest: Manifest) -> None:
-    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **asdict(manifest)}))
+    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **_MANIFEST.dump_python(manifest, mode="json")}))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -129,7 +149,7 @@ def _is_plain(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def verify(directory: Path) -> State:
+def verify(directory: Path) -> RunState:
     """The state of a checkpoint of which every item has its checksum.
 
     Raises:
@@ -168,16 +188,16 @@ def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:
     return content
 
 
-def decisions_of_run(run_directory: Path) -> list[dict[str, Any]]:
+def decisions_of_run(run_directory: Path) -> Decisions:
     """What a run has decided up to its newest checkpoint; none without one."""
     try:
         found = newest_sound(run_directory / "checkpoints")
     except CheckpointError:
-        return []
-    return list(found[1].decisions) if found else []
+        return Decisions()
+    return found[1].decisions if found else Decisions()
 
 
-def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, State, list[str]] | None:
+def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, RunState, list[str]] | None:
     """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any. Sizes and the small
     files are compared; the shards by who reads them.
 

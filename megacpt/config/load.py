@@ -213,6 +213,18 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return clean(recipe.model_dump())
 
 
+def recipe_from(content: Any, source: str) -> Recipe:
+    """The recipe that `plain` made.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    recipe, problems = _validate(content, {}, source)
+    if recipe is None or problems:
+        raise ConfigError(problems, source)
+    return recipe
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe; reading it again gives an equal one."""
     import tomli_w

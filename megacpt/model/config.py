@@ -182,7 +182,12 @@ def _is_number(value: Any) -> bool:
 
 
 def config_of(model: Model) -> ModelConfig:
-    """The model that a recipe's `[model]` names, with its change of the rotary embedding.
+    """The model that a recipe's `[model]` names, with its change of the rotary embedding. Raises as `base_config`."""
+    return change_rope(base_config(model), model.rope)
+
+
+def base_config(model: Model) -> ModelConfig:
+    """The model that a recipe's `[model]` names, as its config.json is.
 
     Raises:
         ConfigError: if there is none, or it is not trained here.
@@ -194,8 +199,8 @@ def config_of(model: Model) -> ModelConfig:
     else:
         config = read_config(model.pretrained or model.config or "")
     if model.expect and not model.architecture:
-        _compare(config, config_of(Model(architecture=model.expect)), model.expect)
-    return change_rope(config, model.rope)
+        _compare(config, base_config(Model(architecture=model.expect)), model.expect)
+    return config
 
 
 def _compare(config: ModelConfig, expected: ModelConfig, name: str) -> None:

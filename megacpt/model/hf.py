@@ -19,16 +19,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.data.pieces import config_of_model
-from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
+from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError, NumbersError
 from megacpt.family.base import ModelConfig as ModelConfig
 from megacpt.family.base import Parameter
 from megacpt.files import new_folder, write_atomically
+from megacpt.model.base_files import KEPT_FILES, side_files
 from megacpt.model.config import export_config
 from megacpt.parallel.finite import not_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-MODEL_FILES = ("config.json", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -163,6 +163,17 @@ def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path
     return {name: weights.dtype(name) for name in true_shapes}
 
 
+def stored_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
+    """The type of each tensor of a Hugging Face directory, for an export that gives it back.
+
+    Raises:
+        CheckpointError: if names or shapes are not the model's.
+    """
+    weights = Weights(directory)
+    check_names(weights, config)
+    return {name: weights.dtype(name) for name in config.shapes()}
+
+
 def _told_of_values(weights: Weights, names: list[str], dtype: torch.dtype) -> str:
     """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
     lines: list[str] = []
@@ -220,16 +231,10 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
         model: a folder, or None. tokenizer: a folder, or the file in one that was chosen.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+    for name in KEPT_FILES:
         (target / name).unlink(missing_ok=True)
-    folder, chosen = Path(tokenizer), TOKENIZER_FILES
-    if folder.is_file():  # of any name
-        shutil.copyfile(folder, target / f"tokenizer{folder.suffix}")
-        folder, chosen = folder.parent, tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES)
-    for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+    for name, source in side_files(model, tokenizer).items():
+        shutil.copyfile(source, target / name)
     have = {name for name in TOKENIZER_FILES if (target / name).is_file()}
     if "tokenizer.model" in have and not have & {"tokenizer.json", "tokenizer_config.json"}:
         _write_json(target / "tokenizer_config.json", config_of_model(target / "tokenizer.model"))
@@ -238,7 +243,7 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
 def write_pretrained(
     output: str | Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
@@ -248,7 +253,7 @@ def write_pretrained(
     """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
-        side_files: folder with generation config and tokenizer files.
+        side: folder with generation config and tokenizer files.
         read: gives a whole tensor by name, with its true shape.
         dtypes: type of each tensor by name.
         longest: the longest row that was trained.
@@ -261,20 +266,20 @@ def write_pretrained(
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
     with new_folder(output) as partial:
-        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes, tokens or {})
+        _write_into(partial, config, side, read, dtypes, longest, max_shard_bytes, tokens or {})
 
 
 def _write_into(
     partial: Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int,
     tokens: dict[str, int],
 ) -> None:
-    copy_side_files(side_files, side_files, partial)
+    copy_side_files(side, side, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     own = export_config(config, common, longest)
     _write_json(partial / "config.json", own | _changed_ids(own, tokens))

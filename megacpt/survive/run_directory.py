@@ -14,6 +14,9 @@ from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
 from megacpt.files import Journal, disk_told, remove_abandoned, write_atomically
 from megacpt.survive.lease import Lease
 
+SNAPSHOTS = "snapshots"
+"""Folder of a run with the weights that averages are made of."""
+
 
 class RunDirectory:
     """The folder of a run. While the disk takes nothing, training goes on: rows are kept and written when it does again.
@@ -166,6 +169,10 @@ class RunDirectory:
         if name not in self.journals:
             self.journals[name] = Journal(self.path / name, self._told)
         return self.journals[name]
+
+    def has_rows(self) -> bool:
+        """Whether a step of the run has been trained."""
+        return bool(_rows(self.path / "metrics.jsonl")[0])
 
     def cut_metrics(self, step: int) -> None:
         """Keeps the last row of each step up to `step`. A row that cannot be read is told; a last line that a kill left unfinished is

@@ -122,7 +122,7 @@ def test_fifty_saves_leave_memory_flat(mesh, tmp_path):
     from torch.distributed.tensor import DTensor, Replicate
 
     from megacpt.checkpoint.background import Saver
-    from megacpt.checkpoint.manifest import State
+    from megacpt.checkpoint.manifest import RunState
     from megacpt.checkpoint.save import prune, tensors_of
     from megacpt.optim.adamw import AdamW
     from megacpt.train.metrics import resident_gib
@@ -132,7 +132,7 @@ def test_fifty_saves_leave_memory_flat(mesh, tmp_path):
     optimizer = AdamW(parameters)
     saver, sizes = Saver("rename", lambda: prune(tmp_path, 1, None)), []
     for step in range(1, 51):
-        saver.start(tmp_path, tensors_of(parameters, optimizer), State(step, step, step, "s"), {})
+        saver.start(tmp_path, tensors_of(parameters, optimizer), RunState(step, step, step, "s"), {})
         saver.wait()
         sizes.append(resident_gib())
     saver.close()
