@@ -426,8 +426,8 @@ def _inspect(options) -> None:
     from megacpt.checkpoint.manifest import decisions_of_run
     from megacpt.config.clock import Clock
     from megacpt.config.decisions import extensions_of
+    from megacpt.config.model import load_model_config
     from megacpt.data.loader import StageData, mixtures, open_domains, pad_token
-    from megacpt.model.config import config_of
 
     recipe = _load(options)
     _checked(options, recipe, 1)
@@ -437,7 +437,7 @@ def _inspect(options) -> None:
         raise ConfigError([f"--step {options.step}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(options.step)
     stage, model = recipe.stages[step.stage], recipe.model
-    config = config_of(model)
+    config = load_model_config(model)
     domains = open_domains(recipe, list(stage.mixture))
     pad = pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, mixtures(recipe, clock, decisions)[step.stage], domains, pad, config.vocab_size)
