@@ -21,7 +21,7 @@ ROPE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
 
 
 def without_names(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy for transformers' ModelConfig, which changes the dictionaries that it is given."""
+    """A copy for transformers' LlamaConfig, which changes the dictionaries that it is given."""
     return copy.deepcopy({k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")})
 
 
@@ -118,3 +118,12 @@ def write_recipe(directory: Path, prepared: Path, tokenizer: Path, **sections: A
     path = directory / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe))
     return str(path)
+
+
+def rate_at(recipe, clock, number: int) -> float:
+    """The learning rate of a step."""
+    from megacpt.config.resolve import schedule_in
+    from megacpt.optim.schedule import rate_of_step
+
+    step = clock.step(number)
+    return rate_of_step(schedule_in(recipe, recipe.stages[step.stage]), clock, step)

@@ -6,15 +6,11 @@ from pathlib import Path
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
-from megacpt.config.load import load_recipe
+from megacpt.config.plan_file import BASE, load_plan
+from megacpt.config.resolve import RunPlan
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
-from megacpt.model.config import ModelConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
-
-HUGGING_FACE = "huggingface"
-"""Folder of a run that holds config.json, tokenizer files and dtypes.json of what it started from."""
-
 
 AVERAGES = "average"
 """Folder of a run with the averages that its stages made."""
@@ -34,16 +30,6 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkp
     if found is None:
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
     return found[0], found[1].step
-
-
-def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
-    """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
-    recipe = load_recipe(str(run_directory / "recipe.toml"))
-    config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
-    names = [s.name for s in recipe.stages]
-    last = names.index(stage) if stage in names else len(names) - 1
-    config = config_of_stage(config, recipe.stages, last)
-    return config, max(s.seq_len for s in recipe.stages[: last + 1])
 
 
 def export(
@@ -82,13 +68,14 @@ def export_average(
 
 
 def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
-    directory = directories[-1]
-    config, longest = run_config(run_directory, read_manifest(directory).state.stage)
+    plan = load_plan(run_directory)
+    stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / BASE
+    config = stage.model
     stored = [StoredModel(each) for each in directories]
     try:
-        dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())
+        dtypes = json.loads((side / "dtypes.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{run_directory / HUGGING_FACE / 'dtypes.json'}: {error}") from None
+        raise CheckpointError(f"{side / 'dtypes.json'}: {error}") from None
     if dtype:
         dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()
@@ -102,14 +89,13 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
             total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
         return total.to(part.dtype)
 
-    side = run_directory / HUGGING_FACE
-    write_pretrained(output, config, side, read, dtypes, longest, tokens=_tokens_of(run_directory, side))
+    write_pretrained(output, config, side, read, dtypes, stage.longest, tokens=_tokens_of(plan, side))
 
 
-def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:
+def _tokens_of(plan: RunPlan, side: Path) -> dict[str, int]:
     """EOS and BOS of a tokenizer that was given beside the model; nothing for the model's own, whose configuration knows better."""
     has_one = any((side / name).is_file() for name in VOCABULARIES)
-    if not has_one or not load_recipe(str(run_directory / "recipe.toml")).model.tokenizer:
+    if not has_one or not plan.recipe.model.tokenizer:
         return {}
     tokenizer = Tokenizer(side)
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}

@@ -5,7 +5,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class RunState:
     Attributes:
         step: the last one trained. tokens: consumed up to it. stage: its name.
         num_updates: of the optimizer, skipped ones left out.
-        done: kind of the last event of the timeline that is done; checkpoints of early versions do not say.
+        done: kind of the last event of the timeline that is done; None: nothing is.
     """
 
     step: int
@@ -53,13 +53,7 @@ class RunState:
     @property
     def position(self) -> Position:
         """Where the run stands in its timeline."""
-        if self.done:
-            return Position(self.step, self.done)
-        if not self.step:
-            return Position(0, "validate")
-        if self.decisions.settled(self.stage, self.step):
-            return Position(self.step, "gates")
-        return Position(self.step, "average" if self.decisions.averaged(self.stage, self.step) else "save")
+        return Position(self.step, self.done)
 
     def __post_init__(self) -> None:
         if not all(0 <= count <= self.num_updates for count in self.missed.values()):
@@ -128,6 +122,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path}: its CRC32 is {_crc(content)}, it says {crc!r}: the file is damaged.")
         del content["format"]
         manifest = _MANIFEST.validate_json(json.dumps(content), strict=True)
+        if manifest.state.done is None:
+            manifest = replace(manifest, state=replace(manifest.state, done=_done_of_early_version(manifest.state)))
         for name, size in manifest.files.items():
             file = directory / name
             if not _is_plain(name) or not file.is_file() or file.is_symlink():
@@ -143,6 +139,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
+
+
+def _done_of_early_version(state: RunState) -> Kind:
+    """The last event that is done, which checkpoints of early versions do not say: their decisions do."""
+    if not state.step:
+        return "validate"
+    if state.decisions.settled(state.stage, state.step):
+        return "gates"
+    return "average" if state.decisions.averaged(state.stage, state.step) else "save"
 
 
 def _is_plain(name: str) -> bool:

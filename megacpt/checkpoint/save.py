@@ -24,7 +24,7 @@ from megacpt import heartbeat, log
 from megacpt.checkpoint.manifest import (
     MANIFEST,
     Items,
-    State,
+    RunState,
     check_items,
     directory_name,
     list_steps,
@@ -46,7 +46,7 @@ def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
 def save(
     checkpoints: Path,
     tensors: dict[str, Any],
-    state: State,
+    state: RunState,
     facts: dict[str, Any],
     group: dist.ProcessGroup | None = None,
     how: str = "rename",

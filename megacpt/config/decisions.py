@@ -157,6 +157,10 @@ class Decisions:
         return any(entry.step == step for entry in self.of(AverageDecision, stage))
 
 
+NONE = Decisions()
+"""Of a run that has decided nothing yet."""
+
+
 def plain_decision(decision: Decision) -> dict[str, Any]:
     """As JSON holds it; what an early version did not say stays unsaid."""
     return {"kind": decision.kind} | decision.model_dump(mode="json", exclude_unset=True)

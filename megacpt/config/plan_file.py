@@ -8,8 +8,8 @@ from megacpt.config.load import load_recipe, recipe_from
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, parallel_in, resolve
 from megacpt.errors import CheckpointError
+from megacpt.family.read import parse_config, read_config
 from megacpt.files import sealed, unsealed, write_atomically
-from megacpt.model.config import parse_config, read_config
 
 PLAN = "plan.json"
 BASE = "huggingface"
@@ -54,7 +54,10 @@ def load_plan(run_directory: Path) -> RunPlan:
         recipe = load_recipe(str(run_directory / "recipe.toml"))
         return resolve(recipe, read_config(run_directory / BASE), _world_size(run_directory, recipe))
     try:
-        recipe, base = recipe_from(content["recipe"], str(run_directory / PLAN)), parse_config(content["config"], str(run_directory / PLAN))
+        recipe, base = (
+            recipe_from(content["recipe"], str(run_directory / PLAN)),
+            parse_config(content["config"], str(run_directory / PLAN)),
+        )
         return resolve(recipe, base, content["world_size"], content["files"], content["weights"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{run_directory / PLAN}: lacks {error}.") from None

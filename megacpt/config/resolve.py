@@ -1,5 +1,5 @@
-"""A recipe, its base model's config.json and a number of ranks, resolved once. The only place where a stage, the section it stands in and the
-checkpoint's own values are merged: whatever runs, checks, evaluates or exports reads a RunPlan. Pure; imports no torch.
+"""A recipe, its base model's config.json and a number of ranks, resolved once. The only place where a stage, the section it stands in and
+the checkpoint's own values are merged: whatever runs, checks, evaluates or exports reads a RunPlan. Pure; imports no torch.
 """
 
 import hashlib
@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import plain
+from megacpt.config.model import config_in_stage, frozen_names, with_rope
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import LearningRate, Parallel, Stage
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
-from megacpt.model.config import change_rope, config_of_stage, frozen_names
 
 Reduction = Literal["step", "micro_batch"]
 
@@ -146,8 +146,8 @@ def resolve(
         ConfigError: for rotary embeddings, windows and patterns of parameters that the model does not have, all at once.
     """
     problems: list[str] = []
-    model = change_rope(base, recipe.model.rope)
-    configs = [_collect(problems, config_of_stage, model, recipe.stages, i) for i in range(len(recipe.stages))]
+    model = with_rope(base, recipe.model.rope)
+    configs = [_collect(problems, config_in_stage, model, recipe.stages, i) for i in range(len(recipe.stages))]
     frozen = [_collect(problems, frozen_names, stage.freeze, model) for stage in recipe.stages]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), "the recipe")

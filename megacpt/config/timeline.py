@@ -94,7 +94,9 @@ def _at_step(recipe: Recipe, clock: Clock, number: int, retry_at: int | None) ->
         "validate": validates(recipe, step) or (ends_run and bool(recipe.validation)),
         "reweight": reweights(recipe, clock, step),
         "snapshot": bool(stage.average) and (_ends_interval(clock, step, stage.average.every_tokens) or ends_stage),
-        "save": number % recipe.checkpoint.every_steps == 0 or number == retry_at or (stops and not (asks and ends_stage)),
+        "save": number % recipe.checkpoint.every_steps == 0
+        or number == retry_at
+        or (stops and not (asks and ends_stage)),
         "average": ends_stage and bool(stage.average),
         "gates": ends_stage and bool(stage.gates),
         "finish": stops,

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from megacpt.config.clock import Clock
-from megacpt.config.decisions import Decisions
+from megacpt.config.decisions import NONE, Decisions
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
 from megacpt.data.curriculum import digest_of
@@ -146,7 +146,7 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
     return replace(plain, scores=scores, scores_digest=digest_of(scores), **ordered)
 
 
-def stage_orders(recipe: Recipe, clock: Clock, decisions: Decisions = Decisions()) -> list[Order]:
+def stage_orders(recipe: Recipe, clock: Clock, decisions: Decisions = NONE) -> list[Order]:
     """The order of every stage. A domain's rows go on where an earlier stage of the same seq_len left them."""
     orders: list[Order] = []
     consumed: dict[int, dict[str, int]] = {}

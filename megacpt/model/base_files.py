@@ -1,5 +1,5 @@
-"""What a run takes from its base model besides the weights' values: config.json and the tokenizer, of which the run keeps a copy, and digests by
-which another base is recognised. Imports no torch.
+"""What a run takes from its base model besides the weights' values: config.json and the tokenizer, of which the run keeps a copy, and
+digests by which another base is recognised. Imports no torch.
 """
 
 import hashlib

@@ -40,7 +40,9 @@ def _limit(values: Sequence[float], mads: float) -> float:
     return middle + mads * max(spread, 1e-3 * abs(middle))
 
 
-def add_accepted_step(accepted: Sequence[tuple[float, float]], stats: StepStats, rules: Health) -> list[tuple[float, float]]:
+def add_accepted_step(
+    accepted: Sequence[tuple[float, float]], stats: StepStats, rules: Health
+) -> list[tuple[float, float]]:
     """(loss, norm) of the steps accepted last with one more, in four digits, so that all layouts remember the same."""
     if rules.spike_mads is None:
         return list(accepted)

@@ -74,11 +74,13 @@ def find_target(checkpoints: Path, decisions: Decisions, streak: Streak, group: 
     if found[0]:
         return found[0] - 1
     have = list_steps(checkpoints)
-    told = f"{', '.join(map(str, have))} were saved in the streak: remove them" if have else "nothing was saved before it"
+    told = (
+        f"{', '.join(map(str, have))} were saved in the streak: remove them" if have else "nothing was saved before it"
+    )
     raise NumbersError(
-        f"{streak.last - streak.first + 1} updates in a row, from step {streak.first} on, were skipped, and there is no checkpoint from before "
-        f"({told}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and the "
-        "model's config.json."
+        f"{streak.last - streak.first + 1} updates in a row, from step {streak.first} on, were skipped, and there is no checkpoint from "
+        f"before ({told}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and "
+        "the model's config.json."
     )
 
 
@@ -95,7 +97,12 @@ def left_out_since(decisions: Decisions, stage: str, target: int, sequence: int)
 
 
 def rewind(
-    checkpoints: Path, snapshots: Path, target: int, decision: Skip, fence: Callable[[], None], group: dist.ProcessGroup | None
+    checkpoints: Path,
+    snapshots: Path,
+    target: int,
+    decision: Skip,
+    fence: Callable[[], None],
+    group: dist.ProcessGroup | None,
 ) -> None:
     """Makes a checkpoint the newest, and lets it know what is left out behind it. Collective; rank 0 writes."""
     with together(group):

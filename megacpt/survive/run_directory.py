@@ -89,6 +89,12 @@ class RunDirectory:
         }
         self.status("running")
 
+    def change_facts(self, **facts: Any) -> None:
+        """What has become different since the start, in run.json and in the manifests."""
+        if self.facts:
+            self.facts |= facts
+            self.status("running")
+
     def effective(self, seconds: float) -> float | None:
         """Effective training time with one more step: useful seconds over all since the run was first started, by the clock on the wall."""
         self.useful_seconds += seconds

@@ -11,9 +11,7 @@ from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import build_mesh
 
 
-def build(
-    plan: RunPlan, stage: ResolvedStage, compute: torch.dtype, device: torch.device
-) -> tuple[Decoder, AdamW]:
+def build(plan: RunPlan, stage: ResolvedStage, compute: torch.dtype, device: torch.device) -> tuple[Decoder, AdamW]:
     """Model and optimizer for a stage's layout, without values."""
     recipe, config = plan.recipe, plan.model
     mesh = build_mesh(stage.layout(dist.get_world_size()), device)

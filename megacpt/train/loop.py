@@ -1,5 +1,5 @@
-"""A run from its start to its end: who owns its directory, which ranks belong to it, and what becomes of an error. What happens in between is
-a list of events (train/drive.py).
+"""A run from its start to its end: who owns its directory, which ranks belong to it, and what becomes of an error. What happens in
+between is a list of events (train/drive.py).
 """
 
 import errno

@@ -1,5 +1,5 @@
-"""What a run works with between its events. Three things make a run: the plan, which is fixed (config/resolve.py); the state, which is exactly
-what a checkpoint saves (checkpoint/manifest.py); and the session, its resources in this process."""
+"""What a run works with between its events. Three things make a run: the plan, which is fixed (config/resolve.py); the state, which is
+exactly what a checkpoint saves (checkpoint/manifest.py); and the session, its resources in this process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,5 @@
-"""How a run begins: from scratch, from a pretrained model, or from its newest checkpoint that is whole; never guessed beyond what the recipe
-says, and the same on all ranks.
+"""How a run begins: from scratch, from a pretrained model, or from its newest checkpoint that is whole; never guessed beyond what the
+recipe says, and the same on all ranks.
 
     choose_start -> resolve_run -> agree -> keep_base -> build -> fill -> announce
 """
@@ -23,6 +23,7 @@ from megacpt.checkpoint.manifest import RunState, newest_sound
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
+from megacpt.config.model import load_base_config, with_rope
 from megacpt.config.plan_file import BASE, read_plan, save_plan
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.resolve import RunPlan, resolve
@@ -30,6 +31,7 @@ from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.family.base import ModelConfig
+from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
 from megacpt.model.base_files import (
     NO_IDS,
@@ -40,7 +42,6 @@ from megacpt.model.base_files import (
     weight_files,
 )
 from megacpt.model.build import chosen_kernels
-from megacpt.model.config import base_config, change_rope, read_config, what_matters
 from megacpt.model.decoder import Decoder
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained, stored_dtypes
 from megacpt.optim.adamw import AdamW
@@ -179,9 +180,9 @@ def resolve_run(
     )
     base_facts = {name: digest for name, digest in small.items() if name not in NO_IDS}
     base_facts.pop("config.json", None)  # compared field by field
-    if weights and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        base_facts["the weights of the base model"] = sampled_digest(weights)
     agree(base_facts if small else None)
+    first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    agree({"weights of the base model": sampled_digest(weights)} if weights and first_of_node else None)
     before = ask_rank_0(lambda: kept_before(directory, small))
     whole: dict[str, str] = {}
     for part in gather(share_of_digests(weights, dist.get_rank(), dist.get_world_size())):
@@ -226,12 +227,10 @@ def given_config(recipe: Recipe, directory: RunDirectory, start: Start) -> Model
     copy, given = directory.path / BASE / "config.json", recipe.model.pretrained or recipe.model.config
     if start.state and given and not Path(given).exists() and copy.is_file():
         return read_config(copy)
-    return base_config(recipe.model)
+    return load_base_config(recipe.model)
 
 
-def check_resume(
-    plan: RunPlan, directory: RunDirectory, state: RunState, fingerprints: dict[str, str]
-) -> list[str]:
+def check_resume(plan: RunPlan, directory: RunDirectory, state: RunState, fingerprints: dict[str, str]) -> list[str]:
     """Differences that a resume may have. Data or steps that differ are errors."""
     for name, digest in state.fingerprints.items():
         if name in fingerprints and fingerprints[name] != digest:
@@ -261,7 +260,7 @@ def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bo
     """
     copy, problems = directory.path / BASE / "config.json", []
     if copy.exists():
-        was = what_matters(change_rope(read_config(copy), plan.recipe.model.rope))
+        was = what_matters(with_rope(read_config(copy), plan.recipe.model.rope))
         now = what_matters(plan.model)
         keys = [key for key in now | was if now.get(key) != was.get(key)]
         problems += [f"{key} = {now.get(key)}: the run began with {was.get(key)}." for key in keys]
@@ -272,7 +271,10 @@ def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bo
                 known = [digest[:12] if digest else "nothing" for digest in (new.get(name), old.get(name))]
                 problems.append(f"{name} of the {what}: its SHA-256 is {known[0]}, the run began with {known[1]}.")
     if problems:
-        problems.append(f"Put back what {copy.parent} is a copy of, or begin a new run under another run.name.")
+        problems.append(
+            f"Put back the config.json and the tokenizer of which {copy.parent} holds copies, and the weights, or begin a new "
+            "run under another run.name."
+        )
         raise ConfigError(problems, "the base model")
 
 

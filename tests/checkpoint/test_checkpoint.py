@@ -12,6 +12,7 @@ from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
 from megacpt.checkpoint.manifest import RunState, list_steps, newest_sound, verify
 from megacpt.checkpoint.save import mend, prune, save, tensors_of
+from megacpt.config.decisions import Decisions
 from megacpt.errors import CheckpointError
 from megacpt.optim.adamw import AdamW
 

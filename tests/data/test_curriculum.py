@@ -11,7 +11,7 @@ from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
 from megacpt.data.curriculum import buckets_of, read_scores
 from megacpt.data.indexed import IndexedDataset
-from megacpt.data.loader import StageData, stage_orders, open_domains
+from megacpt.data.loader import StageData, open_domains, stage_orders
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError
 from megacpt.plan.check import check

@@ -17,9 +17,9 @@ from megacpt.data.loader import (
     domain_tokens,
     load_step,
     make_batch,
-    stage_orders,
     open_domains,
     prefetch,
+    stage_orders,
 )
 from megacpt.errors import DataError
 

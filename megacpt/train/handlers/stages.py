@@ -47,11 +47,13 @@ def change_layout(session: Session, stage: ResolvedStage) -> None:
     restart_process_group(device, f"layout{stage.index}", session.plan.recipe.health.start_timeout_seconds)
     session.enter_phase("start")
     session.model, session.optimizer = build(session.plan, stage, compute, device)
-    load(session.directory.checkpoints / directory_name(step), tensors_of(session.optimizer.parameters, session.optimizer))
+    load(
+        session.directory.checkpoints / directory_name(step),
+        tensors_of(session.optimizer.parameters, session.optimizer),
+    )
     session.optimizer.restore(*counts)
     session.open_saver()
     after = session.model.mesh.layout
-    session.directory.facts["layout"] = str(after)
-    session.directory.status("running")
+    session.directory.change_facts(layout=str(after))
     session.directory.event("layout", step, session.state.tokens, before=str(before), after=str(after))
     log.info(f"from stage {stage.name} on: {picture(after)}")

@@ -156,9 +156,7 @@ def roll_back(session: Session, step: Step, why: str) -> None:
     sequence = clock.step(target + 1).first_sequence if same else 0
     count = step.first_sequence + step.rows - sequence + left_out_since(decisions, stage.name, target, sequence)
     skip = Skip(stage=stage.name, step=step.number, to_step=target, sequence=sequence, count=count, why=why)
-    rewind(
-        directory.checkpoints, directory.path / SNAPSHOTS, target, skip, directory.fence, session.saver.group
-    )
+    rewind(directory.checkpoints, directory.path / SNAPSHOTS, target, skip, directory.fence, session.saver.group)
     told = {"stage": skip.stage, "sequence": sequence, "count": count, "why": why}
     directory.event("rollback", step.number, step.tokens_after, to_step=target, **told)
     log.warn(f"{streak}: back to step {target}, without {count} sequences from {sequence} on")

@@ -76,9 +76,7 @@ def average(session: Session, event: Event) -> None:
     means = {which: sum(values.values()) / max(1, len(values)) for which, values in losses.items()}
     known = {which: mean for which, mean in means.items() if math.isfinite(mean)}
     better = min(known, key=known.__getitem__) if known and any(losses.values()) else "unknown"
-    found = AverageDecision(
-        stage=stage.name, step=event.step, steps=steps, losses=plain_numbers(losses), better=better
-    )
+    found = AverageDecision(stage=stage.name, step=event.step, steps=steps, losses=plain_numbers(losses), better=better)
     session.record_decision(found, event.step)
     log.info(f"average of steps {steps}: mean loss {means['average']:.4f}, last {means['last']:.4f}; better: {better}")
 
