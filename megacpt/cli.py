@@ -511,7 +511,7 @@ def _assess(options) -> None:
 
 
 def _score(options) -> None:
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.evaluate.score import score
     from megacpt.train.standalone import open_model
 
@@ -660,7 +660,7 @@ def _doctor(options) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(report(options.world_size or size)))
     if size > 1:
-        from megacpt.config.stage import Parallel
+        from megacpt.config.sections.parallel import Parallel
 
         degrees = {name: getattr(options, name) for name in ("tensor", "context", "pipeline", "data_replicate")}
         lines = axes(Parallel(**degrees))

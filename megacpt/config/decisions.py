@@ -8,7 +8,8 @@ by_tokens}, {"kind": "gates", stage, step, passed, action, results}, {"kind": "a
 from typing import Any
 
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import OnlineMixture, Stage
+from megacpt.config.sections.mixture import OnlineMixture
+from megacpt.config.sections.stage import Stage
 
 Decision = dict[str, Any]
 UNIT = 1024

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megacpt.config.stage import Parallel
+if TYPE_CHECKING:
+    from megacpt.config.sections.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Layout:
         )
 
 
-def resolve_layout(parallel: Parallel, world_size: int) -> Layout:
+def resolve_layout(parallel: "Parallel", world_size: int) -> Layout:
     """Degrees with `data_shard = "auto"` filled in.
 
     Raises:

@@ -13,10 +13,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from megacpt.config.load import nearest
-from megacpt.config.recipe import Model
-from megacpt.config.stage import Parallel, Rope, Stage
-from megacpt.errors import ConfigError
+from megacpt.config.sections.model import Model, Rope
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
+from megacpt.errors import ConfigError, nearest
 from megacpt.family.base import ModelConfig as ModelConfig
 from megacpt.family.base import Parameter
 from megacpt.family.families import family_of

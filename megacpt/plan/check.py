@@ -6,15 +6,16 @@ from itertools import groupby
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
-from megacpt.config.load import nearest
 from megacpt.config.quantity import show_tokens
-from megacpt.config.recipe import Model, Recipe
+from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
-from megacpt.config.stage import Parallel, Stage
+from megacpt.config.sections.model import Model
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
 from megacpt.data.questions import read_task
-from megacpt.errors import ConfigError, DataError, MegacptError
+from megacpt.errors import ConfigError, DataError, MegacptError, Problem, nearest
 from megacpt.log import short_number
 from megacpt.model.config import (
     ModelConfig,
@@ -36,8 +37,8 @@ from megacpt.plan.picture import schedule_picture
 class Report:
     """What `check` found."""
 
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
 
@@ -52,7 +53,7 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
     config = _model(recipe, report, files)
     tokens = _data(recipe, report, config) if files else {}
     if not files:
-        report.warnings.append("--no-files: model files and data were not read.")
+        report.warnings.append(Problem("", None, "--no-files: model files and data were not read."))
     elif not report.problems:
         report.problems += _tasks(recipe)
     report.warnings += warnings_of(recipe)
@@ -66,7 +67,7 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
     return report
 
 
-def _tasks(recipe: Recipe) -> list[str]:
+def _tasks(recipe: Recipe) -> list[Problem]:
     """What is wrong with the question files of the gates."""
     problems = []
     for name, gate in recipe.gates.items():
@@ -74,7 +75,7 @@ def _tasks(recipe: Recipe) -> list[str]:
             try:
                 read_task(task)
             except DataError as error:
-                problems.append(f"gates.{name}.tasks: {error}")
+                problems.append(Problem(f"gates.{name}.tasks", None, str(error)))
     return problems
 
 
@@ -82,7 +83,7 @@ def _model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
     try:
         return _known(recipe.model, files)
     except ConfigError as error:
-        report.problems += [f"model: {problem}" for problem in error.problems]
+        report.problems += [Problem("model", None, str(problem)) for problem in error.problems]
     return None
 
 
@@ -96,14 +97,16 @@ def _known(model: Model, files: bool) -> ModelConfig | None:
 def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
     for key, parallel in recipe.layouts.items():
         found = shape_problems(config, parallel, recipe.model.vocab_multiple)
-        report.problems += [problem.replace("parallel", key, 1) for problem in found]
+        report.problems += [Problem("", None, problem.replace("parallel", key, 1)) for problem in found]
     first = config
     for index, stage in enumerate(recipe.stages):
         try:
             config = config_of_stage(first, recipe.stages, index)
             frozen_names(stage.freeze, config)
         except ConfigError as error:
-            report.problems += [p if p in report.problems else f"stages.{stage.name}.{p}" for p in error.problems]
+            report.problems += [
+                p if p in report.problems else Problem("", None, f"stages.{stage.name}.{p}") for p in error.problems
+            ]
             break
         longest = config.rope.longest
         if (
@@ -112,9 +115,13 @@ def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
             longest = max(longest, config.max_position_embeddings)
         if longest and stage.seq_len > longest:
             report.problems.append(
-                f"stages.{stage.name}.seq_len = {stage.seq_len}: the rotary embedding ({config.rope.type}, factor "
-                f"{config.rope.fields['factor']:g} x {config.rope.fields['original_max_position_embeddings']}) ends at {longest}. "
-                f"Nearest: {longest}; or set stages.{stage.name}.rope."
+                Problem(
+                    "",
+                    None,
+                    f"stages.{stage.name}.seq_len = {stage.seq_len}: the rotary embedding ({config.rope.type}, factor "
+                    f"{config.rope.fields['factor']:g} x {config.rope.fields['original_max_position_embeddings']}) ends at {longest}. "
+                    f"Nearest: {longest}; or set stages.{stage.name}.rope.",
+                )
             )
         elif (
             not longest
@@ -123,9 +130,13 @@ def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
         ):
             ntk, twice = (ruled_theta(rule, first, stage.seq_len) for rule in ("ntk", "ntk2"))
             report.warnings.append(
-                f"stages.{stage.name}: theta {config.rope.theta:g} is below {least_theta(stage.seq_len):.3g}, the bound for "
-                f"{stage.seq_len} tokens (the model was made for {config.max_position_embeddings}). By rule: {ntk:.3g} "
-                f'(rope.rule = "ntk") or {twice:.3g} ("ntk2").'
+                Problem(
+                    "",
+                    None,
+                    f"stages.{stage.name}: theta {config.rope.theta:g} is below {least_theta(stage.seq_len):.3g}, the bound for "
+                    f"{stage.seq_len} tokens (the model was made for {config.max_position_embeddings}). By rule: {ntk:.3g} "
+                    f'(rope.rule = "ntk") or {twice:.3g} ("ntk2").',
+                )
             )
 
 
@@ -143,7 +154,9 @@ def _pipeline(recipe: Recipe, world_size: int, config: ModelConfig | None, repor
     if config is None:
         if any(parallel.pipeline > 1 for parallel in recipe.layouts.values()):
             report.warnings.append(
-                "the model's number of layers is not known here: its split into stages was not checked."
+                Problem(
+                    "", None, "the model's number of layers is not known here: its split into stages was not checked."
+                )
             )
         return []
     lines = []
@@ -166,7 +179,7 @@ def _pipeline_of(
         plan = plan_pipeline(config.num_hidden_layers, parallel)
         schedules = {count: plan.schedule(count) for count in counts}
     except ValueError as error:
-        report.problems.append(f"{key}: {error}")
+        report.problems.append(Problem(key, None, str(error)))
         return []
     if parallel.pipeline > 1:
         runs = [(count, len(list(same))) for count, same in groupby(map(len, plan.layers))]
@@ -181,8 +194,12 @@ def _pipeline_of(
             )
             if found.bubble > 0.5:
                 report.warnings.append(
-                    f"with {count} micro-batches the pipeline's bubble is {found.bubble:.0%} of the busy time. More rows a step, "
-                    "fewer pipeline ranks, or more virtual stages."
+                    Problem(
+                        "",
+                        None,
+                        f"with {count} micro-batches the pipeline's bubble is {found.bubble:.0%} of the busy time. More rows a step, "
+                        "fewer pipeline ranks, or more virtual stages.",
+                    )
                 )
     sharers = layout.data * layout.context
     if sharers > 1:
@@ -211,7 +228,7 @@ def _memory(
         if not lines or not lines[-1].endswith(line):
             lines.append(f"memory of a card from stage {stage.name} on: {line}")
         if card_gib is not None and need.gib + RESERVE_GIB > card_gib:
-            report.problems.append(over_memory(stage.name, job, need, card_gib))
+            report.problems.append(Problem("", None, over_memory(stage.name, job, need, card_gib)))
     return lines
 
 
@@ -264,7 +281,7 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
         try:
             manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
         except MegacptError as error:
-            report.problems.append(f"data.{name}: {error}")
+            report.problems.append(Problem(f"data.{name}", None, str(error)))
             continue
         num_sets += len(manifests)
         for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
@@ -272,18 +289,24 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
             unknown = [label for label in domain.labels if label not in known]
             if domain.labels and not known:
                 report.problems.append(
-                    f"data.{name}.labels: {prefix} was prepared without labels. Prepare it with --domain-field."
+                    Problem(
+                        "",
+                        None,
+                        f"data.{name}.labels: {prefix} was prepared without labels. Prepare it with --domain-field.",
+                    )
                 )
             elif unknown and len(unknown) == len(domain.labels):
                 report.problems.append(
-                    f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
+                    Problem(
+                        "", None, f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
+                    )
                 )
         if domain.order:
             try:
                 found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))
             except DataError as error:
                 found = [str(error)]
-            report.problems += [f"data.{name}.order.scores: {problem}" for problem in found]
+            report.problems += [Problem(f"data.{name}.order.scores", None, problem) for problem in found]
         documents = sum(m["documents"] for m in manifests)
         tokens[name] = sum(m["tokens"] for m in manifests)
         if domain.labels:
@@ -291,18 +314,26 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
             documents, tokens[name] = (sum(view[key] for view in views if view) for key in ("documents", "tokens"))
         if domain.holdout_documents >= documents:
             report.problems.append(
-                f"data.{name}.holdout_documents = {domain.holdout_documents}: the domain has {documents} "
-                "documents; some must be left to train on."
+                Problem(
+                    "",
+                    None,
+                    f"data.{name}.holdout_documents = {domain.holdout_documents}: the domain has {documents} "
+                    "documents; some must be left to train on.",
+                )
             )
         if len({m["tokenizer"]["sha256"] for m in manifests}) > 1:
-            report.problems.append(f"data.{name}: its parts were prepared with different tokenizers.")
+            report.problems.append(Problem(f"data.{name}", None, "its parts were prepared with different tokenizers."))
         largest = max(m["vocab_size"] for m in manifests)
         if config and largest > config.vocab_size:
             report.warnings.append(
-                f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
-                "id beyond it stops the run."
+                Problem(
+                    "",
+                    None,
+                    f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
+                    "id beyond it stops the run.",
+                )
             )
-    report.problems += make_room_for(num_sets)
+    report.problems += [Problem("", None, problem) for problem in make_room_for(num_sets)]
     return tokens
 
 
@@ -338,7 +369,7 @@ def _resolved(
         waste = 1 - last.rows / (rounds * per_round)
         if waste > 0:
             text = f"stage {stage.name}: {waste:.0%} of the micro-batch rows are filling ({last.rows} rows over {rounds} x {per_round})"
-            (report.warnings if waste > 0.1 else lines).append(text)
+            report.warnings.append(Problem("", None, text)) if waste > 0.1 else lines.append(text)
         total = sum(stage.mixture.values())
         for name, weight in stage.mixture.items():
             need[name] += clock.stage_tokens(i) * weight / total
@@ -357,7 +388,11 @@ def _resolved(
             )
             if epochs > 4:
                 report.warnings.append(
-                    f"domain {name}: is repeated {epochs:.1f} times; beyond 4 the gain of repeated data "
-                    "falls off (Muennighoff et al. 2023)."
+                    Problem(
+                        "",
+                        None,
+                        f"domain {name}: is repeated {epochs:.1f} times; beyond 4 the gain of repeated data "
+                        "falls off (Muennighoff et al. 2023).",
+                    )
                 )
     lines.append(f"total {show_tokens(clock.num_tokens)} tokens, {clock.num_steps} steps")

@@ -15,7 +15,7 @@ from megacpt.config.clock import Clock
 from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import token_unit
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.sections.stage import Stage
 from megacpt.data.loader import mixtures
 from megacpt.data.mixture import Order
 from megacpt.data.packing import DomainData

@@ -20,7 +20,7 @@ from megacpt.checkpoint.manifest import directory_name
 from megacpt.checkpoint.save import mend, tensors_of
 from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.sections.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
 from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, SaveError
 from megacpt.evaluate.validation import ValidationSets
@@ -94,7 +94,7 @@ def _own(directory: RunDirectory) -> None:
             why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
             kind, told = "config", f"run.directory: {directory.path} {why}"
     except ConfigError as error:
-        kind, told = "config", "\n".join(error.problems)
+        kind, told = "config", "\n".join(map(str, error.problems))
     except LeaseError as error:
         kind, told = "lease", str(error)
     kind, _, told = share("directory", f"{kind}:{told}").partition(":")

@@ -12,7 +12,7 @@ from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
 from megacpt.evaluate.gates import Examiner

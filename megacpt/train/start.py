@@ -21,7 +21,8 @@ from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.resume import changes_on_resume
+from megacpt.config.sections.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.files import write_atomically
@@ -35,7 +36,7 @@ from megacpt.parallel.consensus import agree
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import build_mesh, picture
 from megacpt.survive.health import named_tensors
-from megacpt.survive.run_directory import RunDirectory, changes_on_resume
+from megacpt.survive.run_directory import RunDirectory
 from megacpt.train.job import Run, StopRequest
 from megacpt.train.metrics import TensorBoard, event_file, peak_flops
 from megacpt.train.step import compute_dtype

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from megacpt.config.clock import Clock
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
+from megacpt.config.sections.optimizer import LearningRate
 from megacpt.optim.schedule import learning_rate, rate_of_step
 
 

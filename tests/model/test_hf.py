@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 
 import megacpt.model.hf as hf
-from megacpt.config.stage import Rope
+from megacpt.config.sections.model import Rope
 from megacpt.errors import CheckpointError, ConfigError, NumbersError
 from megacpt.model.build import build_model
 from megacpt.model.config import ARCHITECTURES, change_rope, export_config, parse_config, read_config
@@ -442,7 +442,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
     """ProLong's 8e6 at 64K from 5e5 at 8K (NTK rule twice, arXiv 2410.02660): in one jump and in three stages."""
-    from megacpt.config.stage import Stage
+    from megacpt.config.sections.stage import Stage
     from megacpt.errors import ConfigError
     from megacpt.model.config import config_of_stage, least_theta
 

@@ -11,7 +11,7 @@ from tolerances import MEMORY_FORMULA
 from megacpt.cli import run
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import load_recipe
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.model.config import ARCHITECTURES, parse_config
 from megacpt.plan import memory
 from megacpt.plan.check import check, fullest_step, over_memory
@@ -127,8 +127,8 @@ def test_check_says_what_would_bring_a_stage_under_its_card():
         str(RECIPES / "llama31_405b_8192gpu.toml"), ["--parallel.activation_checkpointing=none"]
     )  # as it was shipped once
     (problem,) = check(recipe, 8192, files=False, card_gib=CARD_GIB).problems
-    assert problem.startswith("stages.train: pipeline rank 1 needs 90.1 GiB (activations 70.0, gradients 11.9")
-    assert 'It fits with activation_checkpointing = "selective" (67.2 GiB)' in problem
+    assert str(problem).startswith("stages.train: pipeline rank 1 needs 90.1 GiB (activations 70.0, gradients 11.9")
+    assert 'It fits with activation_checkpointing = "selective" (67.2 GiB)' in str(problem)
     assert not check(recipe, 8192, files=False, card_gib=139.8).problems  # an H200
     assert not check(recipe, 8192, files=False).problems
 
