@@ -122,7 +122,7 @@ def write_recipe(directory: Path, prepared: Path, tokenizer: Path, **sections: A
 
 def rate_at(recipe, clock, number: int) -> float:
     """The learning rate of a step."""
-    from megacpt.config.resolve import schedule_in
+    from megacpt.config.merge import schedule_in
     from megacpt.optim.schedule import rate_of_step
 
     step = clock.step(number)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter
 
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import OnlineMixture, Stage
+from megacpt.config.sections.mixture import OnlineMixture
+from megacpt.config.sections.stage import Stage
 
 UNIT = 1024
 """Weights inside a group are multiples of 1 / UNIT."""

@@ -3,8 +3,9 @@
 import fnmatch
 from collections.abc import Sequence
 
-from megacpt.config.recipe import Model
-from megacpt.config.stage import Parallel, Rope, Stage
+from megacpt.config.sections.model import Model, Rope
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.errors import ConfigError, nearest
 from megacpt.family.base import ModelConfig, Parameter
 from megacpt.family.read import parse_config, read_config

@@ -7,25 +7,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import plain
+from megacpt.config.merge import Reduction, Schedule, layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, with_rope
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate, Parallel, Stage
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
-
-Reduction = Literal["step", "micro_batch"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A learning rate, over the length of the run or of its stage."""
-
-    lr: LearningRate
-    over_run: bool
 
 
 @dataclass(frozen=True)
@@ -184,42 +176,6 @@ def _resolve_stage(recipe: Recipe, index: int, model: ModelConfig, frozen: tuple
         frozen,
         max(each.seq_len for each in recipe.stages[: index + 1]),
     )
-
-
-def parallel_in(recipe: Recipe, stage: Stage) -> Parallel:
-    """[parallel] with the stage's own keys over it, and one row a micro-batch where neither says how many tokens."""
-    merged = recipe.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
-    return merged if merged.micro_batch_tokens else merged.model_copy(update={"micro_batch_tokens": stage.seq_len})
-
-
-def schedule_in(recipe: Recipe, stage: Stage) -> Schedule:
-    """The run's learning rate, or the stage's own."""
-    lr = recipe.optimizer.lr or stage.lr
-    assert lr is not None, "a recipe has one schedule, or one a stage"
-    return Schedule(lr, recipe.optimizer.lr is not None)
-
-
-def layout_keys(parallel: Parallel) -> Parallel:
-    """Without what may change while a model stays built as it is."""
-    return parallel.model_copy(update={"micro_batch_tokens": None, "activation_checkpointing": "none"})
-
-
-def layouts_of(recipe: Recipe) -> dict[str, Parallel]:
-    """The different layouts of the stages in order, by the key that names each."""
-    found: dict[str, Parallel] = {}
-    for stage in recipe.stages:
-        layout = layout_keys(parallel_in(recipe, stage))
-        if layout not in found.values():
-            own = layout != layout_keys(recipe.parallel)
-            found[f"stages.{stage.name}.parallel" if own else "parallel"] = layout
-    return found
-
-
-def reduction_under(recipe: Recipe, parallel: Parallel) -> Reduction:
-    """When gradients are reduced under a layout. auto: once a step under pipeline, where weights stay gathered."""
-    if recipe.precision.reduce != "auto":
-        return recipe.precision.reduce
-    return "step" if parallel.pipeline > 1 else "micro_batch"
 
 
 def _plain_stage(stage: ResolvedStage, world_size: int) -> dict[str, Any]:

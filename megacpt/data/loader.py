@@ -16,7 +16,7 @@ import numpy as np
 from megacpt.config.clock import Clock
 from megacpt.config.decisions import NONE, Decisions
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import digest_of
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for
 from megacpt.data.mixture import Order, row_of

@@ -8,7 +8,8 @@ from typing import Any
 
 from megacpt.config.decisions import Baseline
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import ForgettingGate, Gate, NeedleGate, Stage
+from megacpt.config.sections.gates import ForgettingGate, Gate, NeedleGate
+from megacpt.config.sections.stage import Stage
 from megacpt.data.loader import selection_of
 from megacpt.data.packing import DomainData, open_index
 from megacpt.data.questions import read_task

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from megacpt.config.recipe import Model
+from megacpt.config.sections.model import Model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 
 MODEL_FILES = ("config.json", "generation_config.json")

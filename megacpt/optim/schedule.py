@@ -9,7 +9,7 @@ import math
 
 from megacpt.config.clock import Clock, Step
 from megacpt.config.resolve import Schedule
-from megacpt.config.stage import LearningRate
+from megacpt.config.sections.optimizer import LearningRate
 
 
 def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:

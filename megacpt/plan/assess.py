@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
+from megacpt.config.sections.optimizer import LearningRate
 from megacpt.errors import ConfigError
 
 CONTROL = "default"

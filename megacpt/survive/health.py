@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacpt.config.recipe import Health
+from megacpt.config.sections.health import Health
 from megacpt.errors import NumbersError, ReplicaError
 from megacpt.model.decoder import Decoder
 from megacpt.optim.adamw import AdamW, local

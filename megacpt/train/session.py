@@ -15,8 +15,8 @@ from megacpt.checkpoint.manifest import RunState
 from megacpt.checkpoint.save import prune
 from megacpt.config.clock import Clock, Step
 from megacpt.config.decisions import Decision, plain_decision
-from megacpt.config.recipe import Health
 from megacpt.config.resolve import ResolvedStage, RunPlan
+from megacpt.config.sections.health import Health
 from megacpt.config.timeline import Event, timeline
 from megacpt.data.loader import StageData, StepData, load_step, prefetch, stage_orders
 from megacpt.data.mixture import Order

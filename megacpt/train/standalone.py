@@ -11,11 +11,11 @@ from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout
+from megacpt.config.merge import parallel_in
 from megacpt.config.model import shape_problems
 from megacpt.config.plan_file import BASE, load_plan
 from megacpt.config.recipe import Recipe
-from megacpt.config.resolve import parallel_in
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
 from megacpt.evaluate.gates import GateRunner

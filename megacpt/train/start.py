@@ -25,8 +25,10 @@ from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.model import load_base_config, with_rope
 from megacpt.config.plan_file import BASE, read_plan, save_plan
-from megacpt.config.recipe import Model, Recipe
+from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, resolve
+from megacpt.config.resume import changes_on_resume
+from megacpt.config.sections.model import Model
 from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
@@ -49,7 +51,7 @@ from megacpt.parallel.consensus import agree, ask_rank_0, gather
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import picture
 from megacpt.survive.health import Stragglers, named_tensors
-from megacpt.survive.run_directory import RunDirectory, changes_on_resume
+from megacpt.survive.run_directory import RunDirectory
 from megacpt.train.build import build, set_up_stage
 from megacpt.train.metrics import StepMetrics, TensorBoard, event_file, peak_flops
 from megacpt.train.profile import Profiler

@@ -5,7 +5,7 @@ from samples import rate_at
 
 from megacpt.config.clock import Clock
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
+from megacpt.config.sections.optimizer import LearningRate
 from megacpt.optim.schedule import learning_rate
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.config.decisions import UNIT, reweighted
-from megacpt.config.stage import OnlineMixture
+from megacpt.config.sections.mixture import OnlineMixture
 
 PRIOR = {"a": 0.3, "b": 0.2, "c": 0.1, "en": 0.4}
 GROUPS = [["a", "b", "c"]]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import list_steps
-from megacpt.config.recipe import Health
-from megacpt.config.stage import ForgettingGate
+from megacpt.config.sections.gates import ForgettingGate
+from megacpt.config.sections.health import Health
 from megacpt.evaluate.gates import compare
 from megacpt.survive.health import StepStats, add_accepted_step, checksum, spike_thresholds
 from megacpt.survive.run_directory import RunDirectory, plain_numbers

@@ -15,7 +15,7 @@ from tolerances import PARITY, difference
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.config.layout import Layout
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig

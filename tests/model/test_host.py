@@ -30,7 +30,7 @@ class Watch(TorchDispatchMode):
 def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
     """One whole step: forward, backward, norm, clip, update."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.data.loader import Batch, StepCounts, StepData
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of

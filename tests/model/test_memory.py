@@ -37,7 +37,7 @@ def counts(micro_batches: int):
 def model_of(layers: int, operations: str = "torch", **degrees):
     """On its ranks."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions

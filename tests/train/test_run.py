@@ -19,8 +19,8 @@ from tolerances import PARITY
 
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
+from megacpt.config.resume import changes_on_resume
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.survive.run_directory import changes_on_resume
 
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len")
 

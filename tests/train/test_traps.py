@@ -150,7 +150,7 @@ def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
 def losses_of_sequences(packed_tokens: int, **degrees) -> list[float]:
     """Summed loss of nine sequences of uneven lengths, so many tokens to a micro-batch, in float64."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.evaluate.sequences import score_sequences
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
