@@ -44,7 +44,7 @@ class Model(Section):
     """config.json of a model to train from scratch."""
     architecture: str | None = None
     """Named shape to train from scratch: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama3.1-70b,
-    llama3.1-405b, qwen2.5-7b, qwen3-0.6b, qwen3-8b, mistral-7b-v0.3."""
+    llama3.1-405b, qwen2.5-7b, qwen3-0.6b, qwen3-8b, mistral-7b-v0.3, phi-4."""
     expect: str | None = None
     """Named shape that `pretrained` must have. `check --no-files` then checks the layout against it."""
     tokenizer: str | None = None

@@ -19,7 +19,7 @@ def decoder(config: ModelConfig, biases: Collection[str] = (), head_norms: bool 
         table += _layer(config, layer, biases, head_norms)
     table.append(_norm("model.norm.weight", h, None))
     if not config.tie_word_embeddings:
-        table.append(Parameter("lm_head.weight", (config.vocab_size, h), "vocab", "matmul"))
+        table.append(Parameter(config.family.head, (config.vocab_size, h), "vocab", "matmul"))
     return table
 
 
@@ -32,13 +32,10 @@ def _layer(config: ModelConfig, layer: int, biases: Collection[str], head_norms:
         place = {"layer": layer, "unit": d, "counted": counted, "repeated": letter != "q"}
         table.append(Parameter(name + "weight", (rows, h), "column", "matmul", **place))
         if letter in biases:
-            table.append(Parameter(name + "bias", (rows,), "column", "bias", "zeros", False, **place))
+            table.append(Parameter(name + "bias", (rows,), "column", "bias", "zeros", decay=False, **place))
     width = config.num_attention_heads * d
-    table.append(
-        Parameter(
-            prefix + "self_attn.o_proj.weight", (h, width), "row", "matmul", "residual", True, layer, d, heads["q"]
-        )
-    )
+    out = {"layer": layer, "unit": d, "counted": heads["q"]}
+    table.append(Parameter(prefix + "self_attn.o_proj.weight", (h, width), "row", "matmul", "residual", **out))
     if head_norms:
         table += [_norm(f"{prefix}self_attn.{letter}_norm.weight", d, layer, heads[letter]) for letter in "qk"]
     mlp = {"layer": layer, "counted": "intermediate_size"}
@@ -53,7 +50,7 @@ def _layer(config: ModelConfig, layer: int, biases: Collection[str], head_norms:
 
 
 def _norm(name: str, width: int, layer: int | None, counted: str = "") -> Parameter:
-    return Parameter(name, (width,), "replicated", "norm", "ones", False, layer, counted=counted)
+    return Parameter(name, (width,), "replicated", "norm", "ones", decay=False, layer=layer, counted=counted)
 
 
 LLAMA = Family(

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from ranks import on_ranks
+from references import gradients_of, reference
 from samples import ROPE_YARN, family_config
-from test_parity import compare, losses_of, ours, packed, reference
+from test_parity import compare, losses_of, ours, packed
 from tolerances import PARITY, difference
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -38,6 +39,7 @@ MODELS = {
     "qwen2 tied": family_config("qwen2", tie_word_embeddings=True, rope_scaling=ROPE_YARN),
     "qwen3": family_config("qwen3"),
     "mistral": family_config("mistral", head_dim=16),
+    "phi3": family_config("phi3", head_dim=16),
 }
 LAYOUTS = {
     "tp4": {"tensor": 4, "overlap": "chunked"},  # two ranks to a key head
@@ -69,7 +71,7 @@ def expected(tmp_path_factory):
             total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
             labels += int((targets >= 0).sum())
         (total / labels).backward()
-        gradients = {key: parameter.grad.detach() for key, parameter in model.named_parameters()}
+        gradients = gradients_of(raw, model)
         found[name] = str(folder), [each.detach() for each in scores], gradients
     return found
 

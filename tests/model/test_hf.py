@@ -19,7 +19,7 @@ from megacpt.family.read import exported_config, parse_config, read_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.build import build_model
 from megacpt.model.decoder import ModelOptions
-from megacpt.model.hf import Weights, check_names, load_pretrained
+from megacpt.model.hf import PretrainedReader, SafetensorsReader, load_pretrained
 
 
 def problems(raw) -> str:
@@ -166,6 +166,7 @@ def test_parameter_counts_of_the_named_shapes():
         "qwen3-0.6b": 596_049_920,
         "qwen3-8b": 8_190_735_360,
         "mistral-7b-v0.3": 7_248_023_552,
+        "phi-4": 14_659_507_200,
     }
 
 
@@ -210,7 +211,7 @@ def test_names_and_shapes_come_at_once(directory):
     del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     text = str(caught.value)
     assert (
         "lm_head.weight [401, 32] is missing" in text
@@ -223,10 +224,10 @@ def test_pickles_are_refused_with_the_way_out(directory):
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="holds no model.safetensors"):
-        Weights(directory)
+        SafetensorsReader(directory)
     torch.save({}, directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="a pickle, which can run code.*safe_serialization=True"):
-        Weights(directory)
+        SafetensorsReader(directory)
 
 
 def test_an_index_that_leaves_its_folder_or_names_what_is_missing_is_refused(directory):
@@ -236,10 +237,10 @@ def test_an_index_that_leaves_its_folder_or_names_what_is_missing_is_refused(dir
     for wrong, text in (("../x.safetensors", "not a file of its own folder"), ("none.safetensors", "is missing")):
         path.write_text(json.dumps({"weight_map": index["weight_map"] | {first: wrong}}))
         with pytest.raises(CheckpointError, match=text):
-            Weights(directory)
+            SafetensorsReader(directory)
     path.write_text("{")
     with pytest.raises(CheckpointError, match="not an index"):
-        Weights(directory)
+        SafetensorsReader(directory)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +260,7 @@ def test_an_index_that_says_what_is_not_so_is_an_error_of_ours(directory, weight
         weight_map = dict.fromkeys(tensors, "a.safetensors") | weight_map
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as error:
-        weights = Weights(directory)
-        check_names(weights, read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     assert text in str(error.value)
 
 
@@ -275,14 +275,14 @@ def test_a_head_beside_tied_embeddings(directory, mesh, differs):
         tensors["lm_head.weight"][-1, -1] += 1
     save_file(tensors, directory / "model.safetensors")
     if not differs:
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
         return
     with pytest.raises(
         CheckpointError, match=r'lm_head.weight is not model.embed_tokens.weight.*"tie_word_embeddings": false'
     ):
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    check_names(Weights(directory), read_config(directory))  # the way out
+    PretrainedReader(directory, read_config(directory))  # the way out
 
 
 def test_an_export_carries_the_tokenizer_that_was_trained_with(directory, tmp_path):
@@ -331,8 +331,8 @@ def test_an_export_with_another_tokenizer_names_its_eos_and_bos(directory, tmp_p
     (directory / "generation_config.json").unlink(missing_ok=True)
     if generation:
         (directory / "generation_config.json").write_text(json.dumps(generation))
-    config, weights = read_config(directory), Weights(directory)
-    read = lambda name: weights.read(name, (slice(None),))
+    config = read_config(directory)
+    read = PretrainedReader(directory, config).read
     dtypes = dict.fromkeys(config.shapes(), "float32")
     for name, tokens in (("own", None), ("other", {"eos_token_id": 9, "bos_token_id": 3})):
         hf.write_pretrained(tmp_path / name, config, directory, read, dtypes, 64, tokens=tokens)
@@ -348,7 +348,7 @@ def test_a_truncated_file_is_named(directory):
     file = sorted(directory.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
 
 
 def test_what_a_killed_export_leaves_is_removed_by_the_next(directory, tmp_path, monkeypatch):
