@@ -44,6 +44,7 @@ TORCH_FREE = [
     "survive/run_directory.py",
     "survive/watchdog.py",
     "survive/supervise.py",
+    "verbs",
     "cli",
     "optim/schedule.py",
     "model/split.py",
