@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megacpt.family.rope import RopeConfig, parse_rope, write_rope
 from megacpt.family.values import value_problems
@@ -105,10 +105,10 @@ class Family:
     model_type: str
     architecture: str
     parameters: "Callable[[ModelConfig], list[Parameter]]"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    only: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
     windowed: bool = False
-    fused: Mapping[str, Collection[str]] = field(default_factory=dict)
+    fused: Mapping[str, Collection[str]] = field(default_factory=dict[str, Collection[str]])
     rope_types: Collection[str] = ("default", "linear", "llama3", "yarn")
     head: str = "lm_head.weight"
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -164,7 +164,7 @@ class Family:
             if raw.get(key, only) not in (only, None)
         ]
         types = raw.get("layer_types")
-        other = sorted({str(kind) for kind in types} - {"full_attention"}) if isinstance(types, list) else types
+        other = sorted(set(map(str, cast(list[Any], types))) - {"full_attention"}) if isinstance(types, list) else types
         if other:
             found.append(f"layer_types: {other!r}: only layers of full attention are trained.")
         window = raw.get("sliding_window")
@@ -212,7 +212,7 @@ class ModelConfig:
     @property
     def eos_token_id(self) -> int | None:
         eos = self.raw.get("eos_token_id")
-        return eos[0] if isinstance(eos, list) else eos
+        return cast(list[int], eos)[0] if isinstance(eos, list) else eos
 
     @property
     def dtype(self) -> str | None:
@@ -226,7 +226,8 @@ class ModelConfig:
 
     def head_problems(self) -> list[str]:
         """Why the heads do not share out what they must."""
-        heads, kv_heads, problems = self.num_attention_heads, self.num_key_value_heads, []
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        problems: list[str] = []
         if heads % kv_heads:
             problems.append(f"num_key_value_heads = {kv_heads}: does not divide num_attention_heads = {heads}.")
         if not self.family.complete(self.raw).get("head_dim") and self.hidden_size % heads:

@@ -85,10 +85,9 @@ class RopeConfig:
     @property
     def longest(self) -> int | None:
         """The context length that the scaling is made for, None if it names none."""
-        match self.scaling:
-            case Llama3() | Yarn() as scaling:
-                return math.floor(scaling.original_max_position_embeddings * scaling.factor)
-        return None
+        if not isinstance(self.scaling, Llama3 | Yarn):
+            return None
+        return math.floor(self.scaling.original_max_position_embeddings * self.scaling.factor)
 
 
 def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> tuple[RopeConfig, list[str]]:
@@ -100,7 +99,8 @@ def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> 
     Returns:
         It, and what is wrong with the file; with problems it is not the file's.
     """
-    spellings = {}
+    spellings: dict[str, Any] = {}
+    problems: list[str] = []
     if raw.get("rope_parameters") is not None:
         spellings["rope_parameters"] = raw["rope_parameters"]
     if raw.get("rope_scaling") is not None or not spellings:
@@ -108,7 +108,7 @@ def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> 
     wrong = [name for name, given in spellings.items() if not isinstance(given, dict)]
     if wrong:
         return RopeConfig(), [f"{name} = {spellings[name]!r}: must be an object." for name in wrong]
-    theta, problems = raw.get("rope_theta"), []
+    theta = raw.get("rope_theta")
     if theta is None:
         theta = spellings.get("rope_parameters", {}).get("rope_theta")
     found = [_parse_spelling(name, given, theta, longest, types, problems) for name, given in spellings.items()]
@@ -183,14 +183,14 @@ def _parse_scaling(
 
 def _number_problems(values: Mapping[str, Any]) -> list[str]:
     """Values, by their place, that are of no use for the field of that name."""
-    problems = []
+    problems: list[str] = []
     for where, value in values.items():
-        low, high = _BETWEEN.get(where.rpartition(".")[2], (None, None))
-        if low is None:
+        bounds = _BETWEEN.get(where.rpartition(".")[2])
+        if bounds is None:
             if not isinstance(value, bool):
                 problems.append(f"{where} = {value!r}: must be true or false.")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            problems.append(f"{where} = {value!r}: must be a number from {low:g} to {high:g}.")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not bounds[0] <= value <= bounds[1]:
+            problems.append(f"{where} = {value!r}: must be a number from {bounds[0]:g} to {bounds[1]:g}.")
     return problems
 
 

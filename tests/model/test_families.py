@@ -220,9 +220,10 @@ def losses_apart(raw: dict, mesh) -> float:
     return difference(got, -wanted[:, 0])
 
 
-def test_mistrals_window_is_what_transformers_masks(mesh):
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_is_what_transformers_masks(mesh, name):
     """The twin of the refusal: with documents longer than the window the two differ, with shorter ones they do not."""
-    raw = family_config("mistral", sliding_window=40)
+    raw = family_config(name, sliding_window=40)
     assert losses_apart(raw, mesh) < BOUND
     with pytest.raises(ConfigError, match="a document of 40 tokens: the model's sliding_window is 39"):
         losses_apart(raw | {"sliding_window": 39}, mesh)

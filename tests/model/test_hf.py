@@ -8,13 +8,15 @@ import sys
 import pytest
 import torch
 import transformers
+from references import as_ours
 from safetensors.torch import load_file, save_file
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
+from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config, without_names
 
 import megacpt.model.hf as hf
 from megacpt.config.model import with_rope
 from megacpt.config.stage import Rope
 from megacpt.errors import CheckpointError, ConfigError, NumbersError
+from megacpt.family.base import Stored
 from megacpt.family.read import exported_config, parse_config, read_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.build import build_model
@@ -589,3 +591,60 @@ def test_weights_that_are_not_finite_are_not_given_out(directory, tmp_path, valu
     with pytest.raises(NumbersError, match=f"{name}: {text}"):
         hf.write_pretrained(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"], "nothing is left"
+
+
+@pytest.fixture
+def fused(tmp_path):
+    """(what is in it, by transformers' names; config.json; folder) of a Phi-3 directory in several shards."""
+    torch.manual_seed(0)
+    raw = family_config("phi3", head_dim=16)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**without_names(raw)))
+    model.save_pretrained(tmp_path / "phi3", max_shard_size="40KB")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, raw, tmp_path / "phi3"
+
+
+def imported(raw: dict, folder, mesh) -> dict[str, torch.Tensor]:
+    config = read_config(folder)
+    model = build_model(config, mesh, torch.float32, ModelOptions())
+    load_pretrained(model, config, folder)
+    return {name: p._local_tensor[: config.shapes()[name][0]] for name, p in model.named_parameters()}
+
+
+def test_rows_of_several_parameters_in_one_tensor_come_apart_and_together_again(fused, mesh, tmp_path):
+    stored, raw, folder = fused
+    ours, wanted = imported(raw, folder, mesh), as_ours(raw, stored)
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert ours["model.layers.1.self_attn.k_proj.weight"].shape == (32, 32) and len(ours) > len(stored)
+    dtypes = dict.fromkeys(ours, "float32")
+    hf.write_pretrained(tmp_path / "out", read_config(folder), folder, ours.get, dtypes, 64, max_shard_bytes=1 << 14)
+    files = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    written = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(files) > 5 and written.keys() == stored.keys()
+    assert all(torch.equal(written[name], stored[name]) for name in stored)
+
+
+def test_the_comparison_sees_rows_of_a_neighbour(fused, mesh, monkeypatch):
+    """The twin: keys and values exchanged have the shapes of each other."""
+    stored, raw, folder = fused
+    own = Stored.rows
+    monkeypatch.setattr(Stored, "rows", lambda self, name: own(self, name.replace("k_proj", "v_proj")))
+    ours, wanted = imported(raw, folder, mesh), as_ours(raw, stored)
+    differ = {name for name in wanted if not torch.equal(ours[name], wanted[name])}
+    assert differ == {f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)}
+
+
+def test_what_is_wrong_with_a_file_is_told_by_the_names_that_it_has(fused, mesh):
+    """Its own tensors, with its own shapes; but values by parameter."""
+    _, raw, folder = fused
+    file = spoiled(folder, "model.layers.0.mlp.gate_up_proj.weight", float("nan"), 5)
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name}: model.layers.0.mlp.up_proj.weight holds 5 values"
+    ) as told:
+        imported(raw, folder, mesh)
+    assert "gate_proj" not in str(told.value)
+    config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"0.self_attn.qkv_proj.weight is \[128, 32\], config.json asks for \[192, 32\]"
+    ):
+        imported(raw, folder, mesh)

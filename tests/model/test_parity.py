@@ -16,6 +16,7 @@ from megacpt.family.read import parse_config
 from megacpt.model.build import build_model
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
+from megacpt.model.inputs import to_inputs
 from megacpt.model.run import accumulate, each_loss
 
 VARIANTS = {
@@ -147,6 +148,21 @@ def test_logits_equal_transformers_beyond_the_original_context(mesh):
             break
     expected = theirs(documents[0][None]).logits[0].log_softmax(-1)[:, :41]
     assert difference(torch.stack(rows, 1), expected) < PARITY[torch.float64]
+
+
+@pytest.mark.parametrize("variant", ["llama3.1", "qwen2", "qwen2-tied-yarn", "qwen3", "qwen3-tied", "mistral", "phi3"])
+def test_all_logits_equal_transformers(mesh, variant):
+    """The head's weight times our last hidden states, of every document of a packed row and every entry of the vocabulary."""
+    raw = VARIANTS[variant]
+    theirs = reference(raw, torch.float64)
+    model = ours(raw, mesh, torch.float64, theirs)
+    batch, documents = packed(LENGTHS, raw["vocab_size"])
+    with torch.no_grad():
+        hidden = model(0, None, to_inputs(batch, mesh))
+        expected = torch.cat([theirs(document[None]).logits[0] for document in documents])
+    head = dict(model.named_parameters())[model.config.embedding if raw["tie_word_embeddings"] else "lm_head.weight"]
+    got = hidden @ head._local_tensor[: raw["vocab_size"]].T
+    assert got.shape == (sum(LENGTHS), 401) and difference(got, expected) < PARITY[torch.float64]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
