@@ -1,6 +1,7 @@
 """Imports point one way, inside functions too; nobody but the command line starts a run."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,53 @@ def test_rooms_without_torch_name_no_torch():
         for path in paths:
             tops = {name.partition(".")[0] for name in imports_of(path)}
             assert not tops & {"torch", "transformers", "megacpt_kernels"}, path
+
+
+NAMES = re.compile(
+    r"\b(model\.(layers|norm|embed)|self_attn|mlp\.|[qkvo]_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj|[qk]_norm|"
+    r"lm_head|embed_tokens|\w*layernorm|inv_freq)"
+)
+"""Names of parameters, as Hugging Face has them."""
+
+
+def parameter_names_in(text: str) -> list[str]:
+    """Parameters that a source names: in strings that are no docstrings, as arguments and as attributes. `.layers` of a decoder, its
+    modules in order, is no name."""
+    found, tree = [], ast.parse(text)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found += [match.group() for match in NAMES.finditer(node.value)]
+        elif isinstance(node, ast.Attribute | ast.Name | ast.arg):
+            name = {ast.Attribute: "attr", ast.Name: "id", ast.arg: "arg"}[type(node)]
+            found += [match.group() for match in NAMES.finditer(getattr(node, name))]
+    return found
+
+
+def test_parameters_have_names_only_where_they_are_placed():
+    """The families list them, the decoder places them; every other room reads a column of the table."""
+    for path in files():
+        if path.is_relative_to(ROOT / "megacpt/family") or path == ROOT / "megacpt/model/decoder.py":
+            assert path.name not in ("llama.py", "decoder.py") or parameter_names_in(path.read_text()), (
+                "the rule sees them"
+            )
+            continue
+        assert parameter_names_in(path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("if 'k_proj' in name: pass", ["k_proj"]),
+        ("x = f'{prefix}.embed_tokens.weight'", ["embed_tokens"]),
+        ("model.lm_head.weight", ["lm_head"]),
+        ("freeze('model.layers.0.mlp.up_proj')", ["model.layers", "mlp.", "up_proj"]),
+        ("def norm(post_attention_layernorm): pass", ["post_attention_layernorm"]),
+        ('"""Of model.layers.*, as k_proj."""\nmodel.layers', []),
+    ],
+)
+def test_the_rule_sees_a_name(text, names):
+    assert parameter_names_in(text) == names
 
 
 def test_kernels_is_no_package_of_its_own():

@@ -200,7 +200,7 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, build_mesh(Layout(), device), compute, ModelOptions(compile=compiled))
     initialize(model, config, 0)
-    optimizer = AdamW(dict(model.named_parameters()))
+    optimizer = AdamW(dict(model.named_parameters()), decayed=[p.name for p in config.parameters if p.decay])
     ends = np.append(starts[1:], len(ids))
     positions = np.arange(len(ids)) - np.repeat(starts, ends - starts)
     labels = np.append(ids[1:], -100)

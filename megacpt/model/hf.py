@@ -1,13 +1,13 @@
 """Hugging Face directories in and out: safetensors, streamed. No pickle is ever read.
 
 Import reads from each file just the part that this rank holds. Export writes shard by shard into a folder of its own
-and renames it. Names are the model's own, so neither renames nor permutes.
+and renames it. Names are the model's own, so neither renames nor permutes; rows of several parameters may lie in one tensor of a file.
 """
 
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError, NumbersError
-from megacpt.family.base import ModelConfig, Parameter
+from megacpt.family.base import ModelConfig, Parameter, Stored
 from megacpt.family.read import exported_config
 from megacpt.files import new_folder, write_atomically
 from megacpt.model.base_files import KEPT_FILES, side_files
@@ -31,7 +31,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-class Weights:
+class SafetensorsReader:
     """The tensors of a Hugging Face directory. One file is open at a time, so that what was read can leave memory.
 
     Raises:
@@ -104,43 +104,60 @@ class Weights:
         return self._slice(name)[box]
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def check_names(weights: Weights, config: ModelConfig) -> None:
-    """All of the model's tensors are there with their shapes, and nothing that would be lost.
+class PretrainedReader:
+    """A Hugging Face directory as the parameters of a model, whatever its file holds together.
 
     Raises:
-        CheckpointError: with every difference.
+        CheckpointError: with every tensor that is missing, of another shape, or would be lost.
     """
-    expected, problems = config.shapes(), []
-    for name, shape in expected.items():
-        if name not in weights.file_of:
-            problems.append(f"{name} {list(shape)} is missing")
-        elif weights.shape(name) != shape:
-            problems.append(f"{name} is {list(weights.shape(name))}, config.json asks for {list(shape)}")
-    for name in weights.file_of:
-        if name in expected or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if config.tie_word_embeddings and name == HEAD:
-            if not _same(weights, HEAD, EMBEDDING):
-                problems.append(
-                    f"{HEAD} is not {EMBEDDING}, but config.json says that they are tied. To train the head as it is (as transformers "
-                    'does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
+
+    def __init__(self, directory: str | Path, config: ModelConfig):
+        self.file = SafetensorsReader(directory)
+        self.stored_in = {part.name: stored for stored in config.stored for part in stored.parts}
+        if problems := [*self._wrong_tensors(config), *self._unknown_tensors(config)]:
+            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise CheckpointError(f"{self.file.directory}:\n  " + "\n  ".join(problems[:20]) + more)
+
+    def dtype(self, name: str) -> str:
+        return self.file.dtype(self.stored_in[name].name)
+
+    def source(self, name: str) -> str:
+        """The file that holds a parameter."""
+        return self.file.file_of[self.stored_in[name].name]
+
+    def read(self, name: str, box: tuple[slice, ...] = (slice(None),)) -> Tensor:
+        """A parameter, or a part of it."""
+        stored = self.stored_in[name]
+        rows = stored.rows(name)[box[0]]
+        return self.file.read(stored.name, (slice(rows.start, rows.stop), *box[1:]))
+
+    def _wrong_tensors(self, config: ModelConfig) -> Iterator[str]:
+        for stored in config.stored:
+            if stored.name not in self.file.file_of:
+                yield f"{stored.name} {list(stored.shape)} is missing"
+            elif self.file.shape(stored.name) != stored.shape:
+                yield f"{stored.name} is {list(self.file.shape(stored.name))}, config.json asks for {list(stored.shape)}"
+
+    def _unknown_tensors(self, config: ModelConfig) -> Iterator[str]:
+        known, family = {stored.name for stored in config.stored}, config.family
+        for name in self.file.file_of:
+            if name in known or name.endswith(family.derived):
+                continue
+            if name != family.head:
+                yield f"{name} {list(self.file.shape(name))} is no part of this model"
+            elif not _same(self.file, name, config.embedding):
+                yield (
+                    f"{name} is not {config.embedding}, but config.json says that they are tied. To train the head as it is (as "
+                    'transformers does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
                 )
-            continue
-        problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
-    if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{weights.directory}:\n  " + "\n  ".join(problems[:20]) + more)
 
 
-def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
+def _same(file: SafetensorsReader, one: str, other: str, rows: int = 16384) -> bool:
     """Whether two tensors hold the same values, some rows at a time."""
-    if other not in weights.file_of or weights.shape(one) != weights.shape(other):
+    if other not in file.file_of or file.shape(one) != file.shape(other):
         return False
-    parts = (slice(begin, begin + rows) for begin in range(0, weights.shape(one)[0], rows))
-    return all(torch.equal(weights.read(one, (part,)), weights.read(other, (part,))) for part in parts)
+    parts = (slice(begin, begin + rows) for begin in range(0, file.shape(one)[0], rows))
+    return all(torch.equal(file.read(one, (part,)), file.read(other, (part,))) for part in parts)
 
 
 @torch.no_grad()
@@ -148,18 +165,17 @@ def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path
     """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero. Collective.
 
     Returns:
-        The stored type of each tensor, for an export that gives it back.
+        The stored type of each parameter, for an export that gives it back.
     Raises:
         CheckpointError: if names, shapes or types are not the model's, or, on all ranks, if a value is not finite.
     """
-    weights = Weights(directory)
-    check_names(weights, config)
+    reader = PretrainedReader(directory, config)
     true_shapes = config.shapes()
     for name, parameter in model.named_parameters():
-        fill_shard(parameter, true_shapes[name], lambda box, name=name: weights.read(name, box))
+        fill_shard(parameter, true_shapes[name], lambda box, name=name: reader.read(name, box))
     if names := not_finite(dict(model.named_parameters())):
-        raise CheckpointError(_told_of_values(weights, names, next(model.parameters()).dtype))
-    return {name: weights.dtype(name) for name in true_shapes}
+        raise CheckpointError(_told_of_values(reader, names, next(model.parameters()).dtype))
+    return {name: reader.dtype(name) for name in true_shapes}
 
 
 def stored_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
@@ -168,23 +184,22 @@ def stored_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
     Raises:
         CheckpointError: if names or shapes are not the model's.
     """
-    weights = Weights(directory)
-    check_names(weights, config)
-    return {name: weights.dtype(name) for name in config.shapes()}
+    reader = PretrainedReader(directory, config)
+    return {name: reader.dtype(name) for name in config.shapes()}
 
 
-def _told_of_values(weights: Weights, names: list[str], dtype: torch.dtype) -> str:
+def _told_of_values(reader: PretrainedReader, names: list[str], dtype: torch.dtype) -> str:
     """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
     lines: list[str] = []
     if dist.get_rank() == 0:
         for name in names[:20]:
-            bad = int((~weights.read(name, (slice(None),)).to(dtype).isfinite()).sum())
-            lines.append(f"{weights.file_of[name]}: {name} holds {bad:,} values that are not finite in {dtype}")
+            bad = int((~reader.read(name).to(dtype).isfinite()).sum())
+            lines.append(f"{reader.source(name)}: {name} holds {bad:,} values that are not finite in {dtype}")
     told = ["\n  ".join(lines)]
     dist.broadcast_object_list(told, src=0)
     more = f"\n  … and {len(names) - 20} more tensors" if len(names) > 20 else ""
     return (
-        f"{weights.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
+        f"{reader.file.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
         "Download it again, or take an earlier checkpoint of that model."
     )
 
@@ -253,8 +268,8 @@ def write_pretrained(
 
     Args:
         side: folder with generation config and tokenizer files.
-        read: gives a whole tensor by name, with its true shape.
-        dtypes: type of each tensor by name.
+        read: gives a whole parameter by name, with its true shape.
+        dtypes: type of each parameter by name.
         longest: the longest row that was trained.
         tokens: eos_token_id and bos_token_id of a tokenizer that is not the model's own; both configurations will say them.
     Raises:
@@ -291,13 +306,16 @@ def _write_into(
         _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     weight_map, total, problems = {}, 0, []
-    for i, names in enumerate(shards):
+    for i, chosen in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name in names:
-            whole = read(name)
-            tensors[name] = whole.to(DTYPES[dtypes[name]]).contiguous()
-            problems += _not_written(name, whole, tensors[name])
+        for stored in chosen:
+            rows = []
+            for part in stored.parts:
+                whole = read(part.name)
+                rows.append(whole.to(DTYPES[dtypes[part.name]]).contiguous())
+                problems += _not_written(part.name, whole, rows[-1])
+            tensors[stored.name] = torch.cat(rows) if len(rows) > 1 else rows[0]
         if problems:  # all of them are told; nothing is written any more
             continue
         try:
@@ -306,7 +324,7 @@ def _write_into(
             raise CheckpointError(
                 f"{partial / file}: could not be written: {error}. Make room and try again."
             ) from None
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if problems:
         more = f"\n  … and {len(problems) - 20} more tensors" if len(problems) > 20 else ""
@@ -334,15 +352,15 @@ def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
     return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
 
 
-def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[Stored]]:
+    shards: list[list[Stored]] = [[]]
     filled = 0
-    for name, shape in config.shapes().items():
-        size = torch.Size(shape).numel() * DTYPES[dtypes[name]].itemsize
+    for stored in config.stored:
+        size = sum(part.size * DTYPES[dtypes[part.name]].itemsize for part in stored.parts)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
+        shards[-1].append(stored)
         filled += size
     return shards
 

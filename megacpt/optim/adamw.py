@@ -39,7 +39,7 @@ def place_of(name: str, parameter: Tensor) -> Place:
 class AdamW:
     """Args:
     parameters: by name.
-    decayed: names of those that weight decay acts on; default the matrices.
+    decayed: names of those that weight decay acts on.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
 
@@ -55,10 +55,10 @@ class AdamW:
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
-        decayed: Collection[str] | None = None,
+        decayed: Collection[str] = (),
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
-        self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
+        self.decayed = set(decayed)
         zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
         self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
         self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}

@@ -21,7 +21,7 @@ from megacpt.config.load import load_recipe
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest as read_data_manifest
 from megacpt.errors import CheckpointError, ConfigError, DataError, MegacptError
-from megacpt.model.hf import Weights
+from megacpt.model.hf import SafetensorsReader
 
 EXAMPLES = 2000 if os.environ.get("MEGACPT_TEST_FULL") else 150
 fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -264,7 +264,7 @@ def test_safetensors(hugging_face, changes, header):
     end = 8 + struct.unpack("<Q", raw[:8])[0]
     try:
         path.write_bytes(edited(raw[:end], changes) + raw[end:] if header else edited(raw, changes))
-        weights = Weights(hugging_face)
+        weights = SafetensorsReader(hugging_face)
         for name in list(weights.file_of):
             weights.dtype(name)
             part = weights.read(name, (slice(0, 1),))

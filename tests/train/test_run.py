@@ -205,7 +205,9 @@ def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dty
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False)])
+@pytest.mark.parametrize(
+    "name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False), ("phi3", False)]
+)
 def test_every_family_comes_and_goes_bit_identical(train, tmp_path, tokenizer_dir, name, tied):
     """config.json, names, shapes and bits. The export loads in transformers as what it was."""
     torch.manual_seed(1)
