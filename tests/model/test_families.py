@@ -3,6 +3,7 @@ gradient; and what each comparison must see."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megacpt.config.stage import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.families import FAMILIES
-from megacpt.model import llama
+from megacpt.model import decoder
 from megacpt.model.build import build_model, sharding_of
 from megacpt.model.config import parse_config
 from megacpt.model.decoder import ModelOptions
@@ -147,8 +148,8 @@ def summed_nowhere() -> None:
 
 def plain_keys() -> None:
     """cp: the keys that travel are not normalised; the rank's own are."""
-    normed = llama.Attention._normed
-    llama.Attention._normed = lambda self, x, norm: normed(self, x, norm) if torch.is_grad_enabled() else x
+    normed = decoder.Attention._normed
+    decoder.Attention._normed = lambda self, x, norm: normed(self, x, norm) if torch.is_grad_enabled() else x
 
 
 def neighbours_rows() -> None:
@@ -180,12 +181,17 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 
 def without_biases(monkeypatch) -> None:
-    original = llama.column_parallel
-    monkeypatch.setattr(llama, "column_parallel", lambda *args, **more: original(*args[:6], **more))
+    original = decoder.column_parallel
+
+    def column_parallel(x, places, *args, **more):
+        bare = [SimpleNamespace(name=place.name, parts=place.parts, bias=None) for place in places]
+        return original(x, bare, *args, **more)
+
+    monkeypatch.setattr(decoder, "column_parallel", column_parallel)
 
 
 def without_head_norms(monkeypatch) -> None:
-    monkeypatch.setattr(llama.Attention, "_normed", lambda self, heads, norm: heads)
+    monkeypatch.setattr(decoder.Attention, "_normed", lambda self, heads, norm: heads)
 
 
 def norm_of_all_heads(monkeypatch) -> None:
@@ -195,9 +201,9 @@ def norm_of_all_heads(monkeypatch) -> None:
         if norm is None:
             return heads
         scale = torch.rsqrt(heads.pow(2).mean((1, 2), keepdim=True) + self.eps)
-        return heads * scale * llama.replicated(norm.weight)
+        return heads * scale * decoder.replicated(norm.weight)
 
-    monkeypatch.setattr(llama.Attention, "_normed", normed)
+    monkeypatch.setattr(decoder.Attention, "_normed", normed)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def settled(count, before: list[tuple]) -> tuple:
 
 def _hold_what_attention_saves() -> None:
     """What once leaked: hooks around attention inside the checkpointed block, methods of an object that holds tensors."""
-    from megacpt.model import llama
+    from megacpt.model import decoder
     from megacpt.parallel.context import context_attention
 
     class Hooks:
@@ -120,7 +120,7 @@ def _hold_what_attention_saves() -> None:
         hooks.out = out
         return out
 
-    llama.context_attention = hooked
+    decoder.context_attention = hooked
 
 
 @pytest.mark.parametrize("context", [1, 2])
