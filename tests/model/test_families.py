@@ -19,10 +19,11 @@ from megacpt.config.layout import Layout
 from megacpt.config.stage import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
+from megacpt.family.base import ModelConfig
 from megacpt.family.families import FAMILIES
+from megacpt.family.read import parse_config
 from megacpt.model import decoder
 from megacpt.model.build import build_model, sharding_of
-from megacpt.model.config import parse_config
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import initialize, load_pretrained
 from megacpt.model.inputs import to_inputs
@@ -230,7 +231,7 @@ def test_mistrals_window_is_what_transformers_masks(mesh):
     with pytest.raises(ConfigError, match="a document of 40 tokens: the model's sliding_window is 39"):
         losses_apart(raw | {"sliding_window": 39}, mesh)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megacpt.model.run.window_problem", lambda config, longest: "")
+        patch.setattr(ModelConfig, "window_problem", lambda config, longest: "")
         assert losses_apart(raw | {"sliding_window": 30}, mesh) > 1e-6
 
 

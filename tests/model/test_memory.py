@@ -38,8 +38,8 @@ def model_of(layers: int, operations: str = "torch", **degrees):
     """On its ranks."""
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline
