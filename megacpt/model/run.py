@@ -21,6 +21,7 @@ from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.parallel import fsdp
 from megacpt.parallel.pipeline.runtime import execute
 from megacpt.parallel.pipeline.schedule import Action, Schedule
+from megacpt.parallel.sharded import local_part
 from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
 
 
@@ -67,7 +68,7 @@ def sum_tied_gradients(model: Decoder) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
     table = dict(model.named_parameters()).get(model.config.embedding)
     if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None:
-        dist.all_reduce(table.grad._local_tensor, group=model.mesh.ends)
+        dist.all_reduce(local_part(table.grad), group=model.mesh.ends)
 
 
 def _within_window(batch: Batch, config: ModelConfig) -> None:

@@ -17,11 +17,8 @@ from megacpt_kernels import adamw_
 from megacpt_kernels.adamw import Place
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+from megacpt.parallel.sharded import global_offset, local_part
 
 
 def place_of(name: str, parameter: Tensor) -> Place:
@@ -29,10 +26,8 @@ def place_of(name: str, parameter: Tensor) -> Place:
     key = zlib.crc32(name.encode())
     if not isinstance(parameter, DTensor):
         return Place(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
-    whole, mesh = parameter.shape, parameter.device_mesh
-    _, offset = compute_local_shape_and_global_offset(whole, mesh, parameter.placements)
-    row = math.prod(whole[1:])
-    columns = math.prod(parameter._local_tensor.shape[1:])
+    whole, offset = parameter.shape, global_offset(parameter)
+    row, columns = math.prod(whole[1:]), math.prod(local_part(parameter).shape[1:])
     return Place(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
 
 
@@ -87,9 +82,9 @@ class AdamW:
         self._passed_by = frozenset(frozen) | {name for name, p in self.parameters.items() if p.grad is None}
         self._count(1)
         for (decay, count), names in self._groups(weight_decay).items():
-            tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
-            weights = [local(self.parameters[name]) for name in names]
-            grads = [local(self.parameters[name].grad) for name in names]
+            tensors = [[local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
+            weights = [local_part(self.parameters[name]) for name in names]
+            grads = [local_part(self.parameters[name].grad) for name in names]
             places = [self.places[name] for name in names]
             settings = (lr, betas, eps, decay, count, inverse_clip)
             adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
@@ -118,7 +113,7 @@ class AdamW:
         what one call of a kernel takes."""
         groups: dict[tuple[float, int], list[str]] = {}
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and local(parameter).numel():
+            if parameter.grad is not None and local_part(parameter).numel():
                 decay = weight_decay if name in self.decayed else 0.0
                 groups.setdefault((decay, self.count_of(name)), []).append(name)
         return groups

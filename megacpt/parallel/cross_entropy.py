@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megacpt.parallel.collectives import start_gather, start_scatter_sum
 from megacpt.parallel.gemm import OneMatrix
+from megacpt.parallel.sharded import local_part
 from megacpt.parallel.tensor import TensorAxis, Weight, replicated
 
 
@@ -36,7 +37,7 @@ def linear_cross_entropy(
         target: int64 [T], -100 without label. vocab_size: the true size; padding rows get no probability.
         token_weights: float32 or float64 [T], the same on all tp ranks; 0 for no loss and no gradient.
     """
-    columns, gemm = _columns(head.weight._local_tensor, vocab_size, axis.group), OneMatrix(axis.gemm, head.name)
+    columns, gemm = _columns(local_part(head.weight), vocab_size, axis.group), OneMatrix(axis.gemm, head.name)
     ranks, local = _ranks(axis.group), replicated(head.weight)
     return head_and_loss(x, local, target, *columns, token_weights, ranks, scale=scale, backend=backend, gemm=gemm)
 
@@ -65,7 +66,7 @@ def _label_logits(
     x: Tensor, head: Weight, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_lse`, over the vocabulary of all tp ranks."""
-    local, gemm = head.weight._local_tensor, OneMatrix(axis.gemm, head.name)
+    local, gemm = local_part(head.weight), OneMatrix(axis.gemm, head.name)
     columns = _columns(local, vocab_size, axis.group)
     return linear_lse(x, local, target, *columns, _ranks(axis.group), backend=backend, gemm=gemm)
 

@@ -1,4 +1,4 @@
-"""FSDP2: what is sharded how, and when gradients are reduced. Everything that needs its insides stands here.
+"""FSDP2: what is sharded how, and when gradients are reduced. What its insides are called stands in compat.py.
 
 Autograd's own end of backward never ends a step: with a pipeline many backwards run, and with a split backward the last
 gradients come outside autograd. `take_gradients` and `finish` do it by hand, as torch's pipelining does.
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from megacpt.compat import end_fsdp_backward, fsdp_groups
 from megacpt.parallel.mesh import Mesh
 
 
@@ -64,7 +65,7 @@ def free_after_backward(modules: Iterable[FSDPModule]) -> None:
 def take_gradients(modules: Iterable[FSDPModule]) -> None:
     """Accumulates, and reduces if `sync_gradients` said so, gradients that came outside autograd."""
     for module in modules:
-        for group in _groups(module):
+        for group in fsdp_groups(module):
             group.post_backward()
 
 
@@ -73,7 +74,7 @@ def finish(root: FSDPModule, blocks: list[FSDPModule], how: Sharding) -> None:
     sync_gradients([*blocks, root], True)
     free_after_backward([*blocks, root])
     root.set_is_last_backward(True)
-    root._get_fsdp_state()._root_post_backward_final_callback()
+    end_fsdp_backward(root)
     root.set_is_last_backward(False)
     for module in [*blocks, root]:
         module.set_requires_gradient_sync(False, recurse=False)
@@ -84,11 +85,3 @@ def free_weights(modules: Iterable[FSDPModule]) -> None:
     """After a forward without backward."""
     for module in modules:
         module.reshard()
-
-
-def _groups(module: FSDPModule) -> list:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch 2.11
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return groups

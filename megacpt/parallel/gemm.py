@@ -7,15 +7,14 @@ keep what it measures of each (scales of FP8), and with all tensors that the lin
 gets a gradient. Products whose tensors are partial sums over tp stay partial: who calls sums them, as those of the plain product.
 """
 
-import functools
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 import torch.distributed as dist
 from megacpt_kernels.gemm import TORCH_GEMM, TorchGemm
 from torch import Tensor
+
+from megacpt.compat import symmetric_memory
 
 
 class Operand(NamedTuple):
@@ -91,12 +90,12 @@ class PlainGemm:
     def gathered_forward(
         self, x: Tensor, ws: Sequence[Operand], biases: Sequence[Tensor | None], group: dist.ProcessGroup
     ) -> tuple[Tensor, ...]:
-        fused, weights = _fused("fused_all_gather_matmul"), [w.parts[0].t() for w in ws]
+        fused, weights = symmetric_memory("fused_all_gather_matmul"), [w.parts[0].t() for w in ws]
         out = fused(x.contiguous(), weights, 0, group.group_name, return_A=False)[1]
         return tuple(y if bias is None else y + bias for y, bias in zip(out, biases, strict=True))
 
     def summed_forward(self, x: Tensor, w: Operand, group: dist.ProcessGroup) -> Tensor:
-        fused = _fused("fused_matmul_reduce_scatter")
+        fused = symmetric_memory("fused_matmul_reduce_scatter")
         return fused(x.contiguous(), w.parts[0].t(), "sum", 0, group.group_name)
 
     def state(self) -> dict[str, Tensor]:
@@ -121,10 +120,3 @@ class OneMatrix(TorchGemm):
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
         (gradient,) = self.gemm.weight_gradient(dy, x, Operand(self.name, (weight,)), (True,), into)
         return gradient
-
-
-@functools.cache
-def _fused(name: str) -> Callable:
-    """An operation of torch's symmetric memory. torch 2.11 registers them with their module, which nothing else imports."""
-    importlib.import_module("torch.distributed._symmetric_memory")
-    return getattr(torch.ops.symm_mem, name)

@@ -27,6 +27,7 @@ from megacpt.family.base import Parameter
 from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
 from megacpt.parallel.gemm import PLAIN, Gemm, Operand
 from megacpt.parallel.recompute import KEEP_ALL, Kept
+from megacpt.parallel.sharded import Placing, is_replicated, local_part, placing_of
 
 
 class Weight(nn.Module):
@@ -175,7 +176,7 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     Returns:
         [t, h].
     """
-    rows = rows_of(ids, replicated(weight), group.rank() * weight._local_tensor.shape[0], backend=backend)
+    rows = rows_of(ids, replicated(weight), group.rank() * local_part(weight).shape[0], backend=backend)
     return _ScatterSum.apply(rows, group)
 
 
@@ -237,14 +238,14 @@ class _Column(torch.autograd.Function):
         count = sum(linears.counts)
         weights, biases = tensors[:count], tensors[count:]
         rows_of = zip(biases, linears.split(linears.rows), strict=True)
-        local = [weight._local_tensor[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
-        shifts = [None if bias is None else bias._local_tensor[rows[0]] for bias, rows in rows_of]
+        local = [local_part(weight)[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
+        shifts = [None if bias is None else local_part(bias)[rows[0]] for bias, rows in rows_of]
         ctx.wanted = linears.split(ctx.needs_input_grad[6 : 6 + count])
         ctx.bias_places = [
-            (bias._spec, bias._local_tensor.shape) if wanted else None
+            placing_of(bias) if wanted else None
             for bias, wanted in zip(biases, ctx.needs_input_grad[6 + count :], strict=True)
         ]
-        ctx.places = [(weight._spec, weight._local_tensor.shape) for weight in weights]
+        ctx.places = [placing_of(weight) for weight in weights]
         ctx.axis, ctx.linears, ctx.later = axis, linears, later
         ctx.weights = weights if later is not None else None
         ctx.save_for_backward(x if _any(ctx.wanted) else None, *local)
@@ -292,7 +293,7 @@ def _any(wanted: Sequence[Sequence[bool]]) -> bool:
 
 
 def _weight_gradients(
-    gemm: Gemm, x: Tensor, dy: Tensor, operand: Operand, wanted: list[bool], rows: list[slice], places: list
+    gemm: Gemm, x: Tensor, dy: Tensor, operand: Operand, wanted: list[bool], rows: list[slice], places: list[Placing]
 ) -> list[DTensor | None]:
     """Of each part of a linear, as that of the parameter."""
     gradients = gemm.weight_gradient(dy, x, operand, wanted) if any(wanted) else [None] * len(rows)
@@ -302,13 +303,12 @@ def _weight_gradients(
     ]
 
 
-def _placed(gradient: Tensor, part: slice, place: tuple) -> DTensor:
+def _placed(gradient: Tensor, part: slice, place: Placing) -> DTensor:
     """The gradient of the rows `part` as that of the parameter."""
-    spec, shape = place
-    if gradient.shape != shape:  # rows of other ranks: their gradients come from there
-        gradient, used = gradient.new_zeros(shape), gradient
+    if gradient.shape != place.local_shape:  # rows of other ranks: their gradients come from there
+        gradient, used = gradient.new_zeros(place.local_shape), gradient
         gradient[part] = used
-    return DTensor(gradient, spec, requires_grad=False)
+    return place.wrap(gradient)
 
 
 class _Row(torch.autograd.Function):
@@ -324,8 +324,8 @@ class _Row(torch.autograd.Function):
         last: bool,
         *weights,
     ):
-        local = [weight._local_tensor[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
-        ctx.places = [(weight._spec, weight._local_tensor.shape) for weight in weights]
+        local = [local_part(weight)[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
+        ctx.places = [placing_of(weight) for weight in weights]
         ctx.axis, ctx.linears, ctx.later, ctx.before = axis, linears, later, before
         ctx.weights, ctx.wanted = weights if later is not None else None, ctx.needs_input_grad[7:]
         ctx.save_for_backward(x if any(ctx.wanted) else None, *local)
@@ -367,19 +367,19 @@ class _ScatterSum(torch.autograd.Function):
 class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: DTensor):
-        ctx.spec = weight._spec
-        return weight._local_tensor.view_as(weight._local_tensor)
+        ctx.place, local = placing_of(weight), local_part(weight)
+        return local.view_as(local)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+        return ctx.place.wrap(grad.contiguous())
 
 
 def sum_replicated_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sums over tp the gradients of parameters that tp replicates: after FSDP's reduction, once a step, in one bucket."""
     if group.size() == 1:
         return
-    grads = [p.grad._local_tensor for p in parameters if p.grad is not None and p.placements[-1].is_replicate()]
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None and is_replicated(p)]
     if grads:
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat, group=group)

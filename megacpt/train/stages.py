@@ -15,6 +15,7 @@ from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import disk_told
+from megacpt.parallel.sharded import local_part
 from megacpt.survive.health import check_finite
 from megacpt.train.job import SNAPSHOTS, Run, measure, saved, slow_phase, state_of
 
@@ -175,7 +176,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
         return
     parameters = run.optimizer.parameters
     tensors = tensors_of(parameters, None)
-    last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
+    last = {name: local_part(p).detach().clone() for name, p in parameters.items()}
     losses = {"last": _losses(run, index)}
     with slow_phase(run, "save"):
         run.saver.wait()  # its thread talks on the group that is used here
@@ -187,7 +188,7 @@ def average_stage(run: Run, index: int, number: int) -> None:
         save(output, tensors, state_of(run, number), facts, run.saver.group, run.saver.how, fence=run.saver.fence)
     losses["average"] = _losses(run, index)
     for name, parameter in parameters.items():
-        parameter._local_tensor.detach().copy_(last[name])
+        local_part(parameter).detach().copy_(last[name])
     means = {which: sum(values.values()) / max(1, len(values)) for which, values in losses.items()}
     known = {which: mean for which, mean in means.items() if math.isfinite(mean)}
     better = min(known, key=known.get) if known and any(losses.values()) else "unknown"

@@ -17,6 +17,7 @@ from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
+from megacpt.parallel.sharded import local_part
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def train_step(
 
 def _first_gradient(optimizer: AdamW) -> Tensor:
     grads = (parameter.grad for parameter in optimizer.parameters.values() if parameter.grad is not None)
-    return next(local for grad in grads if (local := grad._local_tensor).numel())
+    return next(part for grad in grads if (part := local_part(grad)).numel())
 
 
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -32,8 +32,8 @@ def products_of_a_step(around: str, **degrees) -> dict[str, int]:
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
     from megacpt.data.loader import Batch, StepCounts
-    from megacpt.model.build import build_model, sharding_of
     from megacpt.family.read import parse_config
+    from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.inputs import to_inputs

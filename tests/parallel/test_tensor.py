@@ -91,7 +91,7 @@ def test_the_fused_products_are_registered_before_they_are_used(monkeypatch):
     """torch 2.11 registers them when their module is imported, later versions sooner: here nothing is there before."""
     from types import SimpleNamespace
 
-    from megacpt.parallel import gemm
+    from megacpt import compat
 
     there = SimpleNamespace()
 
@@ -100,8 +100,8 @@ def test_the_fused_products_are_registered_before_they_are_used(monkeypatch):
         there.fused_all_gather_matmul = "the operation"
 
     monkeypatch.setattr(torch.ops, "symm_mem", there)
-    monkeypatch.setattr(gemm.importlib, "import_module", register)
-    assert gemm._fused.__wrapped__("fused_all_gather_matmul") == "the operation"
+    monkeypatch.setattr(compat.importlib, "import_module", register)
+    assert compat.symmetric_memory("fused_all_gather_matmul") == "the operation"
 
 
 def test_symmetric_memory_needs_gpus(mesh):
