@@ -65,6 +65,14 @@ def fsdp_groups(module: FSDPModule) -> list:
     return groups
 
 
+def reread_fsdp_parameters(module: FSDPModule) -> None:
+    """After parameters of a sharded module got another type, or others need a gradient. It reads both once, at the first forward."""
+    for group in fsdp_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.reset_sharded_param()
+        group._init_mp_dtypes()
+
+
 def end_fsdp_backward(root: FSDPModule) -> None:
     """What autograd would call at the end of a step's last backward, as torch's own pipelining does by hand."""
     root._get_fsdp_state()._root_post_backward_final_callback()

@@ -93,7 +93,8 @@ class Saver:
                 out[key] = self._staged(value, name)
                 continue
             local = local_part(value)
-            if name not in self.host or self.host[name].shape != local.shape:
+            held = self.host.get(name)
+            if held is None or (held.shape, held.dtype) != (local.shape, local.dtype):
                 self.host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self.host[name].copy_(local, non_blocking=True)
             out[key] = wrap_as(self.host[name], value) if isinstance(value, DTensor) else self.host[name]

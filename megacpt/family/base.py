@@ -230,6 +230,12 @@ class ModelConfig:
         """Name of the table that tokens are looked up in; the head's too, where they are tied."""
         return next(p.name for p in self.parameters if p.role == "lookup")
 
+    def depth(self, parameter: Parameter) -> int:
+        """Where forward first meets a parameter: the embedding -1, a layer's its number, what follows the layers their count."""
+        if parameter.layer is not None:
+            return parameter.layer
+        return -1 if parameter.role == "lookup" else self.num_hidden_layers
+
     @property
     def has_head_norms(self) -> bool:
         """Whether queries and keys are normalised head by head."""

@@ -5,6 +5,7 @@ Shapes: T tokens of a micro-batch on this cp rank (all rows one after another), 
 of this tp rank, d head_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,15 +74,20 @@ class Table:
         axis: the tensor axis that all of them are on.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions):
-        self.config, self.mesh, self.dtype, self.vocab_multiple = config, mesh.tensor, dtype, options.vocab_multiple
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype_of: Callable[[str], torch.dtype], options: ModelOptions):
+        self.config, self.mesh, self.dtype_of, self.vocab_multiple = (
+            config,
+            mesh.tensor,
+            dtype_of,
+            options.vocab_multiple,
+        )
         self.axis = TensorAxis(mesh.tensor_group, options.overlap)
         self.parameters = {parameter.name: parameter for parameter in config.parameters}
 
     def place(self, module: str) -> Weight | None:
         """For `module`.weight and .bias; None if the table has no such weight."""
         weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
-        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype) if weight else None
+        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
 
 
 class Attention(nn.Module):
@@ -170,13 +176,23 @@ class Decoder(nn.Module):
     """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
 
     Args:
-        dtype: of the parameters as made (the masters), not of the computation.
+        dtype_of: by name, of the parameters as made (masters and what needs none), not of the computation.
+
+    Attributes:
+        first_trained: the first pipeline stage that has a backward.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: PipelinePlan):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        dtype_of: Callable[[str], torch.dtype],
+        options: ModelOptions,
+        plan: PipelinePlan,
+    ):
         super().__init__()
         self.config, self.mesh, self.options, self.plan = config, mesh, options, plan
-        table = Table(config, mesh, dtype, options)
+        table = Table(config, mesh, dtype_of, options)
         self.axis = table.axis
         self.model = Trunk(table, mesh, options, plan)
         self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
@@ -184,6 +200,7 @@ class Decoder(nn.Module):
         mine = {int(layer) for layer in self.model.layers}
         missing = [p.name for p in config.parameters if p.layer in mine and p.name not in built]
         assert not missing, f"the decoder has no place for {missing}"
+        self.first_trained = 0
         self.set_rope(config.rope)
 
     def set_rope(self, rope: RopeConfig) -> None:

@@ -37,9 +37,10 @@ class AdamW:
     decayed: names of those that weight decay acts on; default the matrices.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
+    held: names of parameters that have moments; default those that need a gradient.
 
     Attributes:
-        exp_avg, exp_avg_sq: moments by name.
+        exp_avg, exp_avg_sq: moments by name, of what is or was trained.
         num_updates: updates so far. missed: how many of them passed a parameter by, for those that any did; also for parameters of other
             pipeline ranks, so that every rank can save and any layout can load it.
     """
@@ -51,16 +52,25 @@ class AdamW:
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         decayed: Collection[str] | None = None,
+        held: Collection[str] | None = None,
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
         self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
-        zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
-        self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
-        self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
+        self.state_dtype = state_dtype
+        self.exp_avg: dict[str, Tensor] = {}
+        self.exp_avg_sq: dict[str, Tensor] = {}
+        self.hold([name for name, p in parameters.items() if p.requires_grad] if held is None else held)
         self.places = {name: place_of(name, p) for name, p in parameters.items()}
         self.num_updates = 0
         self.missed: dict[str, int] = {}
         self._passed_by: frozenset[str] = frozenset()
+
+    def hold(self, names: Collection[str]) -> None:
+        """These parameters have moments from now on: zeros, where they had none."""
+        for name, parameter in self.parameters.items():  # in one order on all ranks
+            if name in names and name not in self.exp_avg:
+                zeros = functools.partial(torch.zeros_like, parameter, requires_grad=False, dtype=self.state_dtype)
+                self.exp_avg[name], self.exp_avg_sq[name] = zeros(), zeros()
 
     @torch.no_grad()
     def step(

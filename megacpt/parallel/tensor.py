@@ -40,22 +40,30 @@ class Weight(nn.Module):
     """
 
     def __init__(
-        self, weight: Parameter, bias: Parameter | None, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype
+        self,
+        weight: Parameter,
+        bias: Parameter | None,
+        vocab_multiple: int,
+        mesh: DeviceMesh,
+        dtype_of: Callable[[str], torch.dtype],
     ):
         super().__init__()
         self.name, self.rows = weight.name.removesuffix(".weight"), slice(None)
         if weight.repeated and weight.is_whole(mesh.size()):
             unit = mesh.get_local_rank() // (mesh.size() // weight.units) * weight.unit
             self.rows = slice(unit, unit + weight.unit)
-        self.weight = _empty(weight, vocab_multiple, mesh, dtype)
-        self.register_parameter("bias", None if bias is None else _empty(bias, vocab_multiple, mesh, dtype))
+        empty = partial(_empty, vocab_multiple=vocab_multiple, mesh=mesh, dtype_of=dtype_of)
+        self.weight = empty(weight)
+        self.register_parameter("bias", None if bias is None else empty(bias))
 
     def parts(self) -> list[tuple[DTensor, slice]]:
         """What a `Gemm` multiplies by, and the rows of each local tensor that this rank uses."""
         return [(self.weight, self.rows)]
 
 
-def _empty(parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Parameter:
+def _empty(
+    parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype_of: Callable[[str], torch.dtype]
+) -> nn.Parameter:
     """On the meta device, placed as the table says."""
     local, size = list(parameter.padded(vocab_multiple)), mesh.size()
     placement: Placement = Replicate()
@@ -63,7 +71,7 @@ def _empty(parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype: t
         placement = Shard(1 if parameter.split == "row" else 0)
         assert local[placement.dim] % size == 0, f"{parameter.name} {local} on {size} tp ranks"
         local[placement.dim] //= size
-    empty = torch.empty(local, dtype=dtype, device="meta")
+    empty = torch.empty(local, dtype=dtype_of(parameter.name), device="meta")
     return nn.Parameter(DTensor.from_local(empty, mesh, [placement], run_check=False))
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megacpt import heartbeat, log
-from megacpt.checkpoint.load import load
+from megacpt.checkpoint.load import load_training
 from megacpt.checkpoint.manifest import directory_name
-from megacpt.checkpoint.save import mend, tensors_of
+from megacpt.checkpoint.save import mend
 from megacpt.config.clock import Step
 from megacpt.config.model import config_in_stage, frozen_names
 from megacpt.config.recipe import Recipe
@@ -28,6 +28,7 @@ from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import DISK_ERRORS, disk_told
 from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
+from megacpt.optim.trainable import set_trainable
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
 from megacpt.survive import watchdog
 from megacpt.survive.health import Stragglers, check_finite, check_replicas, limits
@@ -38,7 +39,7 @@ from megacpt.train.metrics import Console, StepMetrics, memory_gib
 from megacpt.train.profile import Profiler
 from megacpt.train.recover import Rollback, go_back, judged
 from megacpt.train.stages import adjust_mixture, average_stage, mixture_is_due, pass_gates, snapshot, take_baseline
-from megacpt.train.start import build, open_run
+from megacpt.train.start import build, held_exactly, open_run, trainable_of
 from megacpt.train.step import Update, train_step
 
 
@@ -143,9 +144,9 @@ def _relayout(run: Run, index: int, number: int) -> None:
     run.phase = "start"
     restart_process_group(device, f"layout{index}", run.recipe.health.start_timeout_seconds)
     allowed(run.recipe, run.phase)
-    run.model, run.optimizer = build(run.recipe, stage, config, compute, device)
-    load(path, tensors_of(run.optimizer.parameters, run.optimizer))
-    run.optimizer.restore(*counts)
+    exact = held_exactly(run.recipe, path, "resume", compute)
+    run.model, run.optimizer = build(run.recipe, index, config, compute, device, exact)
+    load_training(path, run.optimizer, *counts)
     run.open_saver()
     run.facts["layout"] = str(run.model.mesh.layout)
     run.directory.event("layout", number, run.clock.tokens_at(number), before=str(old), after=run.facts["layout"])
@@ -356,6 +357,7 @@ def _enter_stage(run: Run, index: int) -> None:
     """Rotary embedding and checkpointing of a stage; changes of the rotary embedding hold on through later stages."""
     config = config_in_stage(run.model.config, run.recipe.stages, index)
     run.model.set_rope(config.rope)
+    set_trainable(run.model, run.optimizer, trainable_of(run.recipe, index, run.model.config))
     run.model.set_activation_checkpointing(run.recipe.parallel_of(run.recipe.stages[index]).activation_checkpointing)
     first = run.clock.stage_first_token[index]
     run.directory.event(

@@ -13,24 +13,23 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.export import HUGGING_FACE
-from megacpt.checkpoint.load import load
+from megacpt.checkpoint.load import load_training, stored_dtypes
 from megacpt.checkpoint.manifest import State, newest_sound
-from megacpt.checkpoint.save import tensors_of
 from megacpt.config.clock import Clock
 from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.model import load_model_config, with_rope
+from megacpt.config.model import frozen_names, load_model_config, with_rope
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.trainable import Trainable, trainable_in
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.family.base import ModelConfig
 from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
-from megacpt.model.build import build_model, chosen_kernels, sharding_of
+from megacpt.model.build import build_model, chosen_kernels, master_dtype, sharding_of
 from megacpt.model.decoder import Decoder, ModelOptions
-from megacpt.model.hf import copy_side_files, initialize, load_pretrained
+from megacpt.model.hf import DTYPES, Weights, copy_side_files, initialize, load_pretrained
 from megacpt.model.split import plan_pipeline
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.consensus import agree
@@ -90,9 +89,10 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
         )
         if start.state:
             _check_config(recipe, directory, config)
-        first = recipe.stages[clock.step(min(clock.num_steps, start.step + 1)).stage]
-        model, optimizer = build(recipe, first, config, compute, device)
+        first = clock.step(min(clock.num_steps, start.step + 1)).stage
         try:
+            exact = held_exactly(recipe, start.path, start.mode, compute)
+            model, optimizer = build(recipe, first, config, compute, device, exact)
             _fill(recipe, directory, model, optimizer, config, compute, start)
             break
         except CheckpointError as error:  # on all ranks, whoever read what is damaged
@@ -158,11 +158,44 @@ def _find_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], agai
     return Start(mode, *found[:2])
 
 
+def held_exactly(recipe: Recipe, checkpoint: Path | None, mode: str, compute: torch.dtype) -> frozenset[str]:
+    """Parameters that what they are read from holds in the type of the computation: until they are trained they need no other. From scratch
+    there are none. Collective; rank 0 looks."""
+    if compute == master_dtype(compute) or not any(stage.freeze for stage in recipe.stages):
+        return frozenset()
+    found: list[frozenset[str] | str] = [frozenset()]
+    if dist.get_rank() == 0:
+        try:
+            if checkpoint:
+                found = [names_of_type(stored_dtypes(checkpoint), compute)]
+            elif mode == "pretrained":
+                weights = Weights(recipe.model.pretrained)
+                found = [names_of_type({name: DTYPES.get(weights.dtype(name)) for name in weights.file_of}, compute)]
+        except CheckpointError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise CheckpointError(found[0])
+    return found[0]
+
+
+def names_of_type(dtypes: dict[str, torch.dtype | None], wanted: torch.dtype) -> frozenset[str]:
+    return frozenset(name for name, dtype in dtypes.items() if dtype == wanted)
+
+
+def trainable_of(recipe: Recipe, index: int, config: ModelConfig) -> Trainable:
+    return trainable_in(config, [frozen_names(stage.freeze, config) for stage in recipe.stages], index)
+
+
 def build(
-    recipe: Recipe, stage: Stage, config: ModelConfig, compute: torch.dtype, device: torch.device
+    recipe: Recipe, index: int, config: ModelConfig, compute: torch.dtype, device: torch.device, exact: frozenset[str]
 ) -> tuple[Decoder, AdamW]:
-    """Model and optimizer for a stage's layout, without values."""
-    parallel = recipe.layout_of(stage)
+    """Model and optimizer for a stage's layout, without values.
+
+    Args:
+        exact: parameters that can be held in `compute` until a stage trains them.
+    """
+    parallel, held = recipe.layout_of(recipe.stages[index]), trainable_of(recipe, index, config).held
     mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
     kernels = recipe.kernels
     options = ModelOptions(
@@ -174,11 +207,11 @@ def build(
         kernels.compile,
     )
     plan = plan_pipeline(config.num_hidden_layers, parallel)
-    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
+    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel), exact - held)
     rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
     state = torch.bfloat16 if rounded else None
     decayed = [p.name for p in config.parameters if p.decay]
-    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed, decayed)
+    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed, decayed, held)
 
 
 def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:
@@ -268,10 +301,9 @@ def _fill(
 ) -> None:
     """Weights and moments."""
     if start.state:
-        load(start.path, tensors_of(optimizer.parameters, optimizer))
+        load_training(start.path, optimizer, start.state.num_updates, start.state.missed)
         if names := not_finite(named_tensors(optimizer)):
             raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
-        optimizer.restore(start.state.num_updates, start.state.missed)
         return
     if start.mode == "pretrained":
         dtypes = load_pretrained(model, config, recipe.model.pretrained)

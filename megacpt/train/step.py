@@ -30,7 +30,7 @@ class Update:
     weight_decay: float
     clip_norm: float | None
     frozen: frozenset[str] = frozenset()
-    """Parameters that it leaves alone; their gradients do not count in the norm."""
+    """Parameters of the whole model that the stage does not train; none of them has a gradient."""
     most_loss: float = float("inf")
     most_norm: float = float("inf")
     """Above one of these the update is skipped."""
@@ -53,8 +53,6 @@ def train_step(
         asks: this rank's.
     """
     loss = accumulate(model, micro_batches, counts, reduce)[0]
-    for name in update.frozen & optimizer.parameters.keys():
-        optimizer.parameters[name].grad = None
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite()
@@ -76,7 +74,7 @@ def train_step(
 
 def _first_gradient(optimizer: AdamW) -> Tensor:
     grads = (parameter.grad for parameter in optimizer.parameters.values() if parameter.grad is not None)
-    return next(part for grad in grads if (part := local_part(grad)).numel())
+    return next((part for grad in grads if (part := local_part(grad)).numel()), torch.zeros(1))
 
 
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
