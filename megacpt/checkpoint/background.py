@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from megacpt.checkpoint.manifest import RunState
 from megacpt.checkpoint.save import save
 from megacpt.parallel.mesh import object_group
+from megacpt.parallel.sharded import local_part, wrap_as
 
 
 def _current_device() -> int | None:
@@ -91,15 +92,12 @@ class Saver:
             if isinstance(value, dict):
                 out[key] = self._staged(value, name)
                 continue
-            local = value._local_tensor if isinstance(value, DTensor) else value
-            if name not in self.host or self.host[name].shape != local.shape:
+            local = local_part(value)
+            held = self.host.get(name)
+            if held is None or (held.shape, held.dtype) != (local.shape, local.dtype):
                 self.host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self.host[name].copy_(local, non_blocking=True)
-            out[key] = (
-                DTensor(self.host[name], value._spec, requires_grad=False)
-                if isinstance(value, DTensor)
-                else self.host[name]
-            )
+            out[key] = wrap_as(self.host[name], value) if isinstance(value, DTensor) else self.host[name]
         if not path and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return out

@@ -4,7 +4,7 @@ the checkpoint's own values are merged: whatever runs, checks, evaluates or expo
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from megacpt.config.model import config_in_stage, frozen_names, with_rope
 from megacpt.config.recipe import Recipe
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
+from megacpt.config.trainable import Trainable, trainable_in
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
 
@@ -30,7 +31,7 @@ class ResolvedStage:
         reduction: when gradients are reduced.
         model: the model with the rotary embedding of this stage; changes hold on through later stages.
         schedule: of the learning rate.
-        frozen: names of the parameters that are not trained.
+        frozen: names of the parameters that are not trained; trainable: of those that are, and of those that have been.
         longest: tokens of the longest rows trained up to and in this stage.
     """
 
@@ -45,6 +46,7 @@ class ResolvedStage:
     weight_decay: float
     clip_norm: float | None
     frozen: tuple[str, ...]
+    trainable: Trainable
     longest: int
 
     @property
@@ -143,10 +145,7 @@ def resolve(
     frozen = [_collect(problems, frozen_names, stage.freeze, model) for stage in recipe.stages]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), "the recipe")
-    stages = [
-        _resolve_stage(recipe, i, config, tuple(names))
-        for i, (config, names) in enumerate(zip(configs, frozen, strict=True))
-    ]
+    stages = [_resolve_stage(recipe, i, config, frozen) for i, config in enumerate(configs)]
     return RunPlan(recipe, base, model, tuple(stages), world_size, files or {}, weights or {})
 
 
@@ -159,7 +158,7 @@ def _collect(problems: list[str], function: Callable[..., Any], *arguments: Any)
         return None
 
 
-def _resolve_stage(recipe: Recipe, index: int, model: ModelConfig, frozen: tuple[str, ...]) -> ResolvedStage:
+def _resolve_stage(recipe: Recipe, index: int, model: ModelConfig, frozen: Sequence[Sequence[str]]) -> ResolvedStage:
     stage, optimizer = recipe.stages[index], recipe.optimizer
     parallel = parallel_in(recipe, stage)
     return ResolvedStage(
@@ -173,7 +172,8 @@ def _resolve_stage(recipe: Recipe, index: int, model: ModelConfig, frozen: tuple
         optimizer.eps,
         optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay,
         optimizer.clip_norm if stage.clip_norm is None else stage.clip_norm,
-        frozen,
+        tuple(frozen[index]),
+        trainable_in(model, frozen, index),
         max(each.seq_len for each in recipe.stages[: index + 1]),
     )
 

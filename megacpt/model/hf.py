@@ -15,8 +15,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES
@@ -26,6 +24,7 @@ from megacpt.family.read import exported_config
 from megacpt.files import new_folder, write_atomically
 from megacpt.model.base_files import KEPT_FILES, side_files
 from megacpt.parallel.finite import not_finite
+from megacpt.parallel.sharded import global_offset, local_part
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 MAX_SHARD_BYTES = 5 * 10**9
@@ -178,7 +177,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path
     return {name: reader.dtype(name) for name in true_shapes}
 
 
-def stored_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
+def pretrained_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
     """The type of each tensor of a Hugging Face directory, for an export that gives it back.
 
     Raises:
@@ -206,10 +205,7 @@ def _told_of_values(reader: PretrainedReader, names: list[str], dtype: torch.dty
 
 def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> None:
     """Copies this rank's part of a tensor of `true_shape`; what lies beyond it (vocabulary padding) becomes zero."""
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-    offset: tuple[int, ...] = (0,) * local.ndim
-    if isinstance(parameter, DTensor):
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local, offset = local_part(parameter), global_offset(parameter)
     sizes = [max(0, min(size, true - at)) for size, true, at in zip(local.shape, true_shape, offset, strict=True)]
     local.zero_()
     if all(sizes):

@@ -13,9 +13,10 @@ from torch import Tensor
 from megacpt.config.sections.health import Health
 from megacpt.errors import NumbersError, ReplicaError
 from megacpt.model.decoder import Decoder
-from megacpt.optim.adamw import AdamW, local
+from megacpt.optim.adamw import AdamW
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.sharded import is_replicated, local_part
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def check_finite(optimizer: AdamW, step: int) -> None:
 
 def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
     """By name of each tensor that this rank holds a part of: a checksum of its bits, int64 scalars on the device."""
-    return {name: checksum(local(tensor).detach()) for name, tensor in named_tensors(optimizer).items()}
+    return {name: checksum(local_part(tensor).detach()) for name, tensor in named_tensors(optimizer).items()}
 
 
 def named_tensors(optimizer: AdamW) -> dict[str, Tensor]:
@@ -101,7 +102,7 @@ def check_replicas(optimizer: AdamW, model: Decoder, step: int) -> None:
         ReplicaError: on all ranks, naming tensors and the ranks that differ from the others.
     """
     mesh, sums = model.mesh, weight_sums(optimizer)
-    replicated = [name for name in sums if _is_replicated(optimizer, name)]
+    replicated = [name for name in sums if is_replicated(optimizer.parameters[name.partition(".")[2]])]
     tied = [name for name in sums if name.partition(".")[2] == model.config.embedding]
     shared = [(mesh.groups["dp_replicate"], list(sums)), (mesh.groups["tp"], replicated)]
     if mesh.ends is not None and model.config.tie_word_embeddings and model.plan.splits_ends and tied:
@@ -141,11 +142,6 @@ def _any(flag: bool, mesh: Mesh) -> bool:
     found = torch.tensor(float(flag), device=mesh.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
-
-
-def _is_replicated(optimizer: AdamW, name: str) -> bool:
-    """Whether every tp rank holds the whole of a tensor."""
-    return optimizer.parameters[name.partition(".")[2]].placements[-1].is_replicate()
 
 
 class Stragglers:

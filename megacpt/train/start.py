@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megacpt import log
-from megacpt.checkpoint.load import load
+from megacpt.checkpoint.load import load_training
 from megacpt.checkpoint.manifest import RunState, newest_sound
-from megacpt.checkpoint.save import tensors_of
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.model import load_base_config, with_rope
@@ -45,14 +44,14 @@ from megacpt.model.base_files import (
 )
 from megacpt.model.build import chosen_kernels
 from megacpt.model.decoder import Decoder
-from megacpt.model.hf import copy_side_files, initialize, load_pretrained, stored_dtypes
+from megacpt.model.hf import copy_side_files, initialize, load_pretrained, pretrained_dtypes
 from megacpt.optim.adamw import AdamW
 from megacpt.parallel.consensus import agree, ask_rank_0, gather
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import picture
 from megacpt.survive.health import Stragglers, named_tensors
 from megacpt.survive.run_directory import RunDirectory
-from megacpt.train.build import build, set_up_stage
+from megacpt.train.build import build, held_exactly, set_up_stage
 from megacpt.train.metrics import StepMetrics, TensorBoard, event_file, peak_flops
 from megacpt.train.profile import Profiler
 from megacpt.train.session import Session
@@ -103,8 +102,10 @@ def open_session(
         following = next(timeline(recipe, clock, state.position), None)
         stage = plan.stages[following.stage if following else -1]
         keep_base(plan, directory, start.mode, compute)
-        model, optimizer = build(plan, stage, compute, device)
+        model = optimizer = None
         try:
+            exact = held_exactly(plan, start.path, compute)
+            model, optimizer = build(plan, stage, compute, device, exact)
             fill(plan, directory, model, optimizer, start)
             break
         except CheckpointError as error:  # on all ranks, whoever read what is damaged
@@ -112,7 +113,7 @@ def open_session(
                 raise
             log.warn(f"skipped a damaged checkpoint: {error}")
             damaged.add(start.step)
-            model = optimizer = None
+            del model, optimizer
             gc.collect()
     set_up_stage(model, optimizer, stage)
     facts = facts_of(plan, start, model, kernels)
@@ -289,7 +290,7 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
         if mode != "resume":
             copy_side_files(model.pretrained, model.tokenizer or model.pretrained, side)
             if mode == "pretrained":
-                dtypes = stored_dtypes(plan.base, model.pretrained)
+                dtypes = pretrained_dtypes(plan.base, model.pretrained)
             else:
                 name = "bfloat16" if compute == torch.bfloat16 else "float32"
                 dtypes = dict.fromkeys(plan.base.shapes(), name)
@@ -304,10 +305,9 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
 def fill(plan: RunPlan, directory: RunDirectory, model: Decoder, optimizer: AdamW, start: Start) -> None:
     """Weights and moments. Collective."""
     if start.state:
-        load(start.path, tensors_of(optimizer.parameters, optimizer))
+        load_training(start.path, optimizer, start.state.num_updates, start.state.missed)
         if names := not_finite(named_tensors(optimizer)):
             raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
-        optimizer.restore(start.state.num_updates, start.state.missed)
     elif start.mode == "pretrained":
         load_pretrained(model, plan.model, plan.recipe.model.pretrained)
     else:

@@ -16,6 +16,7 @@ from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
+from megacpt.parallel.sharded import local_part
 from megacpt.survive.health import StepStats
 
 
@@ -29,7 +30,7 @@ class Update:
     weight_decay: float
     clip_norm: float | None
     frozen: frozenset[str] = frozenset()
-    """Parameters that it leaves alone; their gradients do not count in the norm."""
+    """Parameters of the whole model that the stage does not train; none of them has a gradient."""
     max_loss: float = float("inf")
     max_grad_norm: float = float("inf")
     """Above one of these the update is skipped."""
@@ -79,8 +80,6 @@ def train_step(
         signals: this rank's.
     """
     loss = accumulate(model, batch.micro_batches, batch.counts, reduction)[0]
-    for name in update.frozen & optimizer.parameters.keys():
-        optimizer.parameters[name].grad = None
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.max_loss) & (norm <= update.max_grad_norm) & loss.isfinite()
@@ -103,7 +102,7 @@ def train_step(
 
 def _first_gradient(optimizer: AdamW) -> Tensor:
     grads = (parameter.grad for parameter in optimizer.parameters.values() if parameter.grad is not None)
-    return next(local for grad in grads if (local := grad._local_tensor).numel())
+    return next((part for grad in grads if (part := local_part(grad)).numel()), torch.zeros(1))
 
 
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@ gradient; and what each comparison must see."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,7 +185,12 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 def without_biases(monkeypatch) -> None:
     original = decoder.column_parallel
-    monkeypatch.setattr(decoder, "column_parallel", lambda *args, **more: original(*args[:6], **more))
+
+    def column_parallel(x, places, *args, **more):
+        bare = [SimpleNamespace(name=place.name, parts=place.parts, bias=None) for place in places]
+        return original(x, bare, *args, **more)
+
+    monkeypatch.setattr(decoder, "column_parallel", column_parallel)
 
 
 def without_head_norms(monkeypatch) -> None:

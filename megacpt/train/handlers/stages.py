@@ -4,13 +4,12 @@ import gc
 from dataclasses import replace
 
 from megacpt import log
-from megacpt.checkpoint.load import load
+from megacpt.checkpoint.load import load_training
 from megacpt.checkpoint.manifest import directory_name
-from megacpt.checkpoint.save import tensors_of
 from megacpt.config.resolve import ResolvedStage
 from megacpt.config.timeline import Event
 from megacpt.parallel.mesh import picture, restart_process_group
-from megacpt.train.build import build, set_up_stage
+from megacpt.train.build import build, held_exactly, set_up_stage
 from megacpt.train.saving import report_finished_saves, save_checkpoint
 from megacpt.train.session import Session
 
@@ -46,12 +45,10 @@ def change_layout(session: Session, stage: ResolvedStage) -> None:
     gc.collect()
     restart_process_group(device, f"layout{stage.index}", session.plan.recipe.health.start_timeout_seconds)
     session.enter_phase("start")
-    session.model, session.optimizer = build(session.plan, stage, compute, device)
-    load(
-        session.directory.checkpoints / directory_name(step),
-        tensors_of(session.optimizer.parameters, session.optimizer),
-    )
-    session.optimizer.restore(*counts)
+    path = session.directory.checkpoints / directory_name(step)
+    exact = held_exactly(session.plan, path, compute)
+    session.model, session.optimizer = build(session.plan, stage, compute, device, exact)
+    load_training(path, session.optimizer, *counts)
     session.open_saver()
     after = session.model.mesh.layout
     session.directory.change_facts(layout=str(after))

@@ -13,6 +13,7 @@ from megacpt.config.decisions import AverageDecision
 from megacpt.config.resolve import ResolvedStage
 from megacpt.config.timeline import Event, last_step
 from megacpt.errors import NumbersError, SaveError
+from megacpt.parallel.sharded import local_part
 from megacpt.survive.health import check_finite
 from megacpt.survive.run_directory import SNAPSHOTS, plain_numbers
 from megacpt.train.saving import is_saved, save_checkpoint
@@ -67,12 +68,12 @@ def average(session: Session, event: Event) -> None:
     if not steps:
         log.warn(f"{folder}: holds no snapshot of stage {stage.name}; nothing is averaged")
         return
-    last = {name: p._local_tensor.detach().clone() for name, p in parameters.items()}
+    last = {name: local_part(p).detach().clone() for name, p in parameters.items()}
     losses = {"last": rounded_losses(session)}
     write_average(session, event, [folder / directory_name(step) for step in steps], steps)
     losses["average"] = rounded_losses(session)
     for name, parameter in parameters.items():
-        parameter._local_tensor.detach().copy_(last[name])
+        local_part(parameter).detach().copy_(last[name])
     means = {which: sum(values.values()) / max(1, len(values)) for which, values in losses.items()}
     known = {which: mean for which, mean in means.items() if math.isfinite(mean)}
     better = min(known, key=known.__getitem__) if known and any(losses.values()) else "unknown"
