@@ -116,7 +116,7 @@ def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -
 def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
     """Raises DataError for damaged data, ConfigError if this process may not open so many files."""
     prefixes = {name: expand_paths(recipe.data[name].paths) for name in names}
-    if problems := make_room_for(sum(map(len, prefixes.values()))):
+    if problems := make_room_for([prefix for found in prefixes.values() for prefix in found]):
         raise ConfigError(problems)
     return {name: DomainData(found) for name, found in prefixes.items()}
 

@@ -259,14 +259,14 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
 def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
-    num_sets = 0
+    prefixes: list[str] = []
     for name, domain in recipe.data.items():
         try:
             manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
         except MegacptError as error:
             report.problems.append(f"data.{name}: {error}")
             continue
-        num_sets += len(manifests)
+        prefixes += expand_paths(domain.paths)
         for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
             known = list(manifest.get("labels", {}).get("names", {}))
             unknown = [label for label in domain.labels if label not in known]
@@ -302,7 +302,7 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
                 f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
                 "id beyond it stops the run."
             )
-    report.problems += make_room_for(num_sets)
+    report.problems += make_room_for(prefixes)
     return tokens
 
 
