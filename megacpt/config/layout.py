@@ -1,6 +1,7 @@
 """How ranks are laid out: degrees of the parallel axes for a world size, and the arithmetic when they do not fit."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megacpt.config.stage import Parallel
@@ -62,3 +63,8 @@ def resolve_layout(parallel: Parallel, world_size: int) -> Layout:
 def token_unit(tensor: int, context: int) -> int:
     """What the tokens of a micro-batch must be a multiple of: 2 chunks a context rank, each rank's tokens over tensor."""
     return math.lcm(2 * context, context * tensor) if context > 1 else tensor
+
+
+def least_world_size(layouts: Iterable[Parallel]) -> int:
+    """The fewest processes on which every stage of a recipe can have its layout, `data_shard = "auto"` counting as 1."""
+    return math.lcm(*(p.tensor * p.context * p.pipeline * p.data_replicate * (p.data_shard or 1) for p in layouts))

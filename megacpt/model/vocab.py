@@ -11,7 +11,7 @@ from torch import Tensor
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.vocabulary import moved_ids
 from megacpt.errors import ConfigError
-from megacpt.model.config import read_config
+from megacpt.family.read import read_config
 from megacpt.model.hf import Weights, check_names, write_pretrained
 
 

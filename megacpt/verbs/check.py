@@ -1,0 +1,45 @@
+"""Validate a recipe and print the resolved run."""
+
+import os
+from argparse import ArgumentParser, Namespace
+
+from megacpt.errors import ConfigError
+from megacpt.files import write_atomically
+from megacpt.verbs.common import add_recipe, load
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_recipe(parser)
+    add = parser.add_argument
+    add("--world-size", type=int, help="processes (default: the product of the recipe's degrees)")
+    add("--no-files", action="store_true", help="do not read model files and data")
+    add(
+        "--device-memory",
+        type=float,
+        default=79.1,
+        metavar="GIB",
+        help="of one card, which every stage must fit (default: 79.1, an 80 GB card; an H200 has 139.8)",
+    )
+    add("--timeline", action="store_true", help="print what happens after which step")
+    add("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
+
+
+def run(options: Namespace) -> None:
+    from megacpt.config.layout import least_world_size
+    from megacpt.plan.check import check, schedule_svg
+
+    recipe = load(options)
+    launched = int(os.environ.get("WORLD_SIZE", "0"))
+    world_size = options.world_size or launched or least_world_size(recipe.layouts.values())
+    report = check(recipe, world_size, not options.no_files, options.device_memory)
+    if report.problems:
+        raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
+    print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    if options.timeline:
+        from megacpt.config.clock import Clock
+        from megacpt.config.timeline import folded, timeline
+
+        print("\n".join(folded(timeline(recipe, Clock(recipe)), recipe)))
+    if options.schedule_picture:
+        write_atomically(options.schedule_picture, schedule_svg(recipe, world_size, files=not options.no_files))
+        print(f"written {options.schedule_picture}")

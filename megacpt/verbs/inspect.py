@@ -1,0 +1,38 @@
+"""Show the exact global batch of a step, with what the run has decided so far."""
+
+from argparse import ArgumentParser, Namespace
+
+from megacpt.verbs.common import add_recipe, load, require_no_problems
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--step", type=int, required=True, help="step number, from 1")
+    parser.add_argument("--decode", action="store_true", help="print the text of every document in the batch")
+    parser.add_argument("--output", metavar="FILE.npz", help="write the arrays")
+
+
+def run(options: Namespace) -> None:
+    from megacpt.plan.inspect import documents_of, inspect_step, save_batch
+
+    recipe = load(options)
+    require_no_problems(recipe, options.recipe, 1)
+    found = inspect_step(recipe, options.step)
+    step, batch = found.step, found.batch
+    counts = {name: batch.domain.count(name) for name in recipe.stages[step.stage].mixture}
+    print(
+        f"step {step.number}, stage {recipe.stages[step.stage].name}: {step.rows} rows of {step.seq_len}, tokens "
+        f"{step.tokens_before:,} to {step.tokens_after:,}, {len(batch.document_starts)} documents, "
+        f"{(batch.labels >= 0).sum():,} labels, rows by domain {counts}"
+    )
+    if options.decode:
+        from megacpt.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(recipe.model.tokenizer or recipe.model.pretrained)
+        for row, (pick, documents) in enumerate(zip(found.picks, documents_of(batch), strict=True)):
+            print(f"--- row {row}: domain {pick.domain}, epoch {pick.epoch}, packed row {pick.row}")
+            for tokens in documents:
+                print(f"[{len(tokens)} tokens] {tokenizer.decode(tokens)!r}")
+    if options.output:
+        save_batch(batch, options.output)
+        print(f"written {options.output}")
