@@ -124,7 +124,10 @@ class Domain(Section):
 
 class Packing(Section):
     method: Literal["best_fit", "concatenate"] = "best_fit"
-    """best_fit cuts only documents longer than a row; concatenate fills every row and cuts where it must."""
+    """best_fit cuts only documents longer than a row; concatenate fills every row and cuts where it must. Items are never cut."""
+    long_items: Literal["refuse", "drop"] = "refuse"
+    """What to do with an item (documents that `prepare --item-field` keeps together) that is longer than a row: end with an error, or leave
+    it out of the training, with a warning that says how many there are."""
     directory: str = "runs/.packing"
     """Where packing indices are kept, by content."""
 

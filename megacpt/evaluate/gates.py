@@ -8,8 +8,9 @@ from megacpt.config.decisions import Decision
 from megacpt.config.layout import token_unit
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import ForgettingGate, Gate, NeedleGate, Stage
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import selection_of
-from megacpt.data.packing import DomainData, open_index
+from megacpt.data.packing import open_index
 from megacpt.data.questions import read_task
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.choices import accuracy

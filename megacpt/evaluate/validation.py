@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from megacpt.config.recipe import Recipe
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import Batch, deal, make_batch, open_domains, selection_of
-from megacpt.data.packing import DomainData, PackingIndex, open_index
+from megacpt.data.packing import PackingIndex, open_index
 from megacpt.model.decoder import Decoder, Inputs
 from megacpt.model.run import each_loss
 

@@ -16,9 +16,9 @@ from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import token_unit
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Stage
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import mixtures
 from megacpt.data.mixture import Order
-from megacpt.data.packing import DomainData
 from megacpt.errors import SaveError
 from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, validate
 from megacpt.model.decoder import Decoder

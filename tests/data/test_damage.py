@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import megacpt.data.packing as packing
+from megacpt.data.domain import DomainData
 from megacpt.data.indexed import CheckedFile, IndexedDataset
 from megacpt.data.manifest import crc32_of
-from megacpt.data.packing import FILES, DomainData, PackingIndex, Selection, Unsound, open_index
+from megacpt.data.packing import FILES, PackingIndex, Unsound, open_index
+from megacpt.data.select import Selection
 from megacpt.errors import DataError
 from megacpt.files import sealed, temporary, unsealed
 
