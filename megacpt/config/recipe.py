@@ -21,6 +21,7 @@ from megacpt.config.base import (
     Section,
     Tokens,
 )
+from megacpt.config.objective import Objective
 from megacpt.config.stage import Gate, LearningRate, MixtureRules, Parallel, RopeChoice, Stage
 
 
@@ -208,6 +209,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()
+    objective: Objective = Objective()
     checkpoint: Checkpoint = Checkpoint()
     data: dict[Name, Domain]
     packing: Packing = Packing()
@@ -228,6 +230,10 @@ class Recipe(Section):
         """`[parallel]` with the stage's own keys merged over it."""
         merged = self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
         return merged if merged.micro_batch_tokens else merged.model_copy(update={"micro_batch_tokens": stage.seq_len})
+
+    def objective_of(self, stage: Stage) -> Objective:
+        """The stage's own, else the run's."""
+        return stage.objective or self.objective
 
     def layout_of(self, stage: Stage) -> Parallel:
         """What of `parallel_of` a model is built for: the same for two stages that need no new layout between them."""

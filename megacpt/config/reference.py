@@ -25,6 +25,7 @@ _TABLES = {  # heading by model
     "Precision": "[precision]",
     "Optimizer": "[optimizer]",
     "LearningRate": "lr (in [optimizer] or every stage)",
+    "Objective": "[objective], or objective (in a stage)",
     "Checkpoint": "[checkpoint]",
     "Domain": "[data] NAME",
     "DomainOrder": "order (in [data] NAME)",

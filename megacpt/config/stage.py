@@ -16,6 +16,7 @@ from megacpt.config.base import (
     Share,
     Tokens,
 )
+from megacpt.config.objective import Objective
 from megacpt.config.quantity import parse_tokens
 
 
@@ -322,6 +323,8 @@ class Stage(Section):
     """As in `[optimizer]`, for this stage."""
     clip_norm: ClipNorm | None = None
     """As in `[optimizer]`, for this stage."""
+    objective: Objective | None = None
+    """What this stage minimises, in place of `[objective]`."""
     freeze: list[str] = []
     """Parameters that this stage does not update: names, or patterns such as "model.layers.*"."""
     gates: list[str] = []

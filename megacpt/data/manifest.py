@@ -70,6 +70,28 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     return manifest
 
 
+def item_problems(prefixes: Sequence[str], seq_lens: Sequence[int]) -> list[str]:
+    """What is known before packing of items that no row takes, and of sets that do not go together.
+
+    Args:
+        seq_lens: of the rows that are meant for these sets.
+    """
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    grouped = [prefix for prefix, manifest in zip(prefixes, manifests, strict=True) if "items" in manifest]
+    if grouped and len(grouped) < len(prefixes):
+        apart = next(prefix for prefix in prefixes if prefix not in grouped)
+        return [
+            f"{grouped[0]} was prepared with --item-field, {apart} without. Prepare all alike, or make them two domains."
+        ]
+    longest = max((manifest["items"]["longest_tokens"] for manifest in manifests if "items" in manifest), default=0)
+    short = sorted({seq_len for seq_len in seq_lens if seq_len < longest})
+    return [
+        f"the longest item has {longest:,} tokens, a row {seq_len:,}, and an item is never cut. Use a longer seq_len, or "
+        'leave out what is longer than a row (packing.long_items = "drop").'
+        for seq_len in short[:1]
+    ]
+
+
 def verify_data(prefix: str) -> dict[str, Any]:
     """The manifest of prepared data of which every byte is as it was prepared.
 

@@ -12,7 +12,7 @@ from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.stage import Parallel, Stage
 from megacpt.data.curriculum import score_problems
-from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
+from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError, nearest
 from megacpt.family.base import ModelConfig
@@ -271,6 +271,10 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
                 report.problems.append(
                     f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
                 )
+        whole = domain.max_tokens is None and not domain.labels and recipe.packing.long_items == "refuse"
+        validated = any(name in validation.domains for validation in recipe.validation)
+        rows = [stage.seq_len for stage in recipe.stages if whole and (validated or stage.mixture.get(name))]
+        report.problems += [f"data.{name}: {problem}" for problem in item_problems(expand_paths(domain.paths), rows)]
         if domain.order:
             try:
                 found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))

@@ -27,6 +27,7 @@ from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, 
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import DISK_ERRORS, disk_told
 from megacpt.model.inputs import step_to_host
+from megacpt.objective.choose import objective_of
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
 from megacpt.survive import watchdog
@@ -234,6 +235,7 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
     layout, mesh = recipe.layout_of(stage), run.model.mesh
     metrics = StepMetrics(run.model.config, mesh.layout.world_size, run.facts["peak_flops"])
     frozen = frozenset(frozen_names(stage.freeze, run.model.config))
+    objective = objective_of(recipe.objective_of(stage))
     console, first = Console(run.clock, recipe.log.every_steps), done + 1
     waiting = _rows(run, index, first, until)
     slow = Stragglers(mesh.device)
@@ -250,7 +252,9 @@ def _steps(run: Run, index: int, done: int, until: int, sets: ValidationSets | N
         update = _update_of(recipe, step, lr, frozen, limits(run.accepted, recipe.health))
         asks = (run.stop.signal is not None, run.saver.failed, run.directory.lost)
         reduction = recipe.reduction(layout)
-        measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.counts, reduction, update, asks)
+        measured = train_step(
+            run.model, run.optimizer, batch.micro_batches, batch.counts, reduction, update, asks, objective
+        )
         loss, norm, skipped, stop, failed, lost = measured.tolist()  # the step's one wait for the device
         if lost:
             raise LeaseError(

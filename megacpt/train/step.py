@@ -15,6 +15,8 @@ from megacpt import heartbeat
 from megacpt.data.loader import Batch, StepCounts
 from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
+from megacpt.objective.base import Objective
+from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
 
@@ -43,15 +45,16 @@ def train_step(
     reduce: str,
     update: Update,
     asks: Sequence[bool] = (),
+    objective: Objective = NEXT_TOKEN,
 ) -> Tensor:
     """Returns float64 [2 + 1 + len(asks)] on the device, the same on all ranks: loss, gradient norm before clipping, whether the update was
     skipped, and whether any rank asked each of the things it may ask.
 
     Args:
         counts: of the whole step, over all ranks.
-        asks: this rank's.
+        asks: this rank's. objective: whose first sum is the loss.
     """
-    loss = accumulate(model, micro_batches, counts, reduce)[0]
+    loss = accumulate(model, micro_batches, counts, reduce, objective)[0]
     for name in update.frozen & optimizer.parameters.keys():
         optimizer.parameters[name].grad = None
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
