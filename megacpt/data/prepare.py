@@ -67,12 +67,12 @@ def prepare(
             ],
             "the tokenizer",
         )
-    if options.engine == "gigatoken":
-        _require_gigatoken()
     files = find_files(inputs, options.format)
     pieces = cut(files)
     if problems := _field_problems(options, pieces):
         raise ConfigError(problems, "the arguments")
+    if options.engine == "gigatoken":
+        _require_gigatoken()
     if part:
         pieces = _share(pieces, *part, whole_files=options.item_field is not None)
     vocab_size = options.vocab_size or tokenizer.vocab_size
