@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from megacpt.config.recipe import Recipe
+    from megacpt.config.sections.objective import Objective
     from megacpt.config.sections.optimizer import LearningRate
     from megacpt.config.sections.parallel import Parallel
     from megacpt.config.sections.stage import Stage
@@ -32,6 +33,11 @@ def schedule_in(recipe: "Recipe", stage: "Stage") -> Schedule:
     lr = recipe.optimizer.lr or stage.lr
     assert lr is not None, "a recipe has one schedule, or one a stage"
     return Schedule(lr, recipe.optimizer.lr is not None)
+
+
+def objective_in(recipe: "Recipe", stage: "Stage") -> "Objective":
+    """What a stage minimises: its own objective, or the run's."""
+    return stage.objective or recipe.objective
 
 
 def layout_keys(parallel: "Parallel") -> "Parallel":

@@ -4,9 +4,11 @@ Token quantities are integers or strings (`quantity.parse_tokens`). "auto" and "
 from the world size, the device or the checkpoint.
 """
 
+from typing import Annotated
+
 from pydantic import Field
 
-from megacpt.config.base import Name, Section
+from megacpt.config.base import Name, OnResume, Section
 from megacpt.config.sections.checkpoint import Checkpoint
 from megacpt.config.sections.data import Domain, Packing
 from megacpt.config.sections.gates import Gate
@@ -15,6 +17,7 @@ from megacpt.config.sections.kernels import Kernels
 from megacpt.config.sections.log import Log
 from megacpt.config.sections.mixture import MixtureRules
 from megacpt.config.sections.model import Model
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.optimizer import Optimizer
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.precision import Precision
@@ -37,6 +40,8 @@ class Recipe(Section):
     """Types of the computation, and how often gradients are reduced."""
     optimizer: Optimizer = Optimizer()
     """AdamW, its learning rate over the run, and the clipping of gradients."""
+    objective: Annotated[Objective, OnResume("frozen")] = Objective()
+    """The loss, and what it is divided by."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are saved, how, and which of them are kept."""
     data: dict[Name, Domain]

@@ -11,9 +11,19 @@ from typing import Any
 
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import plain
-from megacpt.config.merge import Reduction, Schedule, layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
+from megacpt.config.merge import (
+    Reduction,
+    Schedule,
+    layout_keys,
+    layouts_of,
+    objective_in,
+    parallel_in,
+    reduction_under,
+    schedule_in,
+)
 from megacpt.config.model import config_in_stage, frozen_names, with_rope
 from megacpt.config.recipe import Recipe
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
 from megacpt.config.trainable import Trainable, trainable_in
@@ -30,7 +40,7 @@ class ResolvedStage:
         parallel: [parallel] with the stage's own keys over it; `micro_batch_tokens` is a number.
         reduction: when gradients are reduced.
         model: the model with the rotary embedding of this stage; changes hold on through later stages.
-        schedule: of the learning rate.
+        schedule: of the learning rate. objective: what is minimised.
         frozen: names of the parameters that are not trained; trainable: of those that are, and of those that have been.
         longest: tokens of the longest rows trained up to and in this stage.
     """
@@ -41,6 +51,7 @@ class ResolvedStage:
     reduction: Reduction
     model: ModelConfig
     schedule: Schedule
+    objective: Objective
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -168,6 +179,7 @@ def _resolve_stage(recipe: Recipe, index: int, model: ModelConfig, frozen: Seque
         reduction_under(recipe, parallel),
         model,
         schedule_in(recipe, stage),
+        objective_in(recipe, stage),
         optimizer.betas if stage.betas is None else stage.betas,
         optimizer.eps,
         optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay,
@@ -189,6 +201,7 @@ def _plain_stage(stage: ResolvedStage, world_size: int) -> dict[str, Any]:
         "rope": {"theta": rope.theta, "type": rope.type, **rope.fields},
         "lr": {key: value for key, value in stage.schedule.lr.model_dump().items() if value is not None},
         "lr_over": "run" if stage.schedule.over_run else "stage",
+        "objective": stage.objective.model_dump(),
         "betas": list(stage.betas),
         "eps": stage.eps,
         "weight_decay": stage.weight_decay,

@@ -10,8 +10,9 @@ from megacpt.config.decisions import Baseline
 from megacpt.config.recipe import Recipe
 from megacpt.config.sections.gates import ForgettingGate, Gate, NeedleGate
 from megacpt.config.sections.stage import Stage
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import selection_of
-from megacpt.data.packing import DomainData, open_index
+from megacpt.data.packing import open_index
 from megacpt.data.questions import read_task
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.choices import accuracy

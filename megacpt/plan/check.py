@@ -15,7 +15,7 @@ from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import score_problems
-from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
+from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError, Problem, nearest
 from megacpt.family.base import ModelConfig
@@ -271,14 +271,14 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
 def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
-    num_sets = 0
+    prefixes: list[str] = []
     for name, domain in recipe.data.items():
         try:
             manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
         except MegacptError as error:
             report.problems.append(Problem(f"data.{name}", None, str(error)))
             continue
-        num_sets += len(manifests)
+        prefixes += expand_paths(domain.paths)
         for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
             known = list(manifest.get("labels", {}).get("names", {}))
             unknown = [label for label in domain.labels if label not in known]
@@ -296,6 +296,12 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
                         "", None, f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
                     )
                 )
+        whole = domain.max_tokens is None and not domain.labels and recipe.packing.long_items == "refuse"
+        validated = any(name in validation.domains for validation in recipe.validation)
+        rows = [stage.seq_len for stage in recipe.stages if whole and (validated or stage.mixture.get(name))]
+        report.problems += [
+            Problem(f"data.{name}", None, problem) for problem in item_problems(expand_paths(domain.paths), rows)
+        ]
         if domain.order:
             try:
                 found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))
@@ -328,7 +334,7 @@ def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[st
                     "id beyond it stops the run.",
                 )
             )
-    report.problems += [Problem("", None, problem) for problem in make_room_for(num_sets)]
+    report.problems += [Problem("", None, problem) for problem in make_room_for(prefixes)]
     return tokens
 
 

@@ -18,9 +18,9 @@ from megacpt.config.decisions import Decision, plain_decision
 from megacpt.config.resolve import ResolvedStage, RunPlan
 from megacpt.config.sections.health import Health
 from megacpt.config.timeline import Event, timeline
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import StageData, StepData, load_step, prefetch, stage_orders
 from megacpt.data.mixture import Order
-from megacpt.data.packing import DomainData
 from megacpt.evaluate.validation import Loss, ValidationSets, rows_at_once, validate
 from megacpt.model.decoder import Decoder
 from megacpt.model.inputs import step_to_host

@@ -14,6 +14,8 @@ from megacpt import heartbeat
 from megacpt.data.loader import StepData
 from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
+from megacpt.objective.base import Objective
+from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
 from megacpt.parallel.sharded import local_part
@@ -71,6 +73,7 @@ def train_step(
     reduction: str,
     update: Update,
     signals: StepSignals = StepSignals(),
+    objective: Objective = NEXT_TOKEN,
 ) -> Tensor:
     """Returns float64 [6] on the device, the same on all ranks; `read_result` takes it apart.
 
@@ -78,8 +81,9 @@ def train_step(
         batch: this rank's micro-batches, and the counts of the whole step.
         reduction: "step" or "micro_batch", when gradients are reduced.
         signals: this rank's.
+        objective: whose first sum is the loss.
     """
-    loss = accumulate(model, batch.micro_batches, batch.counts, reduction)[0]
+    loss = accumulate(model, batch.micro_batches, batch.counts, reduction, objective)[0]
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.max_loss) & (norm <= update.max_grad_norm) & loss.isfinite()

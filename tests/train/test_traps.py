@@ -142,7 +142,7 @@ def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
         recipe, recipe.stages[0], stage_orders(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"]), 0, 400
     )  # fmt: skip
     first = rows(tmp_path / "run")[0]
-    _, pairs = data.count(data.picks(0, 4))
+    pairs = data.visible_pairs(data.picks(0, 4))
     assert first["attended_tokens"] == pytest.approx(pairs / 256, abs=0.06) and 0 < first["attended_share"] <= 1
     assert first["attended_share"] == pytest.approx(pairs / (4 * 64 * 65 / 2), abs=1e-4)
 

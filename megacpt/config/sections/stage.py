@@ -9,6 +9,7 @@ from megacpt.config.layout import token_unit
 from megacpt.config.merge import parallel_in
 from megacpt.config.quantity import parse_tokens
 from megacpt.config.sections.model import RopeChoice
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.optimizer import LearningRate
 from megacpt.config.sections.parallel import StageParallel
 from megacpt.errors import Problem, nearest
@@ -123,6 +124,8 @@ class Stage(Section, heading="[[stages]]", resume="later stages"):
     """Decoupled weight decay in this stage. By default that of `[optimizer]` holds."""
     clip_norm: Annotated[ClipNorm | None, OnResume("unfinished stages")] = None
     """Upper bound of the global gradient norm in this stage. By default that of `[optimizer]` holds."""
+    objective: Objective | None = None
+    """What this stage minimises, in place of `[objective]`."""
     freeze: list[str] = []
     """Parameters that this stage does not train: names, or patterns such as "model.layers.*"."""
     gates: Annotated[list[str], OnResume("unfinished stages")] = []

@@ -10,6 +10,7 @@ from megacpt.config.decisions import Skip
 from megacpt.config.timeline import Event
 from megacpt.data.loader import domain_tokens
 from megacpt.errors import LeaseError
+from megacpt.objective.choose import objective_of
 from megacpt.optim.schedule import rate_of_step
 from megacpt.survive.health import add_accepted_step, check_finite, check_replicas, spike_thresholds
 from megacpt.survive.recover import Rollback, Streak, check_rollbacks, find_target, left_out_since, rewind
@@ -37,7 +38,8 @@ def train(session: Session, event: Event) -> None:
     batch = session.take_rows(step)
     data_seconds = time.monotonic() - begin
     update, signals = update_of(session, step), signals_of(session)
-    result = read_result(train_step(session.model, session.optimizer, batch, session.stage.reduction, update, signals))
+    how = session.stage.reduction, update, signals, objective_of(session.stage.objective)
+    result = read_result(train_step(session.model, session.optimizer, batch, *how))
     seconds = time.monotonic() - begin
     if result.lost:
         raise LeaseError(
