@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval", reason="needs lm-eval, which the extra dev instal
 
 def test_an_export_runs_in_lm_eval(tmp_path, tokenizer_dir, recipe_file):
     raw = without_names(tiny_config())
-    transformers.LlamaForCausalLM(transformers.ModelConfig(**raw)).save_pretrained(tmp_path / "hf")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     recipe = recipe_file(model={"pretrained": str(tmp_path / "hf")})
     out = subprocess.run(

@@ -55,7 +55,7 @@ def test_a_changed_rope_is_written_in_the_spelling_it_came_in_and_read_by_transf
     out = export_config(config, "bfloat16", 128)
     assert ("rope_parameters" in out) == ("rope_parameters" in raw) and out["max_position_embeddings"] == 128
     assert parse_config(out, "y").rope == config.rope
-    theirs = transformers.ModelConfig(**out).rope_parameters
+    theirs = transformers.LlamaConfig(**out).rope_parameters
     assert (theirs["rope_theta"], theirs["rope_type"], theirs["factor"]) == (123.0, "yarn", 2.0)
 
 
@@ -74,7 +74,7 @@ def test_no_spelling_of_an_export_stays_behind(change):
     config = change_rope(parse_config(raw, "x"), change)
     out = export_config(config, "bfloat16", 128)
     assert parse_config(out, "y").rope == config.rope and out["dtype"] == out["torch_dtype"] == "bfloat16"
-    theirs = transformers.ModelConfig(**without_names(out)).rope_parameters
+    theirs = transformers.LlamaConfig(**without_names(out)).rope_parameters
     assert theirs["rope_theta"] == config.rope.theta and theirs["rope_type"] == config.rope.type
     assert theirs.get("factor") == config.rope.fields.get("factor")
 
@@ -172,7 +172,7 @@ def directory(tmp_path):
     """A Hugging Face directory that transformers wrote, in several shards."""
     torch.manual_seed(0)
     raw = without_names(tiny_config())
-    model = transformers.LlamaForCausalLM(transformers.ModelConfig(**raw))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw))
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     return tmp_path / "hf"
 

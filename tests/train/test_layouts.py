@@ -316,7 +316,7 @@ def test_stages_with_layouts_of_their_own_are_one_run(recipe_file, tmp_path):
 
 def test_import_reads_straight_into_shards(recipe_file, tmp_path, tokenizer_dir):
     raw = without_names(tiny_config())
-    transformers.LlamaForCausalLM(transformers.ModelConfig(**raw)).save_pretrained(tmp_path / "hf")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     path = recipe_file(model={"pretrained": str(tmp_path / "hf")})
     found = []

@@ -190,7 +190,7 @@ def test_start_modes_are_never_guessed(train):
 def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dtype, tied):
     torch.manual_seed(1)
     raw = without_names(tiny_config(tie_word_embeddings=tied, rope_scaling=ROPE_LLAMA3))
-    model = transformers.LlamaForCausalLM(transformers.ModelConfig(**raw)).to(getattr(torch, dtype))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "hf")
     transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
     directory = train("--run.stop_at_step=0", model={"pretrained": str(tmp_path / "hf")})
