@@ -1,26 +1,20 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
-import json
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
 from megacpt.config.load import load_recipe
+from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE, RECIPE
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
+from megacpt.files import JsonError, read_object
 from megacpt.model.config import ModelConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
 
-HUGGING_FACE = "huggingface"
-"""Folder of a run that holds config.json, tokenizer files and dtypes.json of what it started from."""
 
-
-AVERAGES = "average"
-"""Folder of a run with the averages that its stages made."""
-
-
-def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkpoints") -> tuple[Path, int]:
+def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPOINTS) -> tuple[Path, int]:
     """(folder, step) of a sound checkpoint: the newest, or the one that was asked for."""
     checkpoints = run_directory / folder
     if step is not None:
@@ -38,7 +32,7 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkp
 
 def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
     """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
-    recipe = load_recipe(str(run_directory / "recipe.toml"))
+    recipe = load_recipe(str(run_directory / RECIPE))
     config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
     names = [s.name for s in recipe.stages]
     last = names.index(stage) if stage in names else len(names) - 1
@@ -55,7 +49,7 @@ def export(
         dtype: of all tensors; default is what each had when it was imported.
         average: of the averages that stages made, the newest or that of `step`, in place of the checkpoints.
     """
-    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else "checkpoints")
+    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else CHECKPOINTS)
     _write(run_directory, [directory], [1.0], output, dtype)
     return step
 
@@ -69,7 +63,7 @@ def export_average(
         steps: those, or None for the `last` newest.
         decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
     """
-    have = list_steps(run_directory / "checkpoints")
+    have = list_steps(run_directory / CHECKPOINTS)
     wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
     if len(wanted) < 2 or (last and len(have) < last):
         raise ConfigError(
@@ -86,9 +80,9 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
     config, longest = run_config(run_directory, read_manifest(directory).state.stage)
     stored = [StoredModel(each) for each in directories]
     try:
-        dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{run_directory / HUGGING_FACE / 'dtypes.json'}: {error}") from None
+        dtypes = read_object(run_directory / HUGGING_FACE / DTYPES)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{run_directory / HUGGING_FACE / DTYPES}: {error}") from None
     if dtype:
         dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()
@@ -109,7 +103,7 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
 def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:
     """EOS and BOS of a tokenizer that was given beside the model; nothing for the model's own, whose configuration knows better."""
     has_one = any((side / name).is_file() for name in VOCABULARIES)
-    if not has_one or not load_recipe(str(run_directory / "recipe.toml")).model.tokenizer:
+    if not has_one or not load_recipe(str(run_directory / RECIPE)).model.tokenizer:
         return {}
     tokenizer = Tokenizer(side)
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}

@@ -5,7 +5,6 @@ Both spellings of the rotary embedding are read, transformers 4's (`rope_theta`,
 """
 
 import fnmatch
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from megacpt.family.base import Parameter
 from megacpt.family.families import family_of
 from megacpt.family.rope import RopeConfig
 from megacpt.family.shapes import ARCHITECTURES
+from megacpt.files import JsonError, read_object
 
 _ROPE_FIELDS = {
     "default": ((), ()),
@@ -90,11 +90,11 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_object(file)
     except FileNotFoundError:
         raise ConfigError([f"{file}: no such file. A Hugging Face directory holds config.json."], "the model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
-        raise ConfigError([f"{file}: not valid JSON: {error}"], "the model") from None
+    except (OSError, JsonError) as error:
+        raise ConfigError([f"{file}: cannot be read: {error}"], "the model") from None
     return parse_config(raw, str(file))
 
 

@@ -12,6 +12,7 @@ from megacpt.config.decisions import extensions_of
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, Pick, StageData, mixtures, open_domains, pad_token
 from megacpt.errors import ConfigError
+from megacpt.files import new_file
 from megacpt.model.config import config_of
 
 
@@ -52,12 +53,13 @@ def documents_of(batch: Batch) -> Iterator[list[np.ndarray]]:
 
 def save_batch(batch: Batch, path: str) -> None:
     """Writes the arrays of a batch as .npz."""
-    np.savez(
-        path,
-        tokens=batch.tokens,
-        labels=batch.labels,
-        positions=batch.positions,
-        document_starts=batch.document_starts,
-        row_offsets=batch.row_offsets,
-        domain=np.array(batch.domain),
-    )
+    with new_file(Path(path)) as partial, open(partial, "wb") as file:
+        np.savez(
+            file,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            positions=batch.positions,
+            document_starts=batch.document_starts,
+            row_offsets=batch.row_offsets,
+            domain=np.array(batch.domain),
+        )

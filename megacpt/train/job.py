@@ -29,9 +29,6 @@ from megacpt.survive.lease import REPEAT_SECONDS
 from megacpt.survive.run_directory import RunDirectory, plain_numbers
 from megacpt.train.metrics import TensorBoard, resident_gib
 
-SNAPSHOTS = "snapshots"
-"""Folder of a run with the weights that averages are made of."""
-
 
 class StopRequest:
     """SIGTERM, SIGUSR1 or SIGINT ask for a checkpoint at the next step boundary; a second one leaves at once. SIGTERM and SIGUSR1 may come

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from megacpt import heartbeat, log
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name
-from megacpt.checkpoint.save import mend, tensors_of
+from megacpt.checkpoint.save import recover_interrupted_saves, tensors_of
 from megacpt.config.clock import Step
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import PROFILE
 from megacpt.config.stage import Stage
 from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, prefetch
 from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, SaveError
@@ -86,7 +87,7 @@ def _own(directory: RunDirectory) -> None:
     try:
         if directory.write:
             directory.make()
-            mend(directory.checkpoints)
+            recover_interrupted_saves(directory.checkpoints)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             kind, told = "full", disk_told(error, directory.path)
@@ -156,7 +157,7 @@ def _stages(run: Run) -> str:
     """Every stage from the step after the checkpoint's on. A stage that does not pass its gates may become longer and is run on."""
     recipe, done = run.recipe, run.began_at
     layout = recipe.layout_of(recipe.stages[run.clock.step(min(run.clock.num_steps, done + 1)).stage])
-    profiler = Profiler(recipe.profile, run.directory.path / "profile", dist.get_rank())
+    profiler = Profiler(recipe.profile, run.directory.path / PROFILE, dist.get_rank())
     number, index, entered = done, 0, -1
     stage, sets = recipe.stages[0], None
     try:

@@ -7,9 +7,10 @@ from megacpt import log
 from megacpt.checkpoint.manifest import State, amend, directory_name, list_steps, read_manifest, verify
 from megacpt.checkpoint.save import remove, together
 from megacpt.config.clock import Step
+from megacpt.config.run_layout import SNAPSHOTS
 from megacpt.errors import CheckpointError, NumbersError
 from megacpt.survive.health import remember
-from megacpt.train.job import SNAPSHOTS, Run, told_of_saves
+from megacpt.train.job import Run, told_of_saves
 
 
 class Rollback(Exception):

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from megacpt import log
 from megacpt.checkpoint.average import average_weights, averaged
-from megacpt.checkpoint.export import AVERAGES
 from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, save, tensors_of
 from megacpt.config.clock import Step
 from megacpt.config.decisions import adjusted, baseline_of, groups_of, weight_changes
+from megacpt.config.run_layout import AVERAGES, gate_picture, snapshot_folder
 from megacpt.errors import GateError, SaveError
 from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.needle import heat_map
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import disk_told
 from megacpt.survive.health import check_finite
-from megacpt.train.job import SNAPSHOTS, Run, measure, saved, slow_phase, state_of
+from megacpt.train.job import Run, measure, saved, slow_phase, state_of
 
 
 def take_baseline(run: Run, index: int) -> None:
@@ -123,7 +123,7 @@ def _draw(run: Run, name: str, picture, number: int) -> None:
     if run.directory.write:
         from PIL import Image
 
-        file = run.directory.path / "gates" / f"{name}-step-{number:08d}.png"
+        file = gate_picture(run.directory.path, name, number)
         try:
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(file)
@@ -134,7 +134,7 @@ def _draw(run: Run, name: str, picture, number: int) -> None:
 
 
 def snapshots_of(run: Run, index: int) -> Path:
-    return run.directory.path / SNAPSHOTS / run.recipe.stages[index].name
+    return snapshot_folder(run.directory.path, run.recipe.stages[index].name)
 
 
 def snapshot(run: Run, step: Step) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
+from megacpt.checkpoint.export import find_checkpoint, run_config
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout, token_unit
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import HUGGING_FACE, RECIPE
 from megacpt.config.stage import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
@@ -60,7 +61,7 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
 def run_vocab_multiple(run_directory: Path) -> int:
     from megacpt.config.load import load_recipe
 
-    return load_recipe(str(run_directory / "recipe.toml")).model.vocab_multiple
+    return load_recipe(str(run_directory / RECIPE)).model.vocab_multiple
 
 
 def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megacpt import log
-from megacpt.checkpoint.export import HUGGING_FACE
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import State, newest_sound
 from megacpt.checkpoint.save import tensors_of
@@ -21,6 +20,7 @@ from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import DTYPES, HUGGING_FACE, RECIPE, TENSORBOARD
 from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
@@ -141,7 +141,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
         run.accepted = [tuple(pair) for pair in start.state.accepted]
         run.skipped_in_row = start.state.skipped_in_row
     if recipe.log.tensorboard and directory.write:
-        journal = directory.journal(f"tb/{event_file()}")
+        journal = directory.journal(f"{TENSORBOARD}/{event_file()}")
         run.board = TensorBoard(journal, layout.world_size, start.step + 1 if start.step else None)
     return run
 
@@ -206,7 +206,7 @@ def _check_resume(
                 f"domain {name}: the prepared data differs from that at step {state.step} (fingerprint {fingerprints[name][:12]}, "
                 f"was {digest[:12]}). Restore the data, or start a new run under another run.name."
             )
-    before = load_recipe(str(directory.path / "recipe.toml"))
+    before = load_recipe(str(directory.path / RECIPE))
     changes = changes_on_resume(before, recipe, state.stage)
     if state.step > clock.num_steps or clock.tokens_at(state.step) != state.tokens:
         raise ConfigError(
@@ -281,7 +281,7 @@ def _fill(
         side = directory.path / HUGGING_FACE
         copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
         _keep_config(side / "config.json", config)
-        write_atomically(side / "dtypes.json", json.dumps(dtypes))
+        write_atomically(side / DTYPES, json.dumps(dtypes))
 
 
 def _device_name(device: torch.device) -> str:
