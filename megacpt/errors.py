@@ -1,5 +1,8 @@
 """Errors for users. Each message says what is wrong, the numbers, and the way out; the class carries the exit code."""
 
+import difflib
+from collections.abc import Sequence
+
 UNFINISHED = 3
 """Exit code of a run that was stopped on request, where its end was required."""
 
@@ -90,3 +93,10 @@ class ReplicaError(MegacptError):
 
 class NumbersError(MegacptError):
     """Losses or gradients stay bad and going back no longer helps, or weights are not finite and are not given out."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """'Did you mean …?' when one is near, else the list."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    listed = ", ".join(choices)
+    return f"Did you mean {close[0]!r}? Possible: {listed}." if close else f"Possible: {listed}."

@@ -131,9 +131,9 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
 
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+    from megacpt.family.read import parse_config
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import fill_shard
     from megacpt.model.split import plan_pipeline

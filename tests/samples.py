@@ -21,7 +21,7 @@ ROPE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
 
 
 def without_names(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy for transformers' ModelConfig, which changes the dictionaries that it is given."""
+    """A copy for transformers' LlamaConfig, which changes the dictionaries that it is given."""
     return copy.deepcopy({k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype")})
 
 

@@ -76,8 +76,8 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
     from megacpt.data.loader import Batch, StepCounts
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.run import accumulate

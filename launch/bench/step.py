@@ -102,7 +102,7 @@ def measure(options) -> dict:
     import numpy as np
     import torch
 
-    from megacpt.model.config import parse_config
+    from megacpt.family.read import parse_config
     from megacpt.model.flops import PEAK_FLOPS, step_flops
 
     torch.manual_seed(0)
@@ -187,8 +187,8 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
 
     from megacpt.config.layout import Layout
     from megacpt.data.loader import Batch, StepCounts
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.optim.adamw import AdamW
@@ -218,7 +218,7 @@ def transformers_step(raw: dict, ids, starts, device, compiled: bool) -> Callabl
     import transformers
 
     names = {k: v for k, v in raw.items() if k not in ("architectures", "model_type")}
-    config = transformers.ModelConfig(**names)
+    config = transformers.LlamaConfig(**names)
     config._attn_implementation = (
         "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     )

@@ -133,7 +133,7 @@ def plain(options) -> None:
     import transformers
 
     raw = json.loads((Path(options.plain) / "config.json").read_text())
-    config = transformers.ModelConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+    config = transformers.LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
     config._attn_implementation = "sdpa"
     dtype = getattr(torch, options.dtype)
     model = transformers.LlamaForCausalLM(config)

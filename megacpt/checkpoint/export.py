@@ -6,11 +6,13 @@ from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
 from megacpt.config.load import load_recipe
+from megacpt.config.model import config_in_stage, with_rope
 from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE, RECIPE
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
+from megacpt.family.base import ModelConfig
+from megacpt.family.read import read_config
 from megacpt.files import JsonError, read_object
-from megacpt.model.config import ModelConfig, change_rope, config_of_stage, read_config
 from megacpt.model.hf import write_pretrained
 
 
@@ -33,10 +35,10 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPO
 def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
     """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
     recipe = load_recipe(str(run_directory / RECIPE))
-    config = change_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
+    config = with_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
     names = [s.name for s in recipe.stages]
     last = names.index(stage) if stage in names else len(names) - 1
-    config = config_of_stage(config, recipe.stages, last)
+    config = config_in_stage(config, recipe.stages, last)
     return config, max(s.seq_len for s in recipe.stages[: last + 1])
 
 

@@ -1,7 +1,6 @@
 """Reads a recipe: TOML, then flags over it, then the models. Every problem at once, each with the file or flag it
 came from and the nearest valid choice."""
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import RECIPE, STATUS
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, nearest
 from megacpt.files import write_atomically
 
 Path_ = tuple[str | int, ...]
@@ -165,13 +164,6 @@ def _problem(error: dict, tree: dict, overrides: dict[Path_, tuple[str, str]], p
         text = error["msg"].replace("Input should be", "should be")
     shown = "" if isinstance(value, dict | list) else f" = {value!r}".replace("'", '"')
     return f"{name}{shown}: {text.rstrip('.')}. ({source})"
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """'Did you mean …?' when one is near, else the list."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    listed = ", ".join(choices)
-    return f"Did you mean {close[0]!r}? Possible: {listed}." if close else f"Possible: {listed}."
 
 
 def show_path(where: Path_, tree: dict) -> str:

@@ -2,9 +2,9 @@
 out. Rules that need the model's shape or the data stand in plan/check.py."""
 
 from megacpt.config.layout import resolve_layout, token_unit
-from megacpt.config.load import nearest
 from megacpt.config.recipe import Recipe
 from megacpt.config.stage import Gate, LearningRate, NeedleGate, OnFail, Stage
+from megacpt.errors import nearest
 
 
 def problems_of(recipe: Recipe, world_size: int) -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megacpt.family.rope import RopeConfig
+from megacpt.family.rope import RopeConfig, parse_rope, write_rope
+from megacpt.family.values import value_problems
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Parameter:
         """Elements."""
         return math.prod(self.shape)
 
+    def shared_units(self, vocab_multiple: int) -> int:
+        """What tensor ranks share out of it: heads, features, rows of the padded vocabulary."""
+        return self.padded(vocab_multiple)[0] if self.split == "vocab" else self.units
+
     def padded(self, vocab_multiple: int) -> tuple[int, ...]:
         """The shape in training: rows of a vocabulary are filled up to a multiple."""
         if self.split != "vocab":
@@ -86,7 +91,46 @@ class Family:
         """A file's keys with the defaults of those that it leaves out."""
         return {**self.defaults, **raw}
 
-    def problems(self, raw: Mapping[str, Any]) -> list[str]:
+    def read(self, raw: dict[str, Any]) -> "tuple[ModelConfig | None, list[str]]":
+        """What a config.json of this family says: the model's shape, or all that is wrong with it."""
+        whole = self.complete(raw)
+        problems = [*value_problems(whole), *self._refusals(raw)]
+        given = whole.get("max_position_embeddings") or self.defaults["max_position_embeddings"]
+        rope, wrong = parse_rope(raw, given)
+        if problems:
+            return None, problems + wrong
+        heads, hidden = whole["num_attention_heads"], whole["hidden_size"]
+        config = ModelConfig(
+            vocab_size=whole["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=whole["intermediate_size"],
+            num_hidden_layers=whole["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=whole.get("num_key_value_heads") or heads,
+            head_dim=whole.get("head_dim") or hidden // heads,
+            rms_norm_eps=float(whole.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=given,
+            tie_word_embeddings=bool(whole.get("tie_word_embeddings", False)),
+            initializer_range=float(whole.get("initializer_range", 0.02)),
+            rope=rope,
+            raw=raw,
+            family=self,
+        )
+        problems = config.head_problems() + wrong
+        return (None if problems else config), problems
+
+    def write(self, config: "ModelConfig") -> dict[str, Any]:
+        """config.json of a model: the file that it came from, with the shape and the rotary embedding of now."""
+        raw = {"model_type": self.model_type, **config.raw, "vocab_size": config.vocab_size}
+        raw.setdefault("architectures", [self.architecture])
+        given = config.max_position_embeddings
+        if "max_position_embeddings" in raw or given != self.defaults["max_position_embeddings"]:
+            raw["max_position_embeddings"] = given
+        if parse_rope(raw, given)[0] != config.rope:
+            write_rope(raw, config.rope)
+        return raw
+
+    def _refusals(self, raw: Mapping[str, Any]) -> list[str]:
         """What a file asks for and is not trained."""
         found = [
             f"{key} = {raw[key]!r}: only {only!r} is trained in {self.model_type} models."
@@ -109,6 +153,7 @@ _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0,
     "quantization_config": None,
+    "partial_rotary_factor": 1.0,
     "use_sliding_window": False,
     "num_experts": None,
     "num_local_experts": None,
@@ -152,6 +197,28 @@ class ModelConfig:
     def window(self) -> int | None:
         """Tokens that a token sees, itself included; None without a limit."""
         return self.family.complete(self.raw).get("sliding_window") if self.family.windowed else None
+
+    def head_problems(self) -> list[str]:
+        """Why the heads do not share out what they must."""
+        heads, kv_heads, problems = self.num_attention_heads, self.num_key_value_heads, []
+        if heads % kv_heads:
+            problems.append(f"num_key_value_heads = {kv_heads}: does not divide num_attention_heads = {heads}.")
+        if not self.family.complete(self.raw).get("head_dim") and self.hidden_size % heads:
+            problems.append(f"hidden_size = {self.hidden_size}: is no multiple of num_attention_heads = {heads}.")
+        if self.head_dim % 2:
+            problems.append(f"head_dim = {self.head_dim}: rotary embedding needs an even one.")
+        return problems
+
+    def window_problem(self, longest: int) -> str:
+        """Why documents of so many tokens are not those of the model; empty if they are."""
+        if self.window is None or longest <= self.window:
+            return ""
+        named = "sliding_window" in self.raw
+        whose = "" if named else f", the default of {self.model_type} models where config.json names none"
+        return (
+            f"the model's sliding_window is {self.window}{whose}, and a window shorter than the row is not trained. Use at most "
+            f'{self.window}, or write "sliding_window": null into config.json if the model was made without one.'
+        )
 
     @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:

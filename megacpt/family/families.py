@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megacpt.config.load import nearest
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, nearest
 from megacpt.family.base import Family
 from megacpt.family.llama import LLAMA
 from megacpt.family.mistral import MISTRAL

@@ -9,7 +9,7 @@ from megacpt_kernels.backend import find_apex, use_triton
 from megacpt.config.recipe import Kernels
 from megacpt.config.stage import Parallel
 from megacpt.errors import ConfigError
-from megacpt.model.config import ModelConfig
+from megacpt.family.base import ModelConfig
 from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.fsdp import Sharding, shard

@@ -5,7 +5,7 @@ of query and key and layer. Two conventions: PaLM's (Chowdhery et al. 2022, appe
 the exact one counts the pairs that a causal mask inside documents leaves. Peaks are dense bf16, from data sheets.
 """
 
-from megacpt.family.base import ModelConfig as ModelConfig
+from megacpt.family.base import ModelConfig
 
 PEAK_FLOPS = {  # substring of the device's name: dense bf16 FLOP/s
     "H100 PCIe": 756e12,

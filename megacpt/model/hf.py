@@ -21,10 +21,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megacpt.data.pieces import config_of_model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from megacpt.errors import CheckpointError, NumbersError
-from megacpt.family.base import ModelConfig as ModelConfig
-from megacpt.family.base import Parameter
+from megacpt.family.base import ModelConfig, Parameter
+from megacpt.family.read import exported_config
 from megacpt.files import new_folder, read_object, write_atomically
-from megacpt.model.config import export_config
 from megacpt.parallel.finite import not_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -276,7 +275,7 @@ def _write_into(
 ) -> None:
     copy_side_files(side_files, side_files, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    own = export_config(config, common, longest)
+    own = exported_config(config, common, longest)
     _write_json(partial / "config.json", own | _changed_ids(own, tokens))
     generation = partial / "generation_config.json"
     if not generation.exists():

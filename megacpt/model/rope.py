@@ -6,58 +6,58 @@ import math
 import torch
 from torch import Tensor
 
-from megacpt.model.config import RopeConfig
+from megacpt.family.rope import Linear, Llama3, RopeConfig, Yarn
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """(fp32 [head_dim / 2], factor on cos and sin)."""
     powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    plain = 1.0 / powers
-    if rope.type == "default":
-        return plain, 1.0
-    factor = rope.fields["factor"]
-    if rope.type == "linear":
-        return plain / factor, 1.0
-    return _llama3(plain, rope.fields) if rope.type == "llama3" else _yarn(powers, rope, head_dim)
+    match rope.scaling:
+        case Linear(factor):
+            return 1.0 / powers / factor, 1.0
+        case Llama3() as scaling:
+            return _llama3(1.0 / powers, scaling), 1.0
+        case Yarn() as scaling:
+            return _yarn(powers, scaling, rope.theta), _yarn_attention_factor(scaling)
+    return 1.0 / powers, 1.0
 
 
-def _llama3(plain: Tensor, fields: dict) -> tuple[Tensor, float]:
-    factor, low, high = fields["factor"], fields["low_freq_factor"], fields["high_freq_factor"]
-    original = fields["original_max_position_embeddings"]
+def _llama3(plain: Tensor, scaling: Llama3) -> Tensor:
+    factor, low, high = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_position_embeddings
     wavelength = 2 * math.pi / plain
     smooth = (original / wavelength - low) / (high - low)
     blended = (1 - smooth) * plain / factor + smooth * plain
     scaled = torch.where(wavelength > original / low, plain / factor, blended)
-    return torch.where(wavelength < original / high, plain, scaled), 1.0
+    return torch.where(wavelength < original / high, plain, scaled)
 
 
-def _yarn(powers: Tensor, rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    fields = rope.fields
-    factor, original = fields["factor"], fields["original_max_position_embeddings"]
+def _yarn(powers: Tensor, scaling: Yarn, theta: float) -> Tensor:
+    factor, head_dim = scaling.factor, 2 * len(powers)
 
     def dimension(rotations: float) -> float:
         """The (fractional) dimension that turns this often over the original length: eq. 17 solved for it."""
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        original = scaling.original_max_position_embeddings
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(fields.get("beta_fast") or 32), dimension(fields.get("beta_slow") or 1)
-    if fields.get("truncate", True):
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
     keep = 1 - ramp.clamp(0, 1)
-    frequencies = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
-    return frequencies, _yarn_attention_factor(factor, fields)
+    return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
 
 
-def _yarn_attention_factor(factor: float, fields: dict) -> float:
-    if fields.get("attention_factor") is not None:
-        return float(fields["attention_factor"])
+def _yarn_attention_factor(scaling: Yarn) -> float:
+    if scaling.attention_factor is not None:
+        return float(scaling.attention_factor)
 
     def scale(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return 0.1 * m * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
-    if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return scale(fields["mscale"]) / scale(fields["mscale_all_dim"])
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
     return scale(1.0)
 
 

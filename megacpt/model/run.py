@@ -14,7 +14,6 @@ from megacpt import heartbeat
 from megacpt.data.loader import Batch, StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
-from megacpt.model.config import window_problem
 from megacpt.model.decoder import Decoder, Inputs
 from megacpt.model.inputs import to_inputs
 from megacpt.objective.base import Objective
@@ -76,7 +75,7 @@ def _within_window(batch: Batch, config: ModelConfig) -> None:
     ConfigError: if a document is longer than what the model's tokens see: attention here is full.
     """
     longest = max(np.diff(np.append(batch.document_starts, batch.tokens.size)))
-    if problem := window_problem(config, longest):
+    if problem := config.window_problem(longest):
         raise ConfigError([f"a document of {longest} tokens: {problem}"], "the data")
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.vocabulary import moved_ids
 from megacpt.errors import ConfigError
+from megacpt.family.read import read_config
 from megacpt.files import write_atomically
-from megacpt.model.config import read_config
 from megacpt.model.hf import Weights, check_names, write_pretrained
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
-from megacpt.config.load import nearest
+from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
@@ -14,17 +14,10 @@ from megacpt.config.stage import Parallel, Stage
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
 from megacpt.data.questions import read_task
-from megacpt.errors import ConfigError, DataError, MegacptError
+from megacpt.errors import ConfigError, DataError, MegacptError, nearest
+from megacpt.family.base import ModelConfig
+from megacpt.family.rope import least_theta, theta_by_rule
 from megacpt.log import short_number
-from megacpt.model.config import (
-    ModelConfig,
-    config_of,
-    config_of_stage,
-    frozen_names,
-    least_theta,
-    ruled_theta,
-    shape_problems,
-)
 from megacpt.model.split import plan_pipeline, stage_weights
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.pipeline.simulate import simulate
@@ -89,8 +82,8 @@ def _model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
 def _known(model: Model, files: bool) -> ModelConfig | None:
     """The model's shape, from disk only if `files`."""
     if model.architecture or (files and (model.pretrained or model.config)):
-        return config_of(model)
-    return config_of(Model(architecture=model.expect)) if model.expect else None
+        return load_model_config(model)
+    return load_model_config(Model(architecture=model.expect)) if model.expect else None
 
 
 def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
@@ -100,7 +93,7 @@ def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
     first = config
     for index, stage in enumerate(recipe.stages):
         try:
-            config = config_of_stage(first, recipe.stages, index)
+            config = config_in_stage(first, recipe.stages, index)
             frozen_names(stage.freeze, config)
         except ConfigError as error:
             report.problems += [p if p in report.problems else f"stages.{stage.name}.{p}" for p in error.problems]
@@ -121,7 +114,7 @@ def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
             and stage.seq_len > config.max_position_embeddings
             and config.rope.theta < least_theta(stage.seq_len)
         ):
-            ntk, twice = (ruled_theta(rule, first, stage.seq_len) for rule in ("ntk", "ntk2"))
+            ntk, twice = (theta_by_rule(rule, first, stage.seq_len) for rule in ("ntk", "ntk2"))
             report.warnings.append(
                 f"stages.{stage.name}: theta {config.rope.theta:g} is below {least_theta(stage.seq_len):.3g}, the bound for "
                 f"{stage.seq_len} tokens (the model was made for {config.max_position_embeddings}). By rule: {ntk:.3g} "

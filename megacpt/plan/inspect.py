@@ -9,11 +9,11 @@ import numpy as np
 from megacpt.checkpoint.manifest import decisions_of_run
 from megacpt.config.clock import Clock, Step
 from megacpt.config.decisions import extensions_of
+from megacpt.config.model import load_model_config
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, Pick, StageData, mixtures, open_domains, pad_token
 from megacpt.errors import ConfigError
 from megacpt.files import new_file
-from megacpt.model.config import config_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def inspect_step(recipe: Recipe, number: int) -> InspectedStep:
     if not 1 <= number <= clock.num_steps:
         raise ConfigError([f"--step {number}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(number)
-    stage, config = recipe.stages[step.stage], config_of(recipe.model)
+    stage, config = recipe.stages[step.stage], load_model_config(recipe.model)
     domains = open_domains(recipe, list(stage.mixture))
     order, pad = mixtures(recipe, clock, decisions)[step.stage], pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, order, domains, pad, config.vocab_size)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from megacpt.config.layout import Layout, token_unit
 from megacpt.config.stage import Parallel
-from megacpt.family.base import ModelConfig as ModelConfig
+from megacpt.family.base import ModelConfig
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule
 from megacpt.parallel.pipeline.simulate import lower, needed

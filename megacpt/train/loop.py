@@ -19,6 +19,7 @@ from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import directory_name
 from megacpt.checkpoint.save import recover_interrupted_saves, tensors_of
 from megacpt.config.clock import Step
+from megacpt.config.model import config_in_stage, frozen_names
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import PROFILE
 from megacpt.config.stage import Stage
@@ -26,7 +27,6 @@ from megacpt.data.loader import StageData, StepData, domain_tokens, load_step, p
 from megacpt.errors import ConfigError, LeaseError, MegacptError, NumbersError, SaveError
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.files import DISK_ERRORS, disk_told
-from megacpt.model.config import config_of_stage, frozen_names
 from megacpt.model.inputs import step_to_host
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.mesh import device_of_process, picture, restart_process_group, share, start_process_group
@@ -355,7 +355,7 @@ def _update_of(recipe: Recipe, step: Step, lr: float, frozen: frozenset[str], mo
 
 def _enter_stage(run: Run, index: int) -> None:
     """Rotary embedding and checkpointing of a stage; changes of the rotary embedding hold on through later stages."""
-    config = config_of_stage(run.model.config, run.recipe.stages, index)
+    config = config_in_stage(run.model.config, run.recipe.stages, index)
     run.model.set_rope(config.rope)
     run.model.set_activation_checkpointing(run.recipe.parallel_of(run.recipe.stages[index]).activation_checkpointing)
     first = run.clock.stage_first_token[index]

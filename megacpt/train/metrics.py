@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from megacpt.config.clock import Clock, Step
+from megacpt.family.base import ModelConfig
 from megacpt.files import Journal
 from megacpt.log import duration, short_number
-from megacpt.model.config import ModelConfig
 from megacpt.model.flops import PEAK_FLOPS, step_flops
 
 

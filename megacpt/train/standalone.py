@@ -11,6 +11,7 @@ from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout, token_unit
+from megacpt.config.model import shape_problems
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import HUGGING_FACE, RECIPE
 from megacpt.config.stage import Parallel
@@ -18,8 +19,8 @@ from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
 from megacpt.evaluate.gates import Examiner
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
+from megacpt.family.read import read_config
 from megacpt.model.build import build_model, sharding_of
-from megacpt.model.config import read_config, shape_problems
 from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.hf import load_pretrained
 from megacpt.model.split import plan_pipeline

@@ -19,14 +19,16 @@ from megacpt.config.clock import Clock
 from megacpt.config.decisions import Decision, extensions_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
+from megacpt.config.model import load_model_config, with_rope
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import DTYPES, HUGGING_FACE, RECIPE, TENSORBOARD
 from megacpt.config.stage import Stage
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
+from megacpt.family.base import ModelConfig
+from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
 from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.config import ModelConfig, change_rope, config_of, read_config, what_matters
 from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.hf import copy_side_files, initialize, load_pretrained
 from megacpt.model.split import plan_pipeline
@@ -67,7 +69,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop
     Args:
         again: the run goes back to a checkpoint of its own, whatever `run.start` says.
     """
-    config = config_of(recipe.model)
+    config = load_model_config(recipe.model)
     domains = open_domains(recipe, list(recipe.data))
     fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
     compute = compute_dtype(recipe.precision.compute, device)
@@ -230,7 +232,7 @@ def _check_config(recipe: Recipe, directory: RunDirectory, config: ModelConfig) 
         copy = directory.path / HUGGING_FACE / "config.json"
         try:
             if copy.exists():
-                before = what_matters(change_rope(read_config(copy), recipe.model.rope))
+                before = what_matters(with_rope(read_config(copy), recipe.model.rope))
                 now = what_matters(config)
                 keys = [key for key in now | before if now.get(key) != before.get(key)]
                 problems = [[f"{key} = {now.get(key)}: the run began with {before.get(key)}." for key in keys]]

@@ -12,8 +12,9 @@ from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate import sequences
 from megacpt.evaluate.choices import accuracy
 from megacpt.evaluate.needle import place_needles, run_needles
+from megacpt.family.read import parse_config
+from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.build import build_model
-from megacpt.model.config import ARCHITECTURES, parse_config
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.flops import step_flops
 

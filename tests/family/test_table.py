@@ -10,11 +10,12 @@ import transformers
 from samples import family_config, tiny_config, without_names
 
 from megacpt.config.load import load_recipe
+from megacpt.config.model import config_in_stage, shape_problems
 from megacpt.config.stage import Parallel, Stage
 from megacpt.errors import ConfigError
 from megacpt.family.families import FAMILIES
+from megacpt.family.read import exported_config, parse_config
 from megacpt.family.shapes import ARCHITECTURES
-from megacpt.model.config import config_of_stage, export_config, parse_config, shape_problems
 from megacpt.model.flops import matmul_flops_per_token
 from megacpt.plan.check import check
 
@@ -130,16 +131,16 @@ def test_rows_longer_than_mistrals_window_are_refused():
     """An absent window is 4,096, null is none; a window longer than the row changes nothing."""
     absent = {k: v for k, v in family_config("mistral").items() if k != "sliding_window"}
     config = parse_config(absent, "t")
-    assert config.window == 4096 and config_of_stage(config, [stage(4096)], 0) == config
+    assert config.window == 4096 and config_in_stage(config, [stage(4096)], 0) == config
     with pytest.raises(
         ConfigError, match="seq_len = 4097: .* is 4096, the default of mistral models where config.json names"
     ):
-        config_of_stage(config, [stage(4097)], 0)
+        config_in_stage(config, [stage(4097)], 0)
     named = parse_config(absent | {"sliding_window": 100}, "t")
     with pytest.raises(ConfigError, match="sliding_window is 100, and a window .* Use at most 100, or write"):
-        config_of_stage(named, [stage(64), stage(128)], 1)
+        config_in_stage(named, [stage(64), stage(128)], 1)
     none = parse_config(absent | {"sliding_window": None}, "t")
-    assert none.window is None and config_of_stage(none, [stage(1 << 20)], 0) == none
+    assert none.window is None and config_in_stage(none, [stage(1 << 20)], 0) == none
     assert parse_config(family_config("qwen2", sliding_window=8), "t").window is None
 
 
@@ -153,9 +154,9 @@ def test_check_says_which_stage_is_longer_than_the_window(recipe_file, tmp_path)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_config_is_carried_through_whole(name):
     raw = family_config(name, more={"a": 1})
-    assert export_config(parse_config(raw, "t"), "float32", 8) == raw
+    assert exported_config(parse_config(raw, "t"), "float32", 8) == raw
     bare = {k: v for k, v in raw.items() if k != "architectures"}
-    out = export_config(parse_config(bare, "t"), "float32", 8)
+    out = exported_config(parse_config(bare, "t"), "float32", 8)
     assert out["architectures"] == raw["architectures"] and out["model_type"] == name
     assert type(skeleton(out)).__name__ == raw["architectures"][0]
 

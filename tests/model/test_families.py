@@ -18,10 +18,11 @@ from megacpt.config.layout import Layout
 from megacpt.config.stage import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
+from megacpt.family.base import ModelConfig
 from megacpt.family.families import FAMILIES
-from megacpt.model import llama
+from megacpt.family.read import parse_config
+from megacpt.model import decoder
 from megacpt.model.build import build_model, sharding_of
-from megacpt.model.config import parse_config
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import initialize, load_pretrained
 from megacpt.model.inputs import to_inputs
@@ -147,8 +148,8 @@ def summed_nowhere() -> None:
 
 def plain_keys() -> None:
     """cp: the keys that travel are not normalised; the rank's own are."""
-    normed = llama.Attention._normed
-    llama.Attention._normed = lambda self, x, norm: normed(self, x, norm) if torch.is_grad_enabled() else x
+    normed = decoder.Attention._normed
+    decoder.Attention._normed = lambda self, x, norm: normed(self, x, norm) if torch.is_grad_enabled() else x
 
 
 def neighbours_rows() -> None:
@@ -180,12 +181,12 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 
 def without_biases(monkeypatch) -> None:
-    original = llama.column_parallel
-    monkeypatch.setattr(llama, "column_parallel", lambda *args, **more: original(*args[:6], **more))
+    original = decoder.column_parallel
+    monkeypatch.setattr(decoder, "column_parallel", lambda *args, **more: original(*args[:6], **more))
 
 
 def without_head_norms(monkeypatch) -> None:
-    monkeypatch.setattr(llama.Attention, "_normed", lambda self, heads, norm: heads)
+    monkeypatch.setattr(decoder.Attention, "_normed", lambda self, heads, norm: heads)
 
 
 def norm_of_all_heads(monkeypatch) -> None:
@@ -195,9 +196,9 @@ def norm_of_all_heads(monkeypatch) -> None:
         if norm is None:
             return heads
         scale = torch.rsqrt(heads.pow(2).mean((1, 2), keepdim=True) + self.eps)
-        return heads * scale * llama.replicated(norm.weight)
+        return heads * scale * decoder.replicated(norm.weight)
 
-    monkeypatch.setattr(llama.Attention, "_normed", normed)
+    monkeypatch.setattr(decoder.Attention, "_normed", normed)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_mistrals_window_is_what_transformers_masks(mesh):
     with pytest.raises(ConfigError, match="a document of 40 tokens: the model's sliding_window is 39"):
         losses_apart(raw | {"sliding_window": 39}, mesh)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megacpt.model.run.window_problem", lambda config, longest: "")
+        patch.setattr(ModelConfig, "window_problem", lambda config, longest: "")
         assert losses_apart(raw | {"sliding_window": 30}, mesh) > 1e-6
 
 

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
 
 import megacpt.model.hf as hf
+from megacpt.config.model import with_rope
 from megacpt.config.stage import Rope
 from megacpt.errors import CheckpointError, ConfigError, NumbersError
+from megacpt.family.read import exported_config, parse_config, read_config
+from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.build import build_model
-from megacpt.model.config import ARCHITECTURES, change_rope, export_config, parse_config, read_config
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import Weights, check_names, load_pretrained
 
@@ -44,15 +46,15 @@ def test_both_spellings_of_the_rotary_embedding():
     "raw", [V5, tiny_config(rope_scaling=ROPE_YARN), tiny_config(), tiny_config(bos_token_id=[1, 2], extra={"a": 1})]
 )
 def test_an_unchanged_config_is_carried_through_whole(raw):
-    assert export_config(parse_config(raw, "x"), "float32", 8) == raw
+    assert exported_config(parse_config(raw, "x"), "float32", 8) == raw
 
 
 @pytest.mark.parametrize("raw", [V5, tiny_config()])
 def test_a_changed_rope_is_written_in_the_spelling_it_came_in_and_read_by_transformers(raw):
-    config = change_rope(
+    config = with_rope(
         parse_config(raw, "x"), Rope(theta=123.0, type="yarn", factor=2.0, original_max_position_embeddings=64)
     )
-    out = export_config(config, "bfloat16", 128)
+    out = exported_config(config, "bfloat16", 128)
     assert ("rope_parameters" in out) == ("rope_parameters" in raw) and out["max_position_embeddings"] == 128
     assert parse_config(out, "y").rope == config.rope
     theirs = transformers.LlamaConfig(**out).rope_parameters
@@ -71,8 +73,8 @@ BOTH = tiny_config(
 def test_no_spelling_of_an_export_stays_behind(change):
     """Where config.json holds both, transformers believes the older one: all are written anew."""
     raw = {key: value for key, value in BOTH.items()}
-    config = change_rope(parse_config(raw, "x"), change)
-    out = export_config(config, "bfloat16", 128)
+    config = with_rope(parse_config(raw, "x"), change)
+    out = exported_config(config, "bfloat16", 128)
     assert parse_config(out, "y").rope == config.rope and out["dtype"] == out["torch_dtype"] == "bfloat16"
     theirs = transformers.LlamaConfig(**without_names(out)).rope_parameters
     assert theirs["rope_theta"] == config.rope.theta and theirs["rope_type"] == config.rope.type
@@ -421,7 +423,7 @@ def test_import_needs_one_file_beside_the_models_own_share(tmp_path):
 import resource, sys, torch
 from megacpt.config.layout import Layout
 from megacpt.model.build import build_model
-from megacpt.model.config import read_config
+from megacpt.family.read import read_config
 from megacpt.model.hf import load_pretrained
 from megacpt.model.decoder import ModelOptions
 from megacpt.parallel.mesh import build_mesh, start_process_group
@@ -442,9 +444,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
     """ProLong's 8e6 at 64K from 5e5 at 8K (NTK rule twice, arXiv 2410.02660): in one jump and in three stages."""
+    from megacpt.config.model import config_in_stage
     from megacpt.config.stage import Stage
     from megacpt.errors import ConfigError
-    from megacpt.model.config import config_of_stage, least_theta
+    from megacpt.family.rope import least_theta
 
     own = parse_config(
         {"model_type": "llama", "vocab_size": 128, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -452,14 +455,14 @@ def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
          "architectures": ["LlamaForCausalLM"]}, "t",
     )  # fmt: skip
     make = lambda n, rope: Stage(name=f"s{n}", tokens=1, seq_len=n, batch_tokens=n, mixture={"a": 1.0}, rope=rope)
-    jump = config_of_stage(own, [make(65536, Rope(rule="ntk2"))], 0)
+    jump = config_in_stage(own, [make(65536, Rope(rule="ntk2"))], 0)
     steps = [make(n, Rope(rule="ntk2")) for n in (8192, 16384, 32768, 65536)]
-    assert jump.rope.theta == pytest.approx(8.27e6, rel=0.01) and config_of_stage(own, steps, 3) == jump
-    assert config_of_stage(own, steps, 0) == own
+    assert jump.rope.theta == pytest.approx(8.27e6, rel=0.01) and config_in_stage(own, steps, 3) == jump
+    assert config_in_stage(own, steps, 0) == own
     assert least_theta(131072) == pytest.approx(9.1e6, rel=0.05)
     with pytest.raises(ConfigError, match="scaled already"):
         scaled = parse_config(ARCHITECTURES["llama3.1-8b"], "t")
-        config_of_stage(scaled, [make(262144, Rope(rule="ntk"))], 0)
+        config_in_stage(scaled, [make(262144, Rope(rule="ntk"))], 0)
 
 
 NUMBERS = (

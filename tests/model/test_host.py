@@ -32,8 +32,8 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
     from megacpt.data.loader import Batch, StepCounts
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline

@@ -38,8 +38,8 @@ def model_of(layers: int, operations: str = "torch", **degrees):
     """On its ranks."""
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline
@@ -102,7 +102,7 @@ def settled(count, before: list[tuple]) -> tuple:
 
 def _hold_what_attention_saves() -> None:
     """What once leaked: hooks around attention inside the checkpointed block, methods of an object that holds tensors."""
-    from megacpt.model import llama
+    from megacpt.model import decoder
     from megacpt.parallel.context import context_attention
 
     class Hooks:
@@ -120,7 +120,7 @@ def _hold_what_attention_saves() -> None:
         hooks.out = out
         return out
 
-    llama.context_attention = hooked
+    decoder.context_attention = hooked
 
 
 @pytest.mark.parametrize("context", [1, 2])

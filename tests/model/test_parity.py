@@ -12,8 +12,8 @@ from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config
 from tolerances import PARITY, difference
 
 from megacpt.data.loader import IGNORE, Batch, StepCounts
+from megacpt.family.read import parse_config
 from megacpt.model.build import build_model
-from megacpt.model.config import parse_config
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
 from megacpt.model.run import accumulate, each_loss

@@ -47,7 +47,7 @@ def model_of(directory, tokenizer, tied: bool):
     """A tiny model with random weights."""
     vocab = Tokenizer(tokenizer).vocab_size
     config = tiny_config(vocab_size=vocab, tie_word_embeddings=tied)
-    from megacpt.model.config import parse_config
+    from megacpt.family.read import parse_config
 
     shutil.copytree(tokenizer, directory)
     (directory / "config.json").write_text(json.dumps(config))

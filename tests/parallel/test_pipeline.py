@@ -35,9 +35,9 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
 
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+    from megacpt.family.read import parse_config
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline
@@ -110,8 +110,8 @@ def test_four_ranks_keep_what_one_forward_one_backward_says():
 
 
 def made_model(name: str, layout, parallel):
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline

@@ -93,8 +93,8 @@ def test_symmetric_memory_needs_gpus(mesh):
     from samples import tiny_config
 
     from megacpt.errors import ConfigError
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
 
     with pytest.raises(ConfigError, match="needs CUDA GPUs, this is a CPU"):

@@ -10,7 +10,8 @@ from samples import tiny_config
 
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
-from megacpt.model.config import ARCHITECTURES, config_of
+from megacpt.config.model import load_model_config
+from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.split import plan_pipeline
 from megacpt.plan.check import check
 from megacpt.plan.memory import rank_parameters
@@ -77,7 +78,7 @@ def test_gradient_bytes_of_both_reductions(recipe_file):
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_the_ranks_are_those_of_the_model(tied):
     from megacpt.config.stage import Parallel
-    from megacpt.model.config import parse_config
+    from megacpt.family.read import parse_config
 
     config = parse_config(tiny_config(num_hidden_layers=6, tie_word_embeddings=tied), "test")
     whole = config.num_parameters() + (512 - 401) * 32 * (1 if tied else 2)
@@ -109,7 +110,7 @@ def test_an_expected_shape_is_compared_with_the_checkpoint(recipe_file, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES["llama3.2-1b"]))
     recipe = load_recipe(recipe_file(), ["--model.expect=llama3.2-1b"])
     (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES["llama3.2-1b"]))
-    assert config_of(recipe.model).num_hidden_layers == 16
+    assert load_model_config(recipe.model).num_hidden_layers == 16
 
 
 def test_the_environment_that_orders_all_streams_is_refused(recipe_file):

@@ -12,7 +12,8 @@ from megacpt.cli import run
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import load_recipe
 from megacpt.config.stage import Parallel
-from megacpt.model.config import ARCHITECTURES, parse_config
+from megacpt.family.read import parse_config
+from megacpt.family.shapes import ARCHITECTURES
 from megacpt.plan import memory
 from megacpt.plan.check import check, fullest_step, over_memory
 from megacpt.plan.memory import CARD_GIB, RESERVE_GIB, Job, kept_bytes, peak, peak_of_rank

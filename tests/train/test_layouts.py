@@ -194,8 +194,8 @@ def filled_row() -> tuple[int, float, float]:
 
     from megacpt.config.layout import Layout
     from megacpt.data.loader import Batch, StepCounts
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.inputs import to_inputs

@@ -33,7 +33,7 @@ def test_padded_rows_take_no_probability_and_export_as_if_they_were_not_there(
 ):
     """Megatron-Bridge 625 and 1853: a vocabulary that nothing divides, padded, on tp 4 as on one; zero steps in between change no bit."""
     from megacpt.checkpoint.export import export
-    from megacpt.model.config import parse_config
+    from megacpt.family.read import parse_config
 
     base, generator = tmp_path / "base", torch.Generator().manual_seed(0)
     base.mkdir()
@@ -153,8 +153,8 @@ def losses_of_sequences(packed_tokens: int, **degrees) -> list[float]:
     from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
     from megacpt.evaluate.sequences import score_sequences
+    from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
-    from megacpt.model.config import parse_config
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.split import plan_pipeline
