@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megacpt.config import run_layout
+
 ROOT = Path(__file__).parents[1]
 ROOMS = [
     "megacpt_kernels",
@@ -255,3 +257,60 @@ def test_names_of_test_files_are_unique():
     """pytest collects files of one name in two folders as one module, and stops."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+
+
+RENAMES = {"replace", "rename", "renames", "move", "symlink", "link"}
+"""Of os, shutil and Path: what gives a file its name."""
+
+
+def renames_of(source: str) -> list[int]:
+    """Lines that give a file or a folder another name."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in RENAMES]
+    of_module = [
+        call for call in named if isinstance(call.func.value, ast.Name) and call.func.value.id in ("os", "shutil")
+    ]
+    of_path = [call for call in named if call.func.attr in ("rename", "renames")]
+    return sorted({call.lineno for call in [*of_module, *of_path]})
+
+
+def test_files_get_their_names_in_one_room():
+    """Whole or not there, down to the disk: files.py knows how, and nothing else tries."""
+    for path in files():
+        if path != ROOT / "megacpt/files.py":
+            assert renames_of(path.read_text()) == [], path
+    assert len(renames_of((ROOT / "megacpt/files.py").read_text())) >= 4
+    assert renames_of("os.replace(a, b)\npath.rename(b)\n'a'.replace('b', 'c')") == [1, 2]
+
+
+def names_of_runs(source: str) -> list[str]:
+    """Names of a run directory that stand in a source as literals: a whole name that could be nothing else, or a part of a path."""
+    names = {*run_layout.FILES, *run_layout.FOLDERS, run_layout.DTYPES}
+    words = {
+        "average",
+        "gates",
+        "lease",
+        "profile",
+        "snapshots",
+    }  # which are other things, too, where no path is joined
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in names - words:
+            found.append(node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            parts = node.right.values if isinstance(node.right, ast.JoinedStr) else [node.right]
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            found += [name for name in names & words for text in texts if name in text.split("/")]
+    return sorted(found)
+
+
+def test_names_in_a_run_directory_stand_in_one_room():
+    own = {"megacpt/config/run_layout.py": None, "megacpt/data/prepare.py": ["plan.json"]}  # of its parts, not of a run
+    for path in (ROOT / "megacpt").rglob("*.py"):
+        allowed = own.get(str(path.relative_to(ROOT)), [])
+        assert allowed is None or names_of_runs(path.read_text()) == allowed, path
+    assert names_of_runs("run / 'gates' / f'{x}.png'; open('run.json'); kind == 'gates'; run / f'average/{x}'") == [
+        "average",
+        "gates",
+        "run.json",
+    ]

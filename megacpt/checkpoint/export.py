@@ -1,22 +1,20 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
-import json
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
-from megacpt.config.plan_file import BASE, load_plan
+from megacpt.config.plan_file import load_plan
 from megacpt.config.resolve import RunPlan
+from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
+from megacpt.files import JsonError, read_object
 from megacpt.model.hf import write_pretrained
 
-AVERAGES = "average"
-"""Folder of a run with the averages that its stages made."""
 
-
-def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkpoints") -> tuple[Path, int]:
+def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPOINTS) -> tuple[Path, int]:
     """(folder, step) of a sound checkpoint: the newest, or the one that was asked for."""
     checkpoints = run_directory / folder
     if step is not None:
@@ -41,7 +39,7 @@ def export(
         dtype: of all tensors; default is what each had when it was imported.
         average: of the averages that stages made, the newest or that of `step`, in place of the checkpoints.
     """
-    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else "checkpoints")
+    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else CHECKPOINTS)
     _write(run_directory, [directory], [1.0], output, dtype)
     return step
 
@@ -55,7 +53,7 @@ def export_average(
         steps: those, or None for the `last` newest.
         decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
     """
-    have = list_steps(run_directory / "checkpoints")
+    have = list_steps(run_directory / CHECKPOINTS)
     wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
     if len(wanted) < 2 or (last and len(have) < last):
         raise ConfigError(
@@ -69,13 +67,13 @@ def export_average(
 
 def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
     plan = load_plan(run_directory)
-    stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / BASE
+    stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / HUGGING_FACE
     config = stage.model
     stored = [StoredModel(each) for each in directories]
     try:
-        dtypes = json.loads((side / "dtypes.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{side / 'dtypes.json'}: {error}") from None
+        dtypes = read_object(side / DTYPES)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{side / DTYPES}: {error}") from None
     if dtype:
         dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()

@@ -12,15 +12,18 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from megacpt.config.decisions import Decisions, StoredDecisions
+from megacpt.config.run_layout import CHECKPOINTS
 from megacpt.config.timeline import Kind, Position
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
+from megacpt.files import JsonError, read_object, sealed, write_atomically
 from megacpt.files import crc_of as _crc
-from megacpt.files import sealed, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-_NAME = re.compile(r"step-(\d{8,})")
+MOST_BYTES = 1 << 32
+"""Of a manifest: a thousand items for each of sixteen thousand ranks take a quarter of it."""
+_NAME = re.compile(r"step-([0-9]{8,12})")
 
 Items = dict[str, list[tuple[int, int, int]]]
 """By file: (offset, bytes, CRC32) of each item in it."""
@@ -77,10 +80,11 @@ def directory_name(step: int) -> str:
 
 
 def list_steps(checkpoints: Path) -> list[int]:
-    """Steps with a folder, oldest first; whether they are sound is another question."""
+    """Steps with a folder, oldest first; whether they are sound is another question. A name that `directory_name` does not give is none."""
     if not checkpoints.is_dir():
         return []
-    return sorted(int(m.group(1)) for p in checkpoints.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+    found = ((int(match.group(1)), path) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name)))
+    return sorted(step for step, path in found if path.name == directory_name(step) and path.is_dir())
 
 
 def write_manifest(directory: Path, state: RunState, facts: dict[str, Any], items: Items) -> None:
@@ -114,7 +118,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, MOST_BYTES)
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {content['format']!r}; this version reads {FORMAT}.")
         crc = content.pop("crc32")
@@ -137,8 +141,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: is missing: the save was not finished.") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({_told(error)}).") from None
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, JsonError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _done_of_early_version(state: RunState) -> Kind:
@@ -196,7 +204,7 @@ def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:
 def decisions_of_run(run_directory: Path) -> Decisions:
     """What a run has decided up to its newest checkpoint; none without one."""
     try:
-        found = newest_sound(run_directory / "checkpoints")
+        found = newest_sound(run_directory / CHECKPOINTS)
     except CheckpointError:
         return Decisions()
     return found[1].decisions if found else Decisions()

@@ -1,27 +1,26 @@
 """plan.json of a run directory: the RunPlan as it was resolved, with what it was resolved from. Imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import load_recipe, recipe_from
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, parallel_in, resolve
+from megacpt.config.run_layout import HUGGING_FACE, PLAN, RECIPE, STATUS
 from megacpt.errors import CheckpointError
 from megacpt.family.read import parse_config, read_config
-from megacpt.files import sealed, unsealed, write_atomically
+from megacpt.files import JsonError, read_object, sealed, unsealed, write_atomically
 
-PLAN = "plan.json"
-BASE = "huggingface"
-"""Folder of a run with config.json, tokenizer files and dtypes.json of what it started from."""
 FORMAT = 1
+MOST_BYTES = 1 << 28
+"""Of plan.json: it names every frozen parameter of every stage."""
 
 
 def save_plan(plan: RunPlan, run_directory: Path) -> None:
     """Writes plan.json, where it says something new."""
     path = run_directory / PLAN
     text = sealed({"format": FORMAT, "digest": plan.digest, **plan.plain})
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:  # a resume needs no room for it
+    if not path.is_file() or path.read_bytes() != text.encode():  # a resume needs no room for it
         write_atomically(path, text)
 
 
@@ -33,10 +32,10 @@ def read_plan(run_directory: Path) -> dict[str, Any] | None:
     """
     path = run_directory / PLAN
     try:
-        content = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        content = unsealed(read_object(path, MOST_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}). Remove it: the next start writes it anew.") from None
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {content.get('format')!r}; this version reads {FORMAT}.")
@@ -51,8 +50,8 @@ def load_plan(run_directory: Path) -> RunPlan:
     """
     content = read_plan(run_directory)
     if content is None:  # of an earlier version
-        recipe = load_recipe(str(run_directory / "recipe.toml"))
-        return resolve(recipe, read_config(run_directory / BASE), _world_size(run_directory, recipe))
+        recipe = load_recipe(str(run_directory / RECIPE))
+        return resolve(recipe, read_config(run_directory / HUGGING_FACE), _world_size(run_directory, recipe))
     try:
         recipe, base = (
             recipe_from(content["recipe"], str(run_directory / PLAN)),
@@ -66,10 +65,10 @@ def load_plan(run_directory: Path) -> RunPlan:
 def _world_size(run_directory: Path, recipe: Recipe) -> int:
     """What run.json says; the product of the first stage's degrees where it says nothing."""
     try:
-        size = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))["world_size"]
+        size = read_object(run_directory / STATUS).get("world_size")
         if isinstance(size, int) and size > 0:
             return size
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, JsonError):
         pass
     parallel = parallel_in(recipe, recipe.stages[0])
     return parallel.tensor * parallel.context * parallel.pipeline * parallel.data_replicate * (parallel.data_shard or 1)

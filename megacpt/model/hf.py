@@ -21,7 +21,7 @@ from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError, NumbersError
 from megacpt.family.base import ModelConfig, Parameter, Stored
 from megacpt.family.read import exported_config
-from megacpt.files import new_folder, write_atomically
+from megacpt.files import new_folder, read_object, write_atomically
 from megacpt.model.base_files import KEPT_FILES, side_files
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.sharded import global_offset, local_part
@@ -46,10 +46,10 @@ class SafetensorsReader:
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         if index.is_file():
             try:
-                mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                mapping = read_object(index, 1 << 28)["weight_map"]
                 if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
                     raise TypeError("its weight_map is no object of file names")
-            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{index}: not an index of safetensors ({error}).") from None
             for file in set(mapping.values()):
                 if Path(file).name != file or file in ("", ".", ".."):
@@ -298,7 +298,7 @@ def _write_into(
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
         _write_json(generation, {"_from_model_config": True, **ids, **tokens})
     elif tokens:
-        own = json.loads(generation.read_text(encoding="utf-8"))
+        own = read_object(generation)
         _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     weight_map, total, problems = {}, 0, []

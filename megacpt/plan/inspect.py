@@ -13,6 +13,7 @@ from megacpt.config.model import load_model_config
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, Pick, StageData, open_domains, pad_token, stage_orders
 from megacpt.errors import ConfigError
+from megacpt.files import new_file
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,15 @@ def show_document(document: InspectedDocument, decode: Callable[[np.ndarray], st
 def save_batch(batch: Batch, path: str) -> None:
     """Writes the arrays of a batch as .npz: weights are 1, and each document is an item, where the data does not say otherwise."""
     documents = np.arange(len(batch.document_starts), dtype=np.int32)
-    np.savez(
-        path,
-        tokens=batch.tokens,
-        labels=batch.labels,
-        positions=batch.positions,
-        weights=np.ones(batch.tokens.shape, np.float32) if batch.weights is None else batch.weights,
-        document_starts=batch.document_starts,
-        row_offsets=batch.row_offsets,
-        item=documents if batch.item is None else batch.item,
-        domain=np.array(batch.domain),
-    )
+    with new_file(Path(path)) as partial, open(partial, "wb") as file:
+        np.savez(
+            file,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            positions=batch.positions,
+            weights=np.ones(batch.tokens.shape, np.float32) if batch.weights is None else batch.weights,
+            document_starts=batch.document_starts,
+            row_offsets=batch.row_offsets,
+            item=documents if batch.item is None else batch.item,
+            domain=np.array(batch.domain),
+        )

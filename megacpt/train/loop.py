@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megacpt import heartbeat
-from megacpt.checkpoint.save import mend
+from megacpt.checkpoint.save import recover_interrupted_saves
 from megacpt.config.recipe import Recipe
 from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
 from megacpt.files import DISK_ERRORS, disk_told
@@ -70,7 +70,7 @@ def _own(directory: RunDirectory) -> None:
     try:
         if directory.write:
             directory.make()
-            mend(directory.checkpoints)
+            recover_interrupted_saves(directory.checkpoints)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             kind, told = "full", disk_told(error, directory.path)

@@ -13,8 +13,9 @@ from megacpt.checkpoint.save import tensors_of
 from megacpt.config.layout import resolve_layout
 from megacpt.config.merge import parallel_in
 from megacpt.config.model import shape_problems
-from megacpt.config.plan_file import BASE, load_plan
+from megacpt.config.plan_file import load_plan
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import HUGGING_FACE
 from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
@@ -64,7 +65,7 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run directory, and not a Hugging Face directory."""
-    return (path / BASE).is_dir()
+    return (path / HUGGING_FACE).is_dir()
 
 
 def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
     if recipe.gates:
         asked = stage.model_copy(update={"gates": list(recipe.gates)})
         path = Path(source)
-        tokenizer = path / BASE if is_run(path) else recipe.model.tokenizer or recipe.model.pretrained
+        tokenizer = path / HUGGING_FACE if is_run(path) else recipe.model.tokenizer or recipe.model.pretrained
         outcomes = GateRunner(recipe, domains, pad, tokenizer, micro).evaluate(model, asked, None)
         results["gates"] = {outcome.gate: outcome.numbers for outcome in outcomes}
     return results

@@ -23,10 +23,11 @@ from megacpt.checkpoint.manifest import RunState, newest_sound
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.model import load_base_config, with_rope
-from megacpt.config.plan_file import BASE, read_plan, save_plan
+from megacpt.config.plan_file import read_plan, save_plan
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, resolve
 from megacpt.config.resume import changes_on_resume
+from megacpt.config.run_layout import DTYPES, HUGGING_FACE, PROFILE, RECIPE, TENSORBOARD
 from megacpt.config.sections.model import Model
 from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
@@ -120,7 +121,7 @@ def open_session(
     announce(plan, directory, start, clock, facts, changes, sorted(damaged))
     board = None
     if recipe.log.tensorboard and directory.write:
-        journal = directory.journal(f"tb/{event_file()}")
+        journal = directory.journal(f"{TENSORBOARD}/{event_file()}")
         board = TensorBoard(journal, plan.world_size, start.step + 1 if start.step else None)
     return Session(
         plan=plan,
@@ -128,14 +129,14 @@ def open_session(
         directory=directory,
         stop=stop,
         domains=domains,
-        base=directory.path / BASE,
+        base=directory.path / HUGGING_FACE,
         pad_id=pad_token(domains, plan.model.eos_token_id),
         model=model,
         optimizer=optimizer,
         stage=stage,
         metrics=StepMetrics(plan.model, plan.world_size, facts["peak_flops"]),
         board=board,
-        profiler=Profiler(recipe.profile, directory.path / "profile", dist.get_rank()),
+        profiler=Profiler(recipe.profile, directory.path / PROFILE, dist.get_rank()),
         stragglers=Stragglers(device),
         saved=start.state,
     )
@@ -147,11 +148,11 @@ def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], aga
     if again and found:
         asked = "resume"
     if asked == "resume" and not found:
-        raise ConfigError([f'run.start = "resume": {recipe.directory}/checkpoints holds no checkpoint.'])
+        raise ConfigError([f'run.start = "resume": {directory.checkpoints} holds no checkpoint.'])
     if asked in ("scratch", "pretrained") and found:
         raise ConfigError(
             [
-                f'run.start = "{asked}": {recipe.directory}/checkpoints holds checkpoints, which would be lost. '
+                f'run.start = "{asked}": {directory.checkpoints} holds checkpoints, which would be lost. '
                 'Take start = "auto" to go on, or another run.name.'
             ]
         )
@@ -220,14 +221,14 @@ def kept_before(directory: RunDirectory, now: Collection[str]) -> Kept:
     content = read_plan(directory.path)
     if content is not None:
         return Kept(content["files"], content["weights"])
-    side = directory.path / BASE
+    side = directory.path / HUGGING_FACE
     copies = {path.name: path for path in side.iterdir() if path.name in now} if side.is_dir() else {}
     return Kept(digests(copies), {})
 
 
 def given_config(recipe: Recipe, directory: RunDirectory, start: Start) -> ModelConfig:
     """The base model's config.json; a run that is resumed has a copy of its own, should the base be gone."""
-    copy, given = directory.path / BASE / "config.json", recipe.model.pretrained or recipe.model.config
+    copy, given = directory.path / HUGGING_FACE / "config.json", recipe.model.pretrained or recipe.model.config
     if start.state and given and not Path(given).exists() and copy.is_file():
         return read_config(copy)
     return load_base_config(recipe.model)
@@ -242,7 +243,7 @@ def check_resume(plan: RunPlan, directory: RunDirectory, state: RunState, finger
                 f"was {digest[:12]}). Restore the data, or start a new run under another run.name."
             )
     clock = Clock(plan.recipe, state.decisions.extensions())
-    changes = changes_on_resume(load_recipe(str(directory.path / "recipe.toml")), plan.recipe, state.stage)
+    changes = changes_on_resume(load_recipe(str(directory.path / RECIPE)), plan.recipe, state.stage)
     if state.step > clock.num_steps or clock.tokens_at(state.step) != state.tokens:
         raise ConfigError(
             [
@@ -261,7 +262,7 @@ def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bo
     Raises:
         ConfigError: with every field, file and both values.
     """
-    copy, problems = directory.path / BASE / "config.json", []
+    copy, problems = directory.path / HUGGING_FACE / "config.json", []
     if copy.exists():
         was = what_matters(with_rope(read_config(copy), plan.recipe.model.rope))
         now = what_matters(plan.model)
@@ -285,7 +286,7 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
     """Writes plan.json and the run's own copy of the base's small files, before anything is trained. Collective; rank 0 writes."""
 
     def keep() -> None:
-        side, model = directory.path / BASE, plan.recipe.model
+        side, model = directory.path / HUGGING_FACE, plan.recipe.model
         side.mkdir(parents=True, exist_ok=True)
         if mode != "resume":
             copy_side_files(model.pretrained, model.tokenizer or model.pretrained, side)
@@ -294,7 +295,7 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
             else:
                 name = "bfloat16" if compute == torch.bfloat16 else "float32"
                 dtypes = dict.fromkeys(plan.base.shapes(), name)
-            write_atomically(side / "dtypes.json", json.dumps(dtypes))
+            write_atomically(side / DTYPES, json.dumps(dtypes))
         if mode != "resume" or not (side / "config.json").exists():
             write_atomically(side / "config.json", json.dumps(plan.base.raw, indent=2) + "\n")
         save_plan(plan, directory.path)

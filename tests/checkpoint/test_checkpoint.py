@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
 from megacpt.checkpoint.manifest import RunState, list_steps, newest_sound, verify
-from megacpt.checkpoint.save import mend, prune, save, tensors_of
+from megacpt.checkpoint.save import prune, recover_interrupted_saves, save, tensors_of
 from megacpt.config.decisions import Decisions
 from megacpt.errors import CheckpointError
 from megacpt.optim.adamw import AdamW
@@ -121,11 +121,11 @@ def test_what_a_kill_left_is_mended(saved):
     (saved / "step-00000003").rename(saved / ".tmp-old-step-00000003")
     (saved / ".tmp-step-00000007").mkdir()
     (saved / ".tmp-removed-step-00000001").mkdir()
-    mend(saved)
+    recover_interrupted_saves(saved)
     assert newest_sound(saved)[1].step == 3 == verify(saved / "step-00000003").step
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
     shutil.copytree(saved / "step-00000003", saved / ".tmp-old-step-00000003")
-    mend(saved)
+    recover_interrupted_saves(saved)
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
 
 

@@ -94,7 +94,7 @@ def test_a_run_without_a_copy_gets_one(begun):
 def test_a_damaged_copy_is_named(begun):
     path, run, _ = begun
     (run / "huggingface/config.json").write_text('{"vocab')
-    assert "huggingface/config.json: not valid JSON" in on_ranks(1, trained, path, [])[0]
+    assert "huggingface/config.json: cannot be read: it is" in on_ranks(1, trained, path, [])[0]
 
 
 def test_an_export_is_of_the_config_that_was_trained(begun, tmp_path):

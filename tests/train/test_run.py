@@ -304,8 +304,10 @@ def test_inspect_shows_the_batch_that_is_trained(train, recipe_file, tmp_path, c
         "tokens",
         "labels",
         "positions",
+        "weights",
         "document_starts",
         "row_offsets",
+        "item",
         "domain",
     }
     assert "step 3, stage s: 4 rows of 64" in out and "--- row 3: domain" in out

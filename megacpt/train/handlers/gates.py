@@ -3,6 +3,7 @@
 from megacpt import log
 from megacpt.config.decisions import Extension, GateDecision
 from megacpt.config.resolve import ResolvedStage
+from megacpt.config.run_layout import gate_picture
 from megacpt.config.timeline import Event
 from megacpt.errors import GateError
 from megacpt.evaluate.gates import GateRunner, Outcome
@@ -73,7 +74,7 @@ def draw(session: Session, name: str, picture, step: int) -> None:
     if session.directory.write:
         from PIL import Image
 
-        file = session.directory.path / "gates" / f"{name}-step-{step:08d}.png"
+        file = gate_picture(session.directory.path, name, step)
         try:
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(file)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from megacpt import heartbeat, log
 from megacpt.config.clock import Step
 from megacpt.config.decisions import Skip
+from megacpt.config.run_layout import SNAPSHOTS
 from megacpt.config.timeline import Event
 from megacpt.data.loader import domain_tokens
 from megacpt.errors import LeaseError
@@ -14,7 +15,6 @@ from megacpt.objective.choose import objective_of
 from megacpt.optim.schedule import rate_of_step
 from megacpt.survive.health import add_accepted_step, check_finite, check_replicas, spike_thresholds
 from megacpt.survive.recover import Rollback, Streak, check_rollbacks, find_target, left_out_since, rewind
-from megacpt.survive.run_directory import SNAPSHOTS
 from megacpt.train.metrics import StepFacts, memory_gib
 from megacpt.train.saving import report_finished_saves
 from megacpt.train.session import Session

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from megacpt import log
 from megacpt.checkpoint.average import average_weights, averaged
-from megacpt.checkpoint.export import AVERAGES
 from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, tensors_of
 from megacpt.checkpoint.save import save as write_checkpoint
 from megacpt.config.decisions import AverageDecision
 from megacpt.config.resolve import ResolvedStage
+from megacpt.config.run_layout import AVERAGES, snapshot_folder
 from megacpt.config.timeline import Event, last_step
 from megacpt.errors import NumbersError, SaveError
 from megacpt.parallel.sharded import local_part
 from megacpt.survive.health import check_finite
-from megacpt.survive.run_directory import SNAPSHOTS, plain_numbers
+from megacpt.survive.run_directory import plain_numbers
 from megacpt.train.saving import is_saved, save_checkpoint
 from megacpt.train.session import Session
 
@@ -33,7 +33,7 @@ def save(session: Session, event: Event) -> None:
 
 
 def snapshots_of(session: Session, stage: ResolvedStage) -> Path:
-    return session.directory.path / SNAPSHOTS / stage.name
+    return snapshot_folder(session.directory.path, stage.name)
 
 
 def snapshot(session: Session, event: Event) -> None:
