@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megacpt.checkpoint.manifest import State
+from megacpt.checkpoint.manifest import RunState
 from megacpt.checkpoint.save import save
 from megacpt.parallel.mesh import object_group
 from megacpt.parallel.sharded import local_part, wrap_as
@@ -29,7 +29,7 @@ def _current_device() -> int | None:
 class Outcome:
     """What came of a save: seconds and the steps that retention removed, or an error."""
 
-    state: State
+    state: RunState
     seconds: float = 0.0
     removed: list[int] | None = None
     error: BaseException | None = None
@@ -49,7 +49,7 @@ class Saver:
         self.outcomes: list[Outcome] = []
         """Of the saves that have ended since the last look."""
 
-    def start(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
+    def start(self, checkpoints: Path, tensors: dict[str, Any], state: RunState, facts: dict[str, Any]) -> float:
         """Copies and begins to write; waits first for a save that is still under way. Returns the seconds training stood still."""
         begin = time.monotonic()
         self.wait()
@@ -59,7 +59,7 @@ class Saver:
         self.thread.start()
         return time.monotonic() - begin
 
-    def now(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> None:
+    def now(self, checkpoints: Path, tensors: dict[str, Any], state: RunState, facts: dict[str, Any]) -> None:
         """Writes, and returns when it is done."""
         self.wait()
         self._work(checkpoints, tensors, state, facts, self.group)
@@ -106,7 +106,7 @@ class Saver:
         self,
         checkpoints: Path,
         tensors: dict,
-        state: State,
+        state: RunState,
         facts: dict,
         group: dist.ProcessGroup,
         device: int | None = None,

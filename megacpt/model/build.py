@@ -7,8 +7,8 @@ import torch
 from megacpt_kernels.attention import resolve_backend
 from megacpt_kernels.backend import find_apex, use_triton
 
-from megacpt.config.recipe import Kernels
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.kernels import Kernels
+from megacpt.config.sections.parallel import Parallel
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
 from megacpt.model.decoder import Decoder, ModelOptions

@@ -7,7 +7,7 @@ layer less), by weights that can be set.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.family.base import Parameter
 from megacpt.parallel.pipeline.schedule import Schedule, looped, make_schedule, v_shape, virtual_stages_of
 

@@ -34,7 +34,7 @@ def place_of(name: str, parameter: Tensor) -> Place:
 class AdamW:
     """Args:
     parameters: by name.
-    decayed: names of those that weight decay acts on; default the matrices.
+    decayed: names of those that weight decay acts on.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
     held: names of parameters that have moments; default those that need a gradient.
@@ -51,12 +51,11 @@ class AdamW:
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
-        decayed: Collection[str] | None = None,
+        decayed: Collection[str] = (),
         held: Collection[str] | None = None,
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
-        self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
-        self.state_dtype = state_dtype
+        self.decayed, self.state_dtype = set(decayed), state_dtype
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
         self.hold([name for name, p in parameters.items() if p.requires_grad] if held is None else held)

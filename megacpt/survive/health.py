@@ -3,13 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacpt.config.recipe import Health
+from megacpt.config.sections.health import Health
 from megacpt.errors import NumbersError, ReplicaError
 from megacpt.model.decoder import Decoder
 from megacpt.optim.adamw import AdamW
@@ -17,17 +18,21 @@ from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.sharded import is_replicated, local_part
 
-Measured = tuple[float, float]
-"""Loss and gradient norm of an accepted step."""
+
+@dataclass(frozen=True)
+class StepStats:
+    """What spikes are seen by."""
+
+    loss: float
+    grad_norm: float
 
 
-def limits(accepted: Sequence[Measured], rules: Health) -> Measured:
-    """(largest loss, largest norm) of an update that is made: median + spike_mads · 1.4826 · MAD of the steps accepted last. A step that
+def spike_thresholds(accepted: Sequence[tuple[float, float]], rules: Health) -> StepStats:
+    """The largest loss and norm of an update that is made: median + spike_mads · 1.4826 · MAD of the steps accepted last. A step that
     was skipped is not among them, so a spike does not raise its own limit."""
     if rules.spike_mads is None or len(accepted) < rules.spike_window // 4:
-        return float("inf"), float("inf")
-    loss, norm = (_limit(values, rules.spike_mads) for values in zip(*accepted, strict=True))
-    return loss, norm
+        return StepStats(float("inf"), float("inf"))
+    return StepStats(*(_limit(values, rules.spike_mads) for values in zip(*accepted, strict=True)))
 
 
 def _limit(values: Sequence[float], mads: float) -> float:
@@ -36,11 +41,13 @@ def _limit(values: Sequence[float], mads: float) -> float:
     return middle + mads * max(spread, 1e-3 * abs(middle))
 
 
-def remember(accepted: list[Measured], loss: float, norm: float, rules: Health) -> None:
-    """Adds a step, in four digits, so that all layouts remember the same."""
-    if rules.spike_mads is not None:
-        accepted.append((float(f"{loss:.3e}"), float(f"{norm:.3e}")))
-        del accepted[: -rules.spike_window]
+def add_accepted_step(
+    accepted: Sequence[tuple[float, float]], stats: StepStats, rules: Health
+) -> list[tuple[float, float]]:
+    """(loss, norm) of the steps accepted last with one more, in four digits, so that all layouts remember the same."""
+    if rules.spike_mads is None:
+        return list(accepted)
+    return [*accepted, (float(f"{stats.loss:.3e}"), float(f"{stats.grad_norm:.3e}"))][-rules.spike_window :]
 
 
 def check_finite(optimizer: AdamW, step: int) -> None:

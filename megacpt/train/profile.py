@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megacpt.compat import dump_memory, record_memory
-from megacpt.config.recipe import Profile
+from megacpt.config.sections.profile import Profile
 from megacpt.files import disk_told
 from megacpt.log import info, warn
 

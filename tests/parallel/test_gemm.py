@@ -30,7 +30,7 @@ def products_of_a_step(around: str, **degrees) -> dict[str, int]:
     import numpy as np
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.data.loader import Batch, StepCounts
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
