@@ -119,3 +119,12 @@ def write_recipe(directory: Path, prepared: Path, tokenizer: Path, **sections: A
     path = directory / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe))
     return str(path)
+
+
+def rate_at(recipe, clock, number: int) -> float:
+    """The learning rate of a step."""
+    from megacpt.config.merge import schedule_in
+    from megacpt.optim.schedule import rate_of_step
+
+    step = clock.step(number)
+    return rate_of_step(schedule_in(recipe, recipe.stages[step.stage]), clock, step)

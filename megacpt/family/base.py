@@ -267,6 +267,12 @@ class ModelConfig:
             found.setdefault(".".join([*path, together.get(module, module), kind]), []).append(parameter)
         return tuple(Stored(name, tuple(parts)) for name, parts in found.items())
 
+    def depth(self, parameter: Parameter) -> int:
+        """Where forward first meets a parameter: the embedding -1, a layer's its number, what follows the layers their count."""
+        if parameter.layer is not None:
+            return parameter.layer
+        return -1 if parameter.role == "lookup" else self.num_hidden_layers
+
     @property
     def has_head_norms(self) -> bool:
         """Whether queries and keys are normalised head by head."""

@@ -15,19 +15,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.data.pieces import config_of_model
-from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
+from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError, NumbersError
 from megacpt.family.base import ModelConfig, Parameter, Stored
 from megacpt.family.read import exported_config
-from megacpt.files import new_folder, write_atomically
+from megacpt.files import new_folder, read_object, write_atomically
+from megacpt.model.base_files import KEPT_FILES, side_files
 from megacpt.parallel.finite import not_finite
+from megacpt.parallel.sharded import global_offset, local_part
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-MODEL_FILES = ("config.json", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -47,10 +46,10 @@ class SafetensorsReader:
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         if index.is_file():
             try:
-                mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                mapping = read_object(index, 1 << 28)["weight_map"]
                 if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
                     raise TypeError("its weight_map is no object of file names")
-            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{index}: not an index of safetensors ({error}).") from None
             for file in set(mapping.values()):
                 if Path(file).name != file or file in ("", ".", ".."):
@@ -178,6 +177,16 @@ def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path
     return {name: reader.dtype(name) for name in true_shapes}
 
 
+def pretrained_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
+    """The type of each tensor of a Hugging Face directory, for an export that gives it back.
+
+    Raises:
+        CheckpointError: if names or shapes are not the model's.
+    """
+    reader = PretrainedReader(directory, config)
+    return {name: reader.dtype(name) for name in config.shapes()}
+
+
 def _told_of_values(reader: PretrainedReader, names: list[str], dtype: torch.dtype) -> str:
     """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
     lines: list[str] = []
@@ -196,10 +205,7 @@ def _told_of_values(reader: PretrainedReader, names: list[str], dtype: torch.dty
 
 def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> None:
     """Copies this rank's part of a tensor of `true_shape`; what lies beyond it (vocabulary padding) becomes zero."""
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-    offset: tuple[int, ...] = (0,) * local.ndim
-    if isinstance(parameter, DTensor):
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local, offset = local_part(parameter), global_offset(parameter)
     sizes = [max(0, min(size, true - at)) for size, true, at in zip(local.shape, true_shape, offset, strict=True)]
     local.zero_()
     if all(sizes):
@@ -235,16 +241,10 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
         model: a folder, or None. tokenizer: a folder, or the file in one that was chosen.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+    for name in KEPT_FILES:
         (target / name).unlink(missing_ok=True)
-    folder, chosen = Path(tokenizer), TOKENIZER_FILES
-    if folder.is_file():  # of any name
-        shutil.copyfile(folder, target / f"tokenizer{folder.suffix}")
-        folder, chosen = folder.parent, tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES)
-    for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+    for name, source in side_files(model, tokenizer).items():
+        shutil.copyfile(source, target / name)
     have = {name for name in TOKENIZER_FILES if (target / name).is_file()}
     if "tokenizer.model" in have and not have & {"tokenizer.json", "tokenizer_config.json"}:
         _write_json(target / "tokenizer_config.json", config_of_model(target / "tokenizer.model"))
@@ -253,7 +253,7 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
 def write_pretrained(
     output: str | Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
@@ -263,7 +263,7 @@ def write_pretrained(
     """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
-        side_files: folder with generation config and tokenizer files.
+        side: folder with generation config and tokenizer files.
         read: gives a whole parameter by name, with its true shape.
         dtypes: type of each parameter by name.
         longest: the longest row that was trained.
@@ -276,20 +276,20 @@ def write_pretrained(
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
     with new_folder(output) as partial:
-        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes, tokens or {})
+        _write_into(partial, config, side, read, dtypes, longest, max_shard_bytes, tokens or {})
 
 
 def _write_into(
     partial: Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int,
     tokens: dict[str, int],
 ) -> None:
-    copy_side_files(side_files, side_files, partial)
+    copy_side_files(side, side, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     own = exported_config(config, common, longest)
     _write_json(partial / "config.json", own | _changed_ids(own, tokens))
@@ -298,7 +298,7 @@ def _write_into(
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
         _write_json(generation, {"_from_model_config": True, **ids, **tokens})
     elif tokens:
-        own = json.loads(generation.read_text(encoding="utf-8"))
+        own = read_object(generation)
         _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     weight_map, total, problems = {}, 0, []

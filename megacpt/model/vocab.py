@@ -12,6 +12,7 @@ from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.vocabulary import moved_ids
 from megacpt.errors import ConfigError
 from megacpt.family.read import read_config
+from megacpt.files import write_atomically
 from megacpt.model.hf import PretrainedReader, write_pretrained
 
 
@@ -59,5 +60,5 @@ def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, 
     write_pretrained(output, larger, tokenizer, read, dtypes, config.max_position_embeddings)
     generation = output / "generation_config.json"
     if (model / generation.name).is_file():
-        generation.write_bytes((model / generation.name).read_bytes())
+        write_atomically(generation, (model / generation.name).read_bytes())
     return config.vocab_size, size

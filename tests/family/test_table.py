@@ -11,7 +11,8 @@ from samples import family_config, tiny_config, without_names
 
 from megacpt.config.load import load_recipe
 from megacpt.config.model import config_in_stage, shape_problems
-from megacpt.config.stage import Parallel, Stage
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.errors import ConfigError
 from megacpt.family.families import FAMILIES
 from megacpt.family.read import exported_config, parse_config
@@ -165,7 +166,7 @@ def test_check_says_which_stage_is_longer_than_the_window(recipe_file, tmp_path)
     path = recipe_file()
     (tmp_path / "config.json").write_text(json.dumps(family_config("mistral", sliding_window=48)))
     found = check(load_recipe(path, []), 1).problems
-    assert any(p.startswith("stages.s.seq_len = 64: the model's sliding_window is 48") for p in found), found
+    assert any(str(p).startswith("stages.s.seq_len = 64: the model's sliding_window is 48") for p in found), found
 
 
 @pytest.mark.parametrize("name", FAMILIES)

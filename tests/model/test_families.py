@@ -3,6 +3,7 @@ gradient; and what each comparison must see."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tolerances import PARITY, difference
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.config.layout import Layout
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
@@ -184,7 +185,12 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 def without_biases(monkeypatch) -> None:
     original = decoder.column_parallel
-    monkeypatch.setattr(decoder, "column_parallel", lambda *args, **more: original(*args[:6], **more))
+
+    def column_parallel(x, places, *args, **more):
+        bare = [SimpleNamespace(name=place.name, parts=place.parts, bias=None) for place in places]
+        return original(x, bare, *args, **more)
+
+    monkeypatch.setattr(decoder, "column_parallel", column_parallel)
 
 
 def without_head_norms(monkeypatch) -> None:

@@ -14,7 +14,7 @@ from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config, without_
 
 import megacpt.model.hf as hf
 from megacpt.config.model import with_rope
-from megacpt.config.stage import Rope
+from megacpt.config.sections.model import Rope
 from megacpt.errors import CheckpointError, ConfigError, NumbersError
 from megacpt.family.base import Stored
 from megacpt.family.read import exported_config, parse_config, read_config
@@ -447,7 +447,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
     """ProLong's 8e6 at 64K from 5e5 at 8K (NTK rule twice, arXiv 2410.02660): in one jump and in three stages."""
     from megacpt.config.model import config_in_stage
-    from megacpt.config.stage import Stage
+    from megacpt.config.sections.stage import Stage
     from megacpt.errors import ConfigError
     from megacpt.family.rope import least_theta
 

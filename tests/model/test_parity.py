@@ -18,6 +18,7 @@ from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
 from megacpt.model.inputs import to_inputs
 from megacpt.model.run import accumulate, each_loss
+from megacpt.parallel.gemm import PlainGemm
 
 VARIANTS = {
     "llama2": tiny_config(num_key_value_heads=4),
@@ -133,6 +134,20 @@ def _move_boundary(batch: Batch) -> Batch:
 def test_the_comparison_sees_a_broken_model(mesh, broken):
     found = compare(VARIANTS["llama3"], mesh, torch.float32, broken)
     assert found["nll"] > 10 * PARITY[torch.float32]
+
+
+@pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
+def test_the_comparison_sees_each_product(mesh, monkeypatch, product):
+    """One of the three that all linears are made of is off by a thousandth."""
+    original = getattr(PlainGemm, product)
+
+    def off(self, *args, **more):
+        result = original(self, *args, **more)
+        scaled = lambda x: None if x is None else x * 1.001
+        return tuple(map(scaled, result)) if isinstance(result, tuple) else scaled(result)
+
+    monkeypatch.setattr(PlainGemm, product, off)
+    assert max(compare(VARIANTS["llama3"], mesh, torch.float64).values()) > 1e-5
 
 
 def test_logits_equal_transformers_beyond_the_original_context(mesh):

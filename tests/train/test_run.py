@@ -19,8 +19,8 @@ from tolerances import PARITY
 
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
+from megacpt.config.resume import changes_on_resume
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.survive.run_directory import changes_on_resume
 
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len")
 
@@ -304,8 +304,10 @@ def test_inspect_shows_the_batch_that_is_trained(train, recipe_file, tmp_path, c
         "tokens",
         "labels",
         "positions",
+        "weights",
         "document_starts",
         "row_offsets",
+        "item",
         "domain",
     }
     assert "step 3, stage s: 4 rows of 64" in out and "--- row 3: domain" in out
@@ -453,8 +455,9 @@ def late(path: str, flags: list[str], slow: str) -> str:
 
     from megacpt.checkpoint import background
     from megacpt.train import loop
+    from megacpt.train.handlers import steps
 
-    module, name = {"step": (loop, "train_step"), "save": (background, "save")}[slow]
+    module, name = {"step": (steps, "train_step"), "save": (background, "save")}[slow]
     original, calls = getattr(module, name), []
 
     def sleepy(*args, **kwargs):
