@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 UNFINISHED = 3
@@ -30,6 +30,10 @@ class Problem:
     value: Any
     text: str
     remedy: str = ""
+
+    def inside(self, place: str) -> "Problem":
+        """The same of a key that stands under another."""
+        return replace(self, where=f"{place}.{self.where}" if self.where else place)
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {show_value(self.value)}"

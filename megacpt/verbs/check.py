@@ -1,5 +1,6 @@
 """Validate a recipe and print the resolved run."""
 
+import json
 import os
 from argparse import ArgumentParser, Namespace
 
@@ -20,21 +21,26 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="GIB",
         help="of one card, which every stage must fit (default: 79.1, an 80 GB card; an H200 has 139.8)",
     )
+    add("--json", action="store_true", help="print problems, warnings and facts as one JSON object instead of text")
     add("--timeline", action="store_true", help="print what happens after which step")
     add("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace) -> int:
     from megacpt.config.layout import least_world_size
     from megacpt.plan.check import check, schedule_svg
+    from megacpt.plan.describe import describe
 
     recipe = load(options)
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     world_size = options.world_size or launched or least_world_size(recipe.layouts.values())
     report = check(recipe, world_size, not options.no_files, options.device_memory)
+    if options.json:
+        print(json.dumps(report.as_json(), indent=1))
+        return ConfigError.exit_code if report.problems else 0
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
-    print("\n".join([*report.lines, *(f"warning: {warning}" for warning in report.warnings)]))
+    print("\n".join([*describe(report.facts), *(f"warning: {warning}" for warning in report.warnings)]))
     if options.timeline:
         from megacpt.config.clock import Clock
         from megacpt.config.timeline import folded, timeline
@@ -43,3 +49,4 @@ def run(options: Namespace) -> None:
     if options.schedule_picture:
         write_atomically(options.schedule_picture, schedule_svg(recipe, world_size, files=not options.no_files))
         print(f"written {options.schedule_picture}")
+    return 0
