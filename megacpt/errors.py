@@ -46,7 +46,9 @@ def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of about {value.bit_length() * 3 // 10} digits"  # Python refuses to write far longer ones
+        return (
+            f"a number of about {round(value.bit_length() * 0.30103)} digits"  # Python refuses to write far longer ones
+        )
     text = f'"{value}"' if isinstance(value, str) else str(value)
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

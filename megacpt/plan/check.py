@@ -1,7 +1,10 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, and the facts of the resolved run. Imports no
 torch and no numpy; answers in a fraction of a second."""
 
+import os
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
@@ -11,7 +14,7 @@ from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.sections.data import Domain
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
-from megacpt.config.sections.stage import Stage
+from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
 from megacpt.data.questions import read_task
@@ -48,6 +51,9 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         card_gib: memory of one card, which every stage must fit; None asks for no limit.
     """
     report = Report(problems=problems_of(recipe, world_size))
+    if files:
+        _check_directory("run.directory", recipe.directory, report)
+        _check_directory("packing.directory", recipe.packing.directory, report)
     config = _check_model(recipe, report, files)
     tokens = _check_data(recipe, report, config) if files else {}
     if not files:
@@ -63,6 +69,18 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         report.facts = _facts_of(recipe, world_size, config, tokens, layouts, needs)
         report.warnings += _fact_warnings(report.facts)
     return report
+
+
+def _check_directory(where: str, directory: str, report: Report) -> None:
+    """A directory that is there, or can be made."""
+    path = Path(directory)
+    nearest_there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    try:
+        why = "" if stat.S_ISDIR(os.stat(nearest_there).st_mode) else f"{nearest_there} is a file."
+    except OSError as error:
+        why = f"{nearest_there}: {error.strerror}."
+    if why:
+        report.problems.append(Problem(where, directory, why, "Choose another directory."))
 
 
 def _check_tasks(recipe: Recipe, report: Report) -> None:
@@ -156,9 +174,10 @@ def _layout_facts(
     recipe: Recipe, key: str, parallel: Parallel, layout: Layout, config: ModelConfig | None
 ) -> LayoutFacts:
     """Raises ValueError if the layers or micro-batches of a step do not fit the pipeline."""
-    if config is None:
-        return LayoutFacts(key, layout)
     counts = micro_batch_counts(recipe, parallel, layout.data)
+    too_many = max(counts) * parallel.pipeline * parallel.virtual_stages > MOST_MICRO_BATCHES  # a problem already
+    if config is None or too_many:
+        return LayoutFacts(key, layout)
     plan = plan_pipeline(config.num_hidden_layers, parallel)
     schedules = {count: plan.schedule(count) for count in counts}
     reduction = _reduction_facts(recipe, parallel, layout, config, plan, max(counts))

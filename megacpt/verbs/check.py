@@ -1,12 +1,15 @@
 """Validate a recipe and print the resolved run."""
 
 import json
+import math
 import os
 from argparse import ArgumentParser, Namespace
 
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, Problem
 from megacpt.files import write_atomically
 from megacpt.verbs.common import add_recipe, load
+
+MOST_RANKS = 10_000_000
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,11 +29,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--schedule-picture", metavar="FILE.svg", help="draw the pipeline's timeline of the largest step")
 
 
+def _argument_problems(options: Namespace) -> list[Problem]:
+    found = []
+    if not 0 < options.device_memory < math.inf:
+        text = "is no memory that a card could have."
+        found.append(Problem("--device-memory", options.device_memory, text, "Give a number of GiB, for example 79.1."))
+    if options.world_size is not None and not 1 <= options.world_size <= MOST_RANKS:
+        text = "is no number of processes."
+        found.append(Problem("--world-size", options.world_size, text, f"Give one from 1 to {MOST_RANKS}."))
+    return found
+
+
 def run(options: Namespace) -> int:
     from megacpt.config.layout import least_world_size
     from megacpt.plan.check import check, schedule_svg
     from megacpt.plan.describe import describe
 
+    if wrong := _argument_problems(options):
+        raise ConfigError(wrong, "the arguments")
     recipe = load(options)
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     world_size = options.world_size or launched or least_world_size(recipe.layouts.values())
