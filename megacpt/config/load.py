@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from megacpt.config.base import KeyPath
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import RECIPE, STATUS
 from megacpt.errors import ConfigError, Problem, nearest, show_value
 from megacpt.files import write_atomically
 
@@ -37,9 +38,9 @@ def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
     Which row is next depends on that order; it must not depend on the order in which somebody writes keys. A run of a version that took
     the recipe's order keeps it.
     """
-    stored = Path(recipe.directory) / "recipe.toml"
+    stored = Path(recipe.directory) / RECIPE
     beside = (
-        Path(path).name == stored.name and (Path(path).parent / "run.json").is_file()
+        Path(path).name == stored.name and (Path(path).parent / STATUS).is_file()
     )  # a run's own, wherever it was moved to
     stored = Path(path) if beside else stored
     run = read_toml(str(stored)) if stored.is_file() else {}
@@ -242,6 +243,18 @@ def plain(recipe: Recipe) -> dict[str, Any]:
         return [clean(v) for v in value] if isinstance(value, list | tuple) else value
 
     return clean(recipe.model_dump())
+
+
+def recipe_from(content: Any, source: str) -> Recipe:
+    """The recipe that `plain` made.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    recipe, problems = _validate(content, {}, source)
+    if recipe is None or problems:
+        raise ConfigError(problems, source)
+    return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

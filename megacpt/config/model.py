@@ -15,7 +15,12 @@ from megacpt.family.shapes import ARCHITECTURES
 
 
 def load_model_config(model: Model) -> ModelConfig:
-    """The model that a recipe's `[model]` names, with its change of the rotary embedding.
+    """The model that a recipe's `[model]` names, with its change of the rotary embedding. Raises as `load_base_config`."""
+    return with_rope(load_base_config(model), model.rope)
+
+
+def load_base_config(model: Model) -> ModelConfig:
+    """The model that a recipe's `[model]` names, as its config.json says it.
 
     Raises:
         ConfigError: if there is none, or it is not trained here.
@@ -28,8 +33,8 @@ def load_model_config(model: Model) -> ModelConfig:
     else:
         config = read_config(model.pretrained or model.config or "")
     if model.expect and not model.architecture:
-        _compare(config, load_model_config(Model(architecture=model.expect)), model.expect)
-    return with_rope(config, model.rope)
+        _compare(config, load_base_config(Model(architecture=model.expect)), model.expect)
+    return config
 
 
 def _compare(config: ModelConfig, expected: ModelConfig, name: str) -> None:

@@ -4,11 +4,11 @@ Token quantities are integers or strings (`quantity.parse_tokens`). "auto" and "
 from the world size, the device or the checkpoint.
 """
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from megacpt.config.base import Name, Section
+from megacpt.config.base import Name, OnResume, Section
 from megacpt.config.sections.checkpoint import Checkpoint
 from megacpt.config.sections.data import Domain, Packing
 from megacpt.config.sections.gates import Gate
@@ -17,6 +17,7 @@ from megacpt.config.sections.kernels import Kernels
 from megacpt.config.sections.log import Log
 from megacpt.config.sections.mixture import MixtureRules
 from megacpt.config.sections.model import Model
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.optimizer import Optimizer
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.precision import Precision
@@ -39,6 +40,8 @@ class Recipe(Section):
     """Types of the computation, and how often gradients are reduced."""
     optimizer: Optimizer = Optimizer()
     """AdamW, its learning rate over the run, and the clipping of gradients."""
+    objective: Annotated[Objective, OnResume("frozen")] = Objective()
+    """The loss, and what it is divided by."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are saved, how, and which of them are kept."""
     data: dict[Name, Domain]
@@ -65,33 +68,3 @@ class Recipe(Section):
     @property
     def directory(self) -> str:
         return self.run.directory or f"runs/{self.run.name}"
-
-    def parallel_of(self, stage: Stage) -> Parallel:
-        """`[parallel]` with the stage's own keys merged over it."""
-        merged = Parallel.model_validate({**self.parallel.model_dump(), **stage.parallel.model_dump(exclude_none=True)})
-        return merged if merged.micro_batch_tokens else merged.model_copy(update={"micro_batch_tokens": stage.seq_len})
-
-    def layout_of(self, stage: Stage) -> Parallel:
-        """What of `parallel_of` a model is built for: the same for two stages that need no new layout between them."""
-        return self.parallel_of(stage).model_copy(
-            update={"micro_batch_tokens": None, "activation_checkpointing": "none"}
-        )
-
-    def reduction(self, parallel: Parallel) -> Literal["step", "micro_batch"]:
-        """When gradients are reduced under a layout. auto: once a step under pipeline, where weights stay gathered."""
-        if self.precision.reduce != "auto":
-            return self.precision.reduce
-        return "step" if parallel.pipeline > 1 else "micro_batch"
-
-    @property
-    def layouts(self) -> dict[str, Parallel]:
-        """The different layouts of the stages in order, by the key that names each."""
-        found: dict[str, Parallel] = {}
-        for stage in self.stages:
-            layout = self.layout_of(stage)
-            if layout not in found.values():
-                own = layout != self.parallel.model_copy(
-                    update={"micro_batch_tokens": None, "activation_checkpointing": "none"}
-                )
-                found[f"stages.{stage.name}.parallel" if own else "parallel"] = layout
-        return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
+from megacpt.config.merge import layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
@@ -16,7 +17,7 @@ from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
 from megacpt.data.curriculum import score_problems
-from megacpt.data.manifest import expand_files, expand_paths, make_room_for, read_manifest
+from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError, Problem, nearest
 from megacpt.family.base import ModelConfig
@@ -114,7 +115,7 @@ def known_model(model: Model, files: bool) -> ModelConfig | None:
 
 def _check_shape(recipe: Recipe, config: ModelConfig, report: Report) -> None:
     """What layouts and stages ask of the model."""
-    for key, parallel in recipe.layouts.items():
+    for key, parallel in layouts_of(recipe).items():
         report.problems += shape_problems(config, parallel, recipe.model.vocab_multiple, key)
     now = config
     for index, stage in enumerate(recipe.stages):
@@ -154,11 +155,11 @@ def _check_layouts(
     recipe: Recipe, world_size: int, config: ModelConfig | None, report: Report
 ) -> tuple[LayoutFacts, ...]:
     """Pipelines and reductions of the layouts that fit the world size; the others are among the problems already."""
-    if config is None and any(parallel.pipeline > 1 for parallel in recipe.layouts.values()):
+    if config is None and any(parallel.pipeline > 1 for parallel in layouts_of(recipe).values()):
         text = "the model's number of layers is not known here, so its split into pipeline stages was not checked."
         report.warnings.append(Problem("", None, text, "Set model.expect."))
     found = []
-    for key, parallel in recipe.layouts.items():
+    for key, parallel in layouts_of(recipe).items():
         try:
             layout = resolve_layout(parallel, world_size)
         except ValueError:
@@ -196,14 +197,14 @@ def _reduction_facts(
         return None
     kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / GIB
     sent = kept * (sharers - 1) / sharers
-    return ReductionFacts(recipe.reduction(parallel), kept, sent, micro_batches * sent)
+    return ReductionFacts(reduction_under(recipe, parallel), kept, sent, micro_batches * sent)
 
 
 def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> list[int]:
     """The different numbers of micro-batches that steps under a layout have."""
     counts = set()
-    for stage in (stage for stage in recipe.stages if recipe.layout_of(stage) == parallel):
-        micro = recipe.parallel_of(stage).micro_batch_tokens
+    for stage in (stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel):
+        micro = parallel_in(recipe, stage).micro_batch_tokens
         counts |= {max(1, -(-batch // (data_ranks * micro))) for _, batch in stage.batch_tokens}
     return sorted(counts)
 
@@ -227,13 +228,13 @@ def _check_memory(
 
 def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelConfig) -> tuple[Job, Peak]:
     """The step of a stage, over its batch ramp, that needs most memory, and its need."""
-    parallel = recipe.parallel_of(stage)
+    parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
     counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
     jobs = [
-        Job(config, parallel, layout, stage.seq_len, count, recipe.reduction(parallel), recipe.model.vocab_multiple,
+        Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
             widths[recipe.precision.compute], state)
         for count in counts
     ]  # fmt: skip
@@ -261,7 +262,7 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     if config is None:
         text = "the number of layers is not known without files."
         raise ConfigError([Problem("--schedule-picture", None, text, "Set model.expect.")])
-    parallel = max(recipe.layouts.values(), key=lambda p: p.pipeline * p.virtual_stages)
+    parallel = max(layouts_of(recipe).values(), key=lambda p: p.pipeline * p.virtual_stages)
     plan = plan_pipeline(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
     found = simulate(plan.schedule(count), stage_weights(plan, parallel))
@@ -271,7 +272,7 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
 def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
-    num_sets = 0
+    all_prefixes: list[str] = []
     for name, domain in recipe.data.items():
         try:
             prefixes = expand_paths(domain.paths)
@@ -279,9 +280,10 @@ def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> d
         except MegacptError as error:
             report.problems.append(Problem(f"data.{name}", None, str(error)))
             continue
-        num_sets += len(manifests)
+        all_prefixes += prefixes
         for prefix, manifest in zip(prefixes, manifests, strict=True):
             _check_labels(name, domain, prefix, manifest, report)
+        _check_items(recipe, name, domain, prefixes, report)
         if domain.order:
             _check_scores(name, domain, prefixes, report)
         documents, tokens[name] = _selected(manifests, domain)
@@ -295,7 +297,7 @@ def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> d
         if config and largest > config.vocab_size:
             text = f"prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an id beyond it stops the run."
             report.warnings.append(Problem(f"data.{name}", None, text))
-    report.problems += [Problem("", None, problem) for problem in make_room_for(num_sets)]
+    report.problems += [Problem("", None, problem) for problem in make_room_for(all_prefixes)]
     return tokens
 
 
@@ -309,6 +311,15 @@ def _check_labels(name: str, domain: Domain, prefix: str, manifest: dict, report
     elif unknown and len(unknown) == len(domain.labels):
         text = f"{prefix} has no {unknown[0]!r}."
         report.problems.append(Problem(where, None, text, nearest(unknown[0], known)))
+
+
+def _check_items(recipe: Recipe, name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
+    """Whether each item fits the rows in which the domain is read, where all of them are."""
+    if domain.max_tokens is not None or domain.labels or recipe.packing.long_items != "refuse":
+        return
+    validated = any(name in validation.domains for validation in recipe.validation)
+    rows = [stage.seq_len for stage in recipe.stages if validated or stage.mixture.get(name)]
+    report.problems += [Problem(f"data.{name}", None, problem) for problem in item_problems(prefixes, rows)]
 
 
 def _check_scores(name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
@@ -355,10 +366,10 @@ def _facts_of(
 
 def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need: Peak | None) -> StageFacts:
     stage, numbers = recipe.stages[index], clock.stage_numbers(index)
-    parallel = recipe.parallel_of(stage)
+    parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
     first, last = clock.step(numbers[0]), clock.step(numbers[-1])
-    rows = layout.data * parallel.micro_batch_tokens // stage.seq_len
+    rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
     return StageFacts(
         name=stage.name,
         tokens=clock.stage_tokens(index),
@@ -370,8 +381,8 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         micro_batches=-(-last.rows // rows),
         micro_batch_rows=rows,
         rows=last.rows,
-        first_rate=rate_of_step(recipe, clock, first),
-        last_rate=rate_of_step(recipe, clock, last),
+        first_rate=rate_of_step(rates, clock, first),
+        last_rate=rate_of_step(rates, clock, last),
         gates=tuple(stage.gates),
         on_fail=stage.on_fail.action,
         memory=need,

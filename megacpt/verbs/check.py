@@ -5,6 +5,7 @@ import math
 import os
 from argparse import ArgumentParser, Namespace
 
+from megacpt.config.merge import layouts_of
 from megacpt.errors import ConfigError, Problem
 from megacpt.files import write_atomically
 from megacpt.verbs.common import add_recipe, load
@@ -49,7 +50,7 @@ def run(options: Namespace) -> int:
         raise ConfigError(wrong, "the arguments")
     recipe = load(options)
     launched = int(os.environ.get("WORLD_SIZE", "0"))
-    world_size = options.world_size or launched or least_world_size(recipe.layouts.values())
+    world_size = options.world_size or launched or least_world_size(layouts_of(recipe).values())
     report = check(recipe, world_size, not options.no_files, options.device_memory)
     if options.json:
         print(json.dumps(report.as_json(), indent=1))

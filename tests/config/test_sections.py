@@ -8,6 +8,7 @@ from pydantic import Field
 
 from megacpt.config.base import Section
 from megacpt.config.load import load_recipe, save_recipe
+from megacpt.config.merge import parallel_in
 from megacpt.config.recipe import Recipe
 from megacpt.config.reference import sections
 from megacpt.config.resume import changes_on_resume, resume_rule, sections_in
@@ -176,11 +177,11 @@ def test_a_stage_says_auto_over_a_fixed_value(recipe_file, tmp_path):
     """The word survives being written, and is read as what is decided later."""
     flags = ["--parallel.data_shard=2", "--parallel.prefetch=3", '--stages.s.parallel={data_shard="auto", prefetch=0}']
     recipe = load_recipe(recipe_file(), flags)
-    own = recipe.parallel_of(recipe.stages[0])
+    own = parallel_in(recipe, recipe.stages[0])
     assert (recipe.parallel.data_shard, own.data_shard, own.prefetch) == (2, None, 0)
     save_recipe(recipe, tmp_path / "again.toml")
     again = load_recipe(str(tmp_path / "again.toml"))
-    assert again == recipe and again.parallel_of(again.stages[0]) == own
-    assert load_recipe(recipe_file(), flags[:1]).parallel_of(recipe.stages[0]).data_shard is None
+    assert again == recipe and parallel_in(again, again.stages[0]) == own
+    assert parallel_in(load_recipe(recipe_file(), flags[:1]), recipe.stages[0]).data_shard is None
     without = load_recipe(recipe_file(), flags[:2])
-    assert without.parallel_of(without.stages[0]).data_shard == 2
+    assert parallel_in(without, without.stages[0]).data_shard == 2

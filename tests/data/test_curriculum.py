@@ -11,7 +11,7 @@ from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
 from megacpt.data.curriculum import buckets_of, read_scores
 from megacpt.data.indexed import IndexedDataset
-from megacpt.data.loader import StageData, mixtures, open_domains
+from megacpt.data.loader import StageData, open_domains, stage_orders
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError
 from megacpt.plan.check import check
@@ -74,7 +74,7 @@ def test_training_sees_bucket_after_bucket_and_keeps_the_shares(scored, ascendin
     make, scores = scored
     recipe = load_recipe(make(ascending=ascending))
     clock, domains = Clock(recipe), open_domains(recipe, ["a", "b"])
-    data = StageData(recipe, recipe.stages[0], mixtures(recipe, clock)[0], domains, 0, 400)
+    data = StageData(recipe, recipe.stages[0], stage_orders(recipe, clock)[0], domains, 0, 400)
     index = data.indices["a"]
     picks = data.picks(0, 2 * index.num_rows)
     rows = [pick.row for pick in picks if pick.domain == "a" and pick.epoch == 0]

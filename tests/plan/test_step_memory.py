@@ -11,6 +11,7 @@ from tolerances import MEMORY_FORMULA
 from megacpt.cli import run
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import load_recipe
+from megacpt.config.merge import parallel_in, reduction_under
 from megacpt.config.sections.parallel import Parallel
 from megacpt.family.read import parse_config
 from megacpt.family.shapes import ARCHITECTURES
@@ -48,10 +49,10 @@ def job_of(recipe: str, mode: str, micro_batches: int) -> Job:
     model, world_size = WORLDS[recipe]
     loaded = load_recipe(str(RECIPES / f"{recipe}.toml"), [f"--parallel.activation_checkpointing={mode}"])
     stage = loaded.stages[0]
-    parallel = loaded.parallel_of(stage)
+    parallel = parallel_in(loaded, stage)
     config = parse_config(ARCHITECTURES[model], model)
     layout = resolve_layout(parallel, world_size)
-    return Job(config, parallel, layout, stage.seq_len, micro_batches, loaded.reduction(parallel))
+    return Job(config, parallel, layout, stage.seq_len, micro_batches, reduction_under(loaded, parallel))
 
 
 # GiB of the real train_step at true shapes under FakeTensorMode and the fake process group, Triton operations as fakes, every storage

@@ -49,7 +49,10 @@ class Packing(Section, heading="[packing]", resume="frozen"):
 
     method: Literal["best_fit", "concatenate"] = "best_fit"
     """How rows are filled. `best_fit` cuts only documents that are longer than a row; `concatenate` fills every row and cuts wherever a row
-    ends."""
+    ends. Items are never cut."""
+    long_items: Literal["refuse", "drop"] = "refuse"
+    """What happens to an item (documents that `prepare --item-field` keeps together) that is longer than a row. `refuse` ends with an
+    error; `drop` leaves it out of the training, with a warning that says how many there are."""
     directory: FilePath = "runs/.packing"
     """Directory of the packing indices, which are named by their content and shared between runs."""
 

@@ -51,7 +51,7 @@ class Model(Section, heading="[model]", resume="frozen"):
     """A config.json that describes a model to be trained from scratch."""
     architecture: str | None = None
     """Name of a known shape to be trained from scratch: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama3.1-70b, llama3.1-405b,
-    qwen2.5-7b, qwen3-0.6b, qwen3-8b or mistral-7b-v0.3."""
+    qwen2.5-7b, qwen3-0.6b, qwen3-8b, mistral-7b-v0.3 or phi-4."""
     expect: str | None = None
     """Name of the shape that the model in `model.pretrained` must have. With it, `check --no-files` checks the layout without reading
     the model."""

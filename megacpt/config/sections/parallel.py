@@ -7,6 +7,7 @@ from pydantic.fields import FieldInfo
 
 from megacpt.config.base import KeptWord, NoneAsWord, NotNegative, NotNegativeInt, PositiveInt, Section, Tokens
 from megacpt.config.layout import resolve_layout
+from megacpt.config.merge import layouts_of
 from megacpt.errors import Problem
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ else:
 
 def problems(recipe: "Recipe", world_size: int) -> list[Problem]:
     found = []
-    for key, parallel in recipe.layouts.items():
+    for key, parallel in layouts_of(recipe).items():
         try:
             resolve_layout(parallel, world_size)
         except ValueError as error:

@@ -6,8 +6,10 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from megacpt.config.base import Betas, ClipNorm, Name, NotNegative, OnResume, PositiveInt, Section, Tokens
 from megacpt.config.layout import token_unit
+from megacpt.config.merge import parallel_in
 from megacpt.config.quantity import parse_tokens
 from megacpt.config.sections.model import RopeChoice
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.optimizer import LearningRate
 from megacpt.config.sections.parallel import StageParallel
 from megacpt.errors import Problem, nearest
@@ -132,6 +134,8 @@ class Stage(Section, heading="[[stages]]", resume="later stages"):
     """Decoupled weight decay in this stage. By default that of `[optimizer]` holds."""
     clip_norm: Annotated[ClipNorm | None, OnResume("unfinished stages")] = None
     """Upper bound of the global gradient norm in this stage. By default that of `[optimizer]` holds."""
+    objective: Objective | None = None
+    """What this stage minimises, in place of `[objective]`."""
     freeze: list[str] = []
     """Parameters that this stage does not train: names, or patterns such as "model.layers.*"."""
     gates: Annotated[list[str], OnResume("unfinished stages")] = []
@@ -160,7 +164,7 @@ def problems(recipe: "Recipe", world_size: int) -> list[Problem]:
 
 
 def _size_problems(recipe: "Recipe", stage: Stage, world_size: int) -> list[Problem]:
-    where, found, parallel = f"stages.{stage.name}", [], recipe.parallel_of(stage)
+    where, found, parallel = f"stages.{stage.name}", [], parallel_in(recipe, stage)
     if stage.tokens == 0:
         found.append(Problem(f"{where}.tokens", 0, "a stage has at least one step.", "Write at least 1, or remove it."))
     for _, batch in stage.batch_tokens:
