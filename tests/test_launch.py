@@ -14,6 +14,7 @@ import yaml
 
 from megacpt.config.load import load_recipe
 from megacpt.plan.check import check, schedule_svg
+from megacpt.plan.describe import describe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -38,13 +39,14 @@ def test_recipes_pass_check_without_files(name):
     world_size, layout = RECIPES[name]
     recipe = load_recipe(str(ROOT / f"launch/recipes/{name}.toml"))
     report = check(recipe, world_size, files=False)
-    assert not report.problems and f"layout {layout} on {world_size} processes" in report.lines
+    assert not report.problems and f"layout {layout} on {world_size} processes" in describe(report.facts)
     if "405b" in name or "70b" in name:
         picture = schedule_svg(recipe, world_size, files=False)
         assert picture.count("<title>") > 1000
     if "405b" in name:  # Llama 3 paper, table 4, and the split of section 3.3.2
         assert any(
-            line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0" for line in report.lines
+            line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0"
+            for line in describe(report.facts)
         )
 
 
