@@ -1,5 +1,6 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
+from collections import Counter
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
@@ -66,12 +67,19 @@ def export_average(
         decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
     """
     have = list_steps(run_directory / CHECKPOINTS)
-    wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
-    if len(wanted) < 2 or (last and len(have) < last):
-        raise ConfigError(
-            [f"{run_directory}: an average needs at least two checkpoints, all of those asked for; there are {have}."],
-            "the arguments",
-        )
+    asked, problems = (len(steps), []) if steps is not None else (last or 0, [])
+    if asked < 2:
+        problems.append(f"{asked} checkpoints: an average needs at least two.")
+    if repeated := sorted(step for step, count in Counter(steps or ()).items() if count > 1):
+        problems.append(f"step {', '.join(map(str, repeated))}: is given more than once. Give each step once.")
+    if missing := sorted(set(steps or ()) - set(have)):
+        problems.append(f"step {', '.join(map(str, missing))}: there is no such checkpoint.")
+    if steps is None and asked > len(have):
+        problems.append(f"the last {asked} checkpoints: there are only {len(have)}.")
+    if problems:
+        there = ", ".join(map(str, have)) or "none"
+        raise ConfigError([*problems, f"{run_directory / CHECKPOINTS} holds the steps: {there}."], "the arguments")
+    wanted = sorted(steps) if steps is not None else have[-asked:]
     directories = [find_checkpoint(run_directory, step)[0] for step in wanted]
     _write(run_directory, directories, average_weights(decay, len(wanted)), output, dtype)
     return wanted

@@ -1,6 +1,7 @@
 """Reads a recipe: TOML, then flags over it, then the models. Every problem at once, each with the file or flag it
 came from and the nearest valid choice."""
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +38,11 @@ def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
     the recipe's order keeps it.
     """
     stored = Path(recipe.directory) / RECIPE
-    beside = (
-        Path(path).name == stored.name and (Path(path).parent / STATUS).is_file()
+    beside = Path(path).name == stored.name and os.path.isfile(
+        Path(path).parent / STATUS
     )  # a run's own, wherever it was moved to
     stored = Path(path) if beside else stored
-    run = read_toml(str(stored)) if stored.is_file() else {}
+    run = read_toml(str(stored)) if os.path.isfile(stored) else {}
     stages = [stage for stage in run.get("stages", []) if isinstance(stage, dict)]
     mixtures = {stage.get("name"): stage.get("mixture") for stage in stages}
     ordered = [
@@ -67,7 +68,12 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(
             [f"{path}: is a directory. The first argument is a recipe in TOML."], "the arguments"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror or error}"], path) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also bytes that are no text, and numbers of more digits than Python reads
         raise ConfigError([f"not valid TOML: {error}"], path) from None
 
 
@@ -113,7 +119,7 @@ def _value(text: str) -> Any:
     """A flag's text as a TOML value; what is no TOML value is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
