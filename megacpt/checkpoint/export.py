@@ -1,6 +1,7 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
@@ -14,6 +15,7 @@ from megacpt.errors import CheckpointError, ConfigError
 from megacpt.family.base import ModelConfig
 from megacpt.family.read import read_config
 from megacpt.files import JsonError, read_object
+from megacpt.model.hf import DTYPES as TYPES
 from megacpt.model.hf import write_pretrained
 
 
@@ -89,13 +91,8 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
     directory = directories[-1]
     config, longest = run_config(run_directory, read_manifest(directory).state.stage)
     stored = [StoredModel(each) for each in directories]
-    try:
-        dtypes = read_object(run_directory / HUGGING_FACE / DTYPES)
-    except (OSError, JsonError) as error:
-        raise CheckpointError(f"{run_directory / HUGGING_FACE / DTYPES}: {error}") from None
-    if dtype:
-        dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()
+    dtypes = dict.fromkeys(shapes, dtype) if dtype else _stored_dtypes(run_directory / HUGGING_FACE / DTYPES, shapes)
 
     def read(name: str):
         if len(stored) == 1:
@@ -108,6 +105,21 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
 
     side = run_directory / HUGGING_FACE
     write_pretrained(output, config, side, read, dtypes, longest, tokens=_tokens_of(run_directory, side))
+
+
+def _stored_dtypes(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The type that each tensor had when it was imported.
+
+    Raises:
+        CheckpointError: if the file does not say it.
+    """
+    try:
+        found = read_object(path)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Give --dtype.") from None
+    if wrong := [name for name in names if found.get(name) not in list(TYPES)]:
+        raise CheckpointError(f"{path}: says {found.get(wrong[0])!r} for {wrong[0]}, which is no type. Give --dtype.")
+    return {name: found[name] for name in names}
 
 
 def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:

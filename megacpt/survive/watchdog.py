@@ -338,9 +338,11 @@ class Watchdog:
 
     def _may_say(self, run: dict[str, Any]) -> bool:
         """Whether run.json is this start's to write: nobody else has begun since, and nobody else owns the directory."""
-        attempt, owner = self._attempt(), None
-        with contextlib.suppress(OSError):  # run.json itself says who has begun
+        attempt = self._attempt()
+        try:
             owner = current_owner(self.run)
+        except OSError:
+            return run.get("attempt_id") in (None, attempt)
         if owner and not owner.released:
             return owner.facts.get("attempt") == attempt
         return owner is None or owner.facts.get("attempt") == attempt or run.get("attempt_id") in (None, attempt)

@@ -261,3 +261,30 @@ def test_nodes_that_are_left(recipe_file, monkeypatch):
         "--nodes=2",
         "--nodelist=n1,n4",
     ]
+
+
+def test_pauses_grow_up_to_five_minutes():
+    assert [module.pause(5.0, count) for count in (0, 1, 2, 3, 7, 8, 2000, 10**6)] == [5, 5, 10, 20, 300, 300, 300, 300]
+    assert module.pause(0.0, 10**6) == 0.0
+
+
+@pytest.mark.parametrize("command", ["/nowhere/command", "{folder}", "{folder}/text", "a\0b", "{folder}/text/x"])
+def test_a_command_that_is_not_there_is_said_at_once(tmp_path, command):
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(ConfigError, match="cannot be started") as error:
+        module._run_once([command.format(folder=tmp_path)], {}, None, None, Options())
+    assert error.value.exit_code == 2
+
+
+def test_slurm_that_is_not_there_or_does_not_answer(recipe_file, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    monkeypatch.setenv("PATH", "/nowhere")
+    recipe = load_recipe(recipe_file())
+    with pytest.raises(ConfigError, match="scontrol: cannot be started"):
+        _choose_nodes(recipe, Options())
+    with pytest.raises(SaveError, match="ended with 3: no controller"):
+        module._output("/bin/sh", "-c", "echo no controller >&2; exit 3")
+    for wrong in ("gpu", "0", "-1", "²"):
+        monkeypatch.setenv("NPROC", wrong)
+        with pytest.raises(ConfigError, match="give a number from 1"):
+            _choose_nodes(recipe, Options())
