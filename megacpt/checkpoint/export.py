@@ -7,13 +7,11 @@ from pathlib import Path
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
-from megacpt.config.load import load_recipe
-from megacpt.config.model import config_in_stage, with_rope
-from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE, RECIPE
+from megacpt.config.plan_file import load_plan
+from megacpt.config.resolve import RunPlan
+from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
-from megacpt.family.base import ModelConfig
-from megacpt.family.read import read_config
 from megacpt.files import JsonError, read_object
 from megacpt.model.hf import DTYPES as TYPES
 from megacpt.model.hf import write_pretrained
@@ -33,16 +31,6 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPO
     if found is None:
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
     return found[0], found[1].step
-
-
-def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
-    """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
-    recipe = load_recipe(str(run_directory / RECIPE))
-    config = with_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
-    names = [s.name for s in recipe.stages]
-    last = names.index(stage) if stage in names else len(names) - 1
-    config = config_in_stage(config, recipe.stages, last)
-    return config, max(s.seq_len for s in recipe.stages[: last + 1])
 
 
 def export(
@@ -88,11 +76,12 @@ def export_average(
 
 
 def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
-    directory = directories[-1]
-    config, longest = run_config(run_directory, read_manifest(directory).state.stage)
+    plan = load_plan(run_directory)
+    stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / HUGGING_FACE
+    config = stage.model
     stored = [StoredModel(each) for each in directories]
     shapes = config.shapes()
-    dtypes = dict.fromkeys(shapes, dtype) if dtype else _stored_dtypes(run_directory / HUGGING_FACE / DTYPES, shapes)
+    dtypes = dict.fromkeys(shapes, dtype) if dtype else _stored_dtypes(side / DTYPES, shapes)
 
     def read(name: str):
         if len(stored) == 1:
@@ -103,8 +92,7 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
             total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
         return total.to(part.dtype)
 
-    side = run_directory / HUGGING_FACE
-    write_pretrained(output, config, side, read, dtypes, longest, tokens=_tokens_of(run_directory, side))
+    write_pretrained(output, config, side, read, dtypes, stage.longest, tokens=_tokens_of(plan, side))
 
 
 def _stored_dtypes(path: Path, names: Iterable[str]) -> dict[str, str]:
@@ -122,10 +110,10 @@ def _stored_dtypes(path: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: found[name] for name in names}
 
 
-def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:
+def _tokens_of(plan: RunPlan, side: Path) -> dict[str, int]:
     """EOS and BOS of a tokenizer that was given beside the model; nothing for the model's own, whose configuration knows better."""
     has_one = any((side / name).is_file() for name in VOCABULARIES)
-    if not has_one or not load_recipe(str(run_directory / RECIPE)).model.tokenizer:
+    if not has_one or not plan.recipe.model.tokenizer:
         return {}
     tokenizer = Tokenizer(side)
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}

@@ -24,7 +24,7 @@ from megacpt import heartbeat, log
 from megacpt.checkpoint.manifest import (
     MANIFEST,
     Items,
-    State,
+    RunState,
     check_items,
     directory_name,
     list_steps,
@@ -33,6 +33,7 @@ from megacpt.checkpoint.manifest import (
 )
 from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
 from megacpt.files import DISK_ERRORS, disk_told, publish_folder, restore_folders, sync_directory
+from megacpt.parallel.sharded import copies, local_part
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
 def save(
     checkpoints: Path,
     tensors: dict[str, Any],
-    state: State,
+    state: RunState,
     facts: dict[str, Any],
     group: dist.ProcessGroup | None = None,
     how: str = "rename",
@@ -154,11 +155,7 @@ def _stored_bytes(tree: dict[str, Any]) -> float:
         if isinstance(value, dict):
             total += _stored_bytes(value)
         elif isinstance(value, DTensor):
-            sizes = (value.device_mesh.size(i) for i, place in enumerate(value.placements) if place.is_replicate())
-            copies = 1
-            for size in sizes:
-                copies *= size
-            total += value._local_tensor.nbytes / copies
+            total += local_part(value).nbytes / copies(value)
         else:
             total += value.nbytes
     return total

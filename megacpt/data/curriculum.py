@@ -81,6 +81,22 @@ def read_scores(scores: Sequence[str]) -> "np.ndarray":
     return np.array(values)
 
 
+def item_scores(scores: "np.ndarray", lengths: "np.ndarray", first: "np.ndarray") -> "np.ndarray":
+    """The mean loss of each item's labels, NaN where it has none.
+
+    Args:
+        scores, lengths: of documents. first: the first document of each item.
+    """
+    import numpy as np
+
+    known = np.isfinite(scores)
+    labels = np.where(known, np.maximum(lengths.astype(np.float64) - 1, 0), 0.0)
+    count = np.add.reduceat(labels, first)
+    total = np.add.reduceat(np.where(known, scores, 0.0) * labels, first)
+    means = np.full(len(first), np.nan)
+    return np.divide(total, count, out=means, where=count > 0)
+
+
 def buckets_of(scores: "np.ndarray", lengths: "np.ndarray", buckets: int, ascending: bool, drop: float) -> "np.ndarray":
     """int16: the bucket of every document, -1 for those dropped.
 

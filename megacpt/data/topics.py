@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megacpt.data.text import BadLine, cut, find_files, read_piece
+from megacpt.data.records import BadLine, Fields
+from megacpt.data.text import cut, find_files, read_piece
 from megacpt.errors import ConfigError, DataError
 from megacpt.files import new_file, new_folder, read_object, remove_abandoned, write_atomically
 
@@ -153,8 +154,8 @@ def label(inputs: list[str], model: Path, output: Path, text_field: str, label_f
 
 def _records(inputs: list[str], text_field: str, label_field: str | None) -> Iterator[tuple[str, str]]:
     for piece in cut(find_files(inputs, "auto")):
-        for text, _, name in read_piece(piece, text_field, label_field):
-            if isinstance(text, BadLine):
-                raise DataError(f"{text.path}:{text.line}: {text.reason}")
-            if text:
-                yield text, name
+        for record, _ in read_piece(piece, Fields(text_field, label_field)):
+            if isinstance(record, BadLine):
+                raise DataError(f"{record.path}:{record.line}: {record.reason}")
+            if record.text:
+                yield record.text, record.label

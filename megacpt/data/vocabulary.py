@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.data.pieces import UNUSED, USER_DEFINED, read_model
-from megacpt.data.text import BadLine, cut, find_files, read_piece
+from megacpt.data.records import BadLine, Fields
+from megacpt.data.text import cut, find_files, read_piece
 from megacpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from megacpt.errors import ConfigError
 from megacpt.files import new_folder, write_atomically
@@ -26,11 +27,11 @@ def texts_of(
     """Documents of text files, up to a number of bytes; unreadable records are skipped."""
     taken = 0
     for piece in cut(find_files(inputs, kind)):
-        for text, *_ in read_piece(piece, field):
-            if isinstance(text, BadLine):
+        for record, _ in read_piece(piece, Fields(field)):
+            if isinstance(record, BadLine):
                 continue
-            yield text
-            taken += len(text.encode())
+            yield record.text
+            taken += len(record.text.encode())
             if most_bytes and taken >= most_bytes:
                 return
 

@@ -1,6 +1,7 @@
 """Perplexity of every document with a model: one JSON object a document, documents as they were prepared.
 
-A document is scored alone, from its first token; one longer than a window is scored window by window, each alone.
+A document is scored alone, from its first token; one longer than a window is scored window by window, each alone. All labels count alike:
+PREFIX.weights is not read.
 """
 
 import hashlib
@@ -80,7 +81,8 @@ def score(model: Decoder, prefix: str, output: Path, seq_len: int, micro_batch_t
         "mean_nll": float(sums.sum() / max(1, counts.sum())),
     }
     write_atomically(str(output.with_suffix("")) + ".json", json.dumps(facts, indent=1) + "\n")
-    info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}")
+    alike = "; all labels count alike, whatever they weigh in a loss" if "weights" in manifest else ""
+    info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}{alike}")
     return data.num_documents
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
@@ -26,7 +26,7 @@ def read_config(path: str | Path) -> ModelConfig:
     return parse_config(raw, str(file))
 
 
-def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
+def parse_config(raw: Any, source: str) -> ModelConfig:
     """As `read_config`, from the content.
 
     Raises:
@@ -34,7 +34,8 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """
     if not isinstance(raw, dict):
         raise ConfigError([f"{source}: is a {type(raw).__name__}, not an object."], "the model")
-    config, problems = family_of(raw, source).read(raw)
+    keys = cast(dict[str, Any], raw)
+    config, problems = family_of(keys, source).read(keys)
     if config is None:
         raise ConfigError(problems, source)
     return config

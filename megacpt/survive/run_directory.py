@@ -9,7 +9,7 @@ from typing import Any
 
 import megacpt
 from megacpt import log
-from megacpt.config.load import plain, save_recipe
+from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import CHECKPOINTS, EVENTS, METRICS, RECIPE, STATUS, misplaced
 from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
@@ -94,6 +94,12 @@ class RunDirectory:
         }
         self.status("running")
 
+    def change_facts(self, **facts: Any) -> None:
+        """What has become different since the start, in run.json and in the manifests."""
+        if self.facts:
+            self.facts |= facts
+            self.status("running")
+
     def effective(self, seconds: float) -> float | None:
         """Effective training time with one more step: useful seconds over all since the run was first started, by the clock on the wall."""
         self.useful_seconds += seconds
@@ -172,6 +178,13 @@ class RunDirectory:
         if name not in self.journals:
             self.journals[name] = Journal(self.path / name, self._told)
         return self.journals[name]
+
+    def has_rows(self) -> bool:
+        """Whether a step of the run has been trained."""
+        try:
+            return any(_is_row(record) for record in read_records(self.path / METRICS))
+        except (OSError, JsonError):
+            return False
 
     def cut_metrics(self, step: int) -> None:
         """Keeps the last row of each step up to `step`. A row that cannot be read is told; a last line that a kill left unfinished is
@@ -260,55 +273,3 @@ def write_status(directory: Path, content: dict[str, Any]) -> None:
     """run.json, in one act."""
     text = json.dumps(plain_numbers({"time": time.time(), **content}), indent=1, allow_nan=False)
     write_atomically(directory / STATUS, text + "\n")
-
-
-FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")
-FREE_OF_CURRENT_STAGE = (
-    "parallel",
-    "tokens",
-    "lr",
-    "betas",
-    "weight_decay",
-    "clip_norm",
-    "gates",
-    "on_fail",
-    "average",
-)
-
-
-def changes_on_resume(before: Recipe, now: Recipe, current: str) -> list[str]:
-    """What differs between the recipe of a run and the one it is resumed with, as `key: old -> new`.
-
-    Free to change: `FREE_SECTIONS`, `run` but its seed, stages that have not begun, and of the stage in which the
-    checkpoint stands (`current`) its length, rates and layout.
-
-    Raises:
-        ConfigError: if something else differs: data order, seed, model, finished stages.
-    """
-    old, new = plain(before), plain(now)
-    changed, frozen = [], _differing(old["run"]["seed"], new["run"]["seed"], "run.seed")
-    for section in sorted((set(old) | set(new)) - {"run", "stages"}):
-        differing = _differing(old.get(section), new.get(section), section)
-        (changed if section in FREE_SECTIONS else frozen).extend(differing)
-    names = [stage["name"] for stage in old["stages"]]
-    begun = names.index(current) + 1 if current in names else 0
-    for i, stage in enumerate(old["stages"][:begun]):
-        later = new["stages"][i] if i < len(new["stages"]) else {}
-        for key in sorted(set(stage) | set(later)):
-            free = key == "parallel" or (i == begun - 1 and key in FREE_OF_CURRENT_STAGE)
-            differing = _differing(stage.get(key), later.get(key), f"stages.{names[i]}.{key}")
-            (changed if free else frozen).extend(differing)
-    changed += _differing(old["stages"][begun:], new["stages"][begun:], f"stages after {current}")
-    if frozen:
-        raise ConfigError(
-            [f"{line}. It is frozen once the run has begun." for line in frozen]
-            + ["Take the old values, or start a new run under another run.name."],
-            "the recipe of the resumed run",
-        )
-    return changed
-
-
-def _differing(old: Any, new: Any, name: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in {**old, **new} for d in _differing(old.get(key), new.get(key), f"{name}.{key}")]
-    return [] if old == new else [f"{name}: {old} -> {new}"]

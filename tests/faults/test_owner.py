@@ -207,16 +207,16 @@ def test_who_lost_the_directory_publishes_nothing(recipe_file, tmp_path, monkeyp
         (tmp_path / "go").touch()
 
     def slow():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, count = loop.train_step, []
+        step, count = steps.train_step, []
 
         def held(*args, **kwargs):
             count.append(1)
             until(lambda: len(count) != 6 or (tmp_path / "go").exists())
             return step(*args, **kwargs)
 
-        loop.train_step = held
+        steps.train_step = held
 
     flags = [f"--run.directory={run}", f"--health.watchdog={watchdog}", "--checkpoint.keep_last=2"]
     codes, errors = run_ranks(2, recipe_file(), flags, prepare=slow, during=take_over)
