@@ -12,14 +12,9 @@ from pathlib import Path
 from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import EVENTS, STATUS
-<<<<<<< HEAD
-from megacpt.config.stage import LearningRate
+from megacpt.config.sections.optimizer import LearningRate
 from megacpt.errors import ConfigError, DataError
 from megacpt.files import JsonError, read_object, read_records
-=======
-from megacpt.config.sections.optimizer import LearningRate
-from megacpt.errors import ConfigError
->>>>>>> main
 
 CONTROL = "default"
 

@@ -11,6 +11,7 @@ from megacpt.config.model import config_in_stage, frozen_names, load_model_confi
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
+from megacpt.config.run_layout import path_problems
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
@@ -44,7 +45,7 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         files: False leaves out what would be read from disk, and says so.
         card_gib: memory of one card, which every stage must fit; None asks for no limit.
     """
-    report = Report(problems=problems_of(recipe, world_size))
+    report = Report(problems=problems_of(recipe, world_size) + (path_problems(recipe.directory) if files else []))
     config = _model(recipe, report, files)
     tokens = _data(recipe, report, config) if files else {}
     if not files:

@@ -27,12 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     from megacpt.config.layout import least_world_size
-    from megacpt.config.run_layout import path_problems
     from megacpt.plan.check import check, schedule_svg
 
     recipe = load(options)
-    if problems := path_problems(recipe.directory):
-        raise ConfigError(problems, options.recipe)
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     world_size = options.world_size or launched or least_world_size(layouts_of(recipe).values())
     report = check(recipe, world_size, not options.no_files, options.device_memory)

@@ -52,12 +52,9 @@ def require_no_problems(recipe, path: str, world_size: int) -> None:
     Raises:
         ConfigError: with all problems.
     """
-    from megacpt.config.run_layout import path_problems
     from megacpt.log import is_rank0, warn
     from megacpt.plan.check import check
 
-    if problems := path_problems(recipe.directory):
-        raise ConfigError(problems, path)
     report = check(recipe, world_size)
     if report.problems and not is_rank0():  # every rank finds the same; rank 0 says it
         time.sleep(10)  # torchrun ends all when the first leaves, and rank 0 may not have said it yet

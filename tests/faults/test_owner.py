@@ -296,7 +296,7 @@ def test_a_lease_that_is_no_file_is_named_at_once(tmp_path):
     (tmp_path / LEASE / "00000004.json").symlink_to("00000004.json")
     with pytest.raises(ConfigError) as error:
         Lease(tmp_path, "mine").take()
-    assert len(error.value.problems) == 2 and "is no plain file, where a lease belongs" in error.value.problems[0]
+    assert len(error.value.problems) == 2 and "is no plain file, where a lease belongs" in str(error.value)
 
 
 def test_no_look_at_the_owner_is_without_an_end(tmp_path, monkeypatch):
