@@ -1,10 +1,7 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, and the facts of the resolved run. Imports no
 torch and no numpy; answers in a fraction of a second."""
 
-import os
-import stat
 from collections.abc import Sequence
-from pathlib import Path
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
@@ -12,6 +9,7 @@ from megacpt.config.merge import layout_keys, layouts_of, parallel_in, reduction
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
+from megacpt.config.run_layout import path_problems
 from megacpt.config.sections.data import Domain
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
@@ -53,8 +51,8 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
     """
     report = Report(problems=problems_of(recipe, world_size))
     if files:
-        _check_directory("run.directory", recipe.directory, report)
-        _check_directory("packing.directory", recipe.packing.directory, report)
+        report.problems += path_problems(recipe.directory)
+        report.problems += path_problems(recipe.packing.directory, "packing.directory")
     config = _check_model(recipe, report, files)
     tokens = _check_data(recipe, report, config) if files else {}
     if not files:
@@ -70,18 +68,6 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         report.facts = _facts_of(recipe, world_size, config, tokens, layouts, needs)
         report.warnings += _fact_warnings(report.facts)
     return report
-
-
-def _check_directory(where: str, directory: str, report: Report) -> None:
-    """A directory that is there, or can be made."""
-    path = Path(directory)
-    nearest_there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-    try:
-        why = "" if stat.S_ISDIR(os.stat(nearest_there).st_mode) else f"{nearest_there} is a file."
-    except OSError as error:
-        why = f"{nearest_there}: {error.strerror}."
-    if why:
-        report.problems.append(Problem(where, directory, why, "Choose another directory."))
 
 
 def _check_tasks(recipe: Recipe, report: Report) -> None:

@@ -16,7 +16,7 @@ from crash import QUICK, events, rows, run_ranks, same, status
 
 from megacpt.checkpoint.manifest import list_steps
 from megacpt.config.run_layout import LEASE
-from megacpt.errors import LeaseError
+from megacpt.errors import ConfigError, LeaseError
 from megacpt.survive import lease as module
 from megacpt.survive.lease import Lease, current_owner, process_of, request_stop, stop_request
 
@@ -264,6 +264,99 @@ def test_a_stop_request_is_for_who_is_meant(tmp_path, monkeypatch):
         assert stop_request(tmp_path) is None, "a later job is not asked"
     finally:
         keeper.close()
+
+
+STRANGE = [
+    "1.json",
+    "²0000001.json",
+    "٠٠٠٠٠٠٩٩.json",
+    "0000000999.json",
+    "00000000.json",
+    "x.json",
+    "00000099.json.tmp",
+    "-0000099.json",
+]
+
+
+def test_only_the_names_that_owners_give_are_leases(tmp_path):
+    """Whatever else lies there: nobody waits for it, and it stays."""
+    (tmp_path / LEASE).mkdir()
+    for name in STRANGE:
+        (tmp_path / LEASE / name).write_text("{}")
+    assert current_owner(tmp_path) is None
+    lease = Lease(tmp_path, "mine")
+    lease.take()
+    assert lease.number == current_owner(tmp_path).number == 1 and lease.look()
+    assert sorted(os.listdir(tmp_path / LEASE)) == sorted([*STRANGE, "00000001.json"])
+    lease.release()
+
+
+def test_a_lease_that_is_no_file_is_named_at_once(tmp_path):
+    (tmp_path / LEASE / "00000003.json").mkdir(parents=True)
+    (tmp_path / LEASE / "00000004.json").symlink_to("00000004.json")
+    with pytest.raises(ConfigError) as error:
+        Lease(tmp_path, "mine").take()
+    assert len(error.value.problems) == 2 and "is no plain file, where a lease belongs" in str(error.value)
+
+
+def test_no_look_at_the_owner_is_without_an_end(tmp_path, monkeypatch):
+    """A folder that lists what is not there, as a client of NFS may for a while, and another that is always faster."""
+    owner_file(tmp_path, 1).unlink()
+    monkeypatch.setattr(module.os, "listdir", lambda folder: ["00000001.json"])
+    with pytest.raises(OSError, match="leases that were not there"):
+        current_owner(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(Lease, "_create", lambda self, number: False)
+    with pytest.raises(LeaseError, match="others came before this job"):
+        Lease(tmp_path, "mine").take()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 1_000_000, b'{"pid": 1e999, "start": 1, "machine": ""}\n', b'{"pid": -1, "start": 1, "machine": "x"}\n',
+     b'{"pid": ' + b"9" * 400 + b', "start": 1, "machine": "x"}\n', b'{"pid": true, "start": 1, "machine": "x"}\n', b"\xff" * 5000],
+)  # fmt: skip
+def test_an_owner_that_no_process_can_be_is_unknown(tmp_path, content):
+    owner_file(tmp_path, 5).write_bytes(content)
+    found = current_owner(tmp_path)
+    assert found.number == 5 and found.process is None and "process unknown on" in found.told(tmp_path, None)
+
+
+@pytest.mark.parametrize("content", [b"[" * 1_000_000, b'{"why":' * 9000, b"\xff\xfe", b"9" * 5000, b"[1]"])
+def test_a_stop_request_may_hold_anything(tmp_path, content):
+    """As before it is for whoever owns the directory; what is empty or no file asks for nothing."""
+    (tmp_path / "stop-request").write_bytes(content)
+    assert stop_request(tmp_path) == {"why": "stop-request"}
+    for empty in (b"", b" \n"):
+        (tmp_path / "stop-request").write_bytes(empty)
+        assert stop_request(tmp_path) is None
+    (tmp_path / "stop-request").unlink()
+    os.mkfifo(tmp_path / "stop-request")
+    assert stop_request(tmp_path) is None
+
+
+def test_the_keeper_outlives_what_it_meets(tmp_path, monkeypatch, capsys):
+    """A round that fails is told once, and the next one comes: the lease is shown to live, and a stop is heard."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.0)
+    rounds, asked = [], []
+
+    class Broken:
+        run = tmp_path
+
+        def beat(self):
+            rounds.append(1)
+            if len(rounds) < 5:
+                raise RecursionError("too deep")
+
+    (tmp_path / "stop-request").write_text("by hand")
+    keeper = module.Keeper(asked.append, [])
+    keeper.lease = Broken()
+    try:
+        until(lambda: asked)
+    finally:
+        keeper.close()
+    assert len(rounds) >= 5 and capsys.readouterr().err.count("goes on after RecursionError: too deep") == 1
 
 
 def finished(run: Path) -> None:

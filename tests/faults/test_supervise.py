@@ -16,7 +16,7 @@ from megacpt.config.load import load_recipe
 from megacpt.config.run_layout import LEDGER
 from megacpt.errors import ConfigError, SaveError
 from megacpt.survive import supervise as module
-from megacpt.survive.supervise import Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
+from megacpt.survive.supervise import Options, _choose_nodes, _filled, judge, recipe_of, unusable_nodes
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [sys.executable, "-m", "megacpt", "train"]
@@ -245,13 +245,13 @@ def test_the_recipe_of_a_command(recipe_file, tmp_path):
 def test_nodes_that_are_left(recipe_file, monkeypatch):
     """Of four nodes one is drained and one does not answer; the layout divides two."""
     states = "n1 idle\nn2 drng\nn3 alloc*\nn4 mix\n"
-    assert ill_nodes(states) == {"n2", "n3"} and ill_nodes("n1 inval\nn2 idle") == {"n1"}
+    assert unusable_nodes(states) == {"n2", "n3"} and unusable_nodes("n1 inval\nn2 idle") == {"n1"}
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setattr(module, "_output", lambda *command: "n1\nn2\nn3\nn4\n" if command[0] == "scontrol" else states)
     recipe = load_recipe(recipe_file(), ["--parallel.tensor=2"])
     assert _choose_nodes(recipe, Options(min_nodes=1)) == ["n1", "n4"]
-    with pytest.raises(SaveError, match=r"2 of 4 nodes are well, 3 are needed \(--min-nodes\)"):
+    with pytest.raises(SaveError, match=r"2 of 4 nodes are healthy, 3 are needed \(--min-nodes\)"):
         _choose_nodes(recipe, Options(min_nodes=3))
     monkeypatch.setenv("NPROC", "1")
     fixed = load_recipe(recipe_file(), ["--parallel.data_shard=1"])
@@ -261,3 +261,30 @@ def test_nodes_that_are_left(recipe_file, monkeypatch):
         "--nodes=2",
         "--nodelist=n1,n4",
     ]
+
+
+def test_pauses_grow_up_to_five_minutes():
+    assert [module.pause(5.0, count) for count in (0, 1, 2, 3, 7, 8, 2000, 10**6)] == [5, 5, 10, 20, 300, 300, 300, 300]
+    assert module.pause(0.0, 10**6) == 0.0
+
+
+@pytest.mark.parametrize("command", ["/nowhere/command", "{folder}", "{folder}/text", "a\0b", "{folder}/text/x"])
+def test_a_command_that_is_not_there_is_said_at_once(tmp_path, command):
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(ConfigError, match="cannot be started") as error:
+        module._run_once([command.format(folder=tmp_path)], {}, None, None, Options())
+    assert error.value.exit_code == 2
+
+
+def test_slurm_that_is_not_there_or_does_not_answer(recipe_file, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    monkeypatch.setenv("PATH", "/nowhere")
+    recipe = load_recipe(recipe_file())
+    with pytest.raises(ConfigError, match="scontrol: cannot be started"):
+        _choose_nodes(recipe, Options())
+    with pytest.raises(SaveError, match="ended with 3: no controller"):
+        module._output("/bin/sh", "-c", "echo no controller >&2; exit 3")
+    for wrong in ("gpu", "0", "-1", "²"):
+        monkeypatch.setenv("NPROC", wrong)
+        with pytest.raises(ConfigError, match="give a number from 1"):
+            _choose_nodes(recipe, Options())
