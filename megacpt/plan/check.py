@@ -7,6 +7,7 @@ from itertools import groupby
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
+from megacpt.config.objective import Objective
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Model, Recipe
 from megacpt.config.rules import problems_of, warnings_of
@@ -342,6 +343,9 @@ def _resolved(
     for name, order in ((name, domain.order) for name, domain in recipe.data.items() if domain.order):
         way = "rising" if order.ascending else "falling"
         lines.append(f"domain {name}: in the order of {way} {order.by}, {order.buckets} buckets")
+    for stage, objective in ((stage, recipe.objective_of(stage)) for stage in recipe.stages):
+        if objective != Objective():
+            lines.append(f"stage {stage.name}: objective {objective.kind}, normalized by {objective.normalize}")
     for stage in (stage for stage in recipe.stages if stage.gates):
         lines.append(
             f"stage {stage.name} ends with the gates {', '.join(stage.gates)}; not passed: {stage.on_fail.action}"

@@ -24,6 +24,7 @@ from megacpt.data.manifest import crc32_of
 from megacpt.data.prepare import Options, prepare
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.validation import ValidationSets
+from megacpt.plan.check import check
 
 BOUND = PARITY[torch.float64]
 SEQ_LEN = 64
@@ -233,6 +234,8 @@ def test_a_stage_has_an_objective_of_its_own(made):
         made.path, ["--objective.normalize=item", '--stages.s.objective={kind = "next_token", normalize = "token"}']
     )
     assert recipe.objective.normalize == "item" and recipe.objective_of(recipe.stages[0]).normalize == "token"
+    told = "\n".join(check(recipe, 1).lines)
+    assert "stage s: objective next_token, normalized by token" in told
     plain = load_recipe(made.path)
     assert plain.objective_of(plain.stages[0]).normalize == "weight"
 
