@@ -90,7 +90,7 @@ def norm_counts_replicas() -> None:
     """The norm counts parameters that tp replicates once on every tp rank (Megatron-LM issues 7452 and 5916)."""
     from megacpt.optim import clip
 
-    clip._is_replicated = lambda parameter: False
+    clip.is_replicated = lambda parameter: False
 
 
 def mean_of_means() -> None:

@@ -17,7 +17,7 @@ from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
 from megacpt.data.manifest import FORMAT, KINDS, crc32_of
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
-from megacpt.files import publish_file, write_atomically
+from megacpt.files import publish_file, read_object, write_atomically
 from megacpt.log import warn
 
 _COPY_BYTES = 8 << 20
@@ -25,7 +25,7 @@ SHOWN_BAD_LINES = 10
 
 
 def read_piece_report(parts: Path, index: int) -> dict[str, Any]:
-    return json.loads((parts / f"{index:06d}.json").read_text())
+    return read_object(parts / f"{index:06d}.json", 1 << 30)
 
 
 def disk_error(error: OSError, path: str) -> Exception:

@@ -15,9 +15,9 @@ from functools import partial
 import numpy as np
 
 from megacpt.config.clock import Clock
-from megacpt.config.decisions import Decision, skips_of, weight_changes
+from megacpt.config.decisions import NONE, Decisions
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import digest_of
 from megacpt.data.domain import DomainData
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for
@@ -167,14 +167,14 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
     return replace(plain, scores=scores, scores_digest=digest_of(scores), **ordered)
 
 
-def mixtures(recipe: Recipe, clock: Clock, decisions: Sequence[Decision] = ()) -> list[Order]:
+def stage_orders(recipe: Recipe, clock: Clock, decisions: Decisions = NONE) -> list[Order]:
     """The order of every stage. A domain's rows go on where an earlier stage of the same seq_len left them."""
     orders: list[Order] = []
     consumed: dict[int, dict[str, int]] = {}
     for i, stage in enumerate(recipe.stages):
         before = consumed.setdefault(stage.seq_len, {})
         seed = zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode())
-        orders.append(Order(weight_changes(stage, list(decisions)), seed, before, skips_of(stage, list(decisions))))
+        orders.append(Order(decisions.weights(stage), seed, before, decisions.skips(stage.name)))
         for name, count in orders[-1].consumed(clock.stage_tokens(i) // stage.seq_len).items():
             before[name] = before.get(name, 0) + count
     return orders
@@ -207,7 +207,7 @@ class StageData:
     """The rows of one stage in order.
 
     Args:
-        order: of the stage, from `mixtures`.
+        order: of the stage, from `stage_orders`.
         pad_id: EOS. vocab_size: the model's true vocabulary.
     """
 

@@ -1,7 +1,6 @@
 """PREFIX.json: what prepared data is. Written last, so data without it is unfinished. Needs nothing but JSON."""
 
 import glob
-import json
 import os
 import re
 import resource
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.errors import DataError
+from megacpt.files import read_object
 
 FORMAT = 1
 BESIDE = ("weights", "items")
@@ -39,7 +39,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
             )
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path, 1 << 30)
         if manifest["format"] != FORMAT:
             raise DataError(f"{path}: format {manifest['format']}; this version reads {FORMAT}.")
         for kind in ("bin", "idx", *BESIDE):
@@ -65,7 +65,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
                 raise TypeError(f"{kind}.crc32 is {manifest[kind]['crc32']!r}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}).") from None
     return manifest
 

@@ -40,7 +40,7 @@ from megacpt.data.indexed import CheckedFile, IndexedDataset, Numbers
 from megacpt.data.manifest import crc32_of
 from megacpt.data.select import Selection, kept, long_items, withheld_by_bucket
 from megacpt.errors import DataError
-from megacpt.files import new_folder, sealed, unsealed, write_atomically
+from megacpt.files import new_folder, read_object, sealed, unsealed, write_atomically
 from megacpt.log import info, short_number, warn
 
 VERSION = 3
@@ -75,7 +75,7 @@ class PackingIndex:
         if not directory.exists():
             raise FileNotFoundError(directory)
         try:
-            meta = unsealed(json.loads((directory / "index.json").read_bytes()))
+            meta = unsealed(read_object(directory / "index.json"))
             if (meta["version"], meta["name"]) != (VERSION, directory.name):
                 raise ValueError(f"it is {meta['name']!r} of version {meta['version']}")
             self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]

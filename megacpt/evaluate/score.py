@@ -15,7 +15,7 @@ from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError, NumbersError
 from megacpt.evaluate.sequences import score_sequences
-from megacpt.files import publish_file, remove_abandoned, temporary, write_atomically
+from megacpt.files import new_file, remove_abandoned, write_atomically
 from megacpt.log import info
 from megacpt.model.decoder import Decoder
 
@@ -65,12 +65,10 @@ def score(model: Decoder, prefix: str, output: Path, seq_len: int, micro_batch_t
         return data.num_documents
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(output.parent)
-    partial = temporary(output)
-    with open(partial, "w", encoding="utf-8") as file:
+    with new_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
         for document in range(data.num_documents):
             nll = float(sums[document] / counts[document]) if counts[document] else None
             file.write(json.dumps({"document": document, "tokens": int(data.lengths[document]), "nll": nll}) + "\n")
-    publish_file(partial, output)
     facts = {
         "model": model_dir,
         "model_sha256": model_hash(Path(model_dir)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megacpt.config.layout import Layout, token_unit
 from megacpt.config.recipe import Recipe
 from megacpt.data.domain import DomainData
 from megacpt.data.loader import Batch, deal, make_batch, open_domains, selection_of
@@ -94,8 +95,8 @@ def _mean_and_error(loss: float, squares: float, weight: float, loss_by_weight: 
     return Loss(mean, math.sqrt(max(0.0, variance) / labels))
 
 
-def rows_at_once(micro_batch_tokens: int, seq_len: int, unit: int) -> int:
+def rows_at_once(micro_batch_tokens: int, seq_len: int, layout: Layout) -> int:
     """Rows of a micro-batch: what fits, and at least so many that their tokens divide over the ranks."""
-    rows = max(1, micro_batch_tokens // seq_len)
+    rows, unit = max(1, micro_batch_tokens // seq_len), token_unit(layout.tensor, layout.context)
     step = unit // math.gcd(seq_len, unit)
     return max(step, rows // step * step)

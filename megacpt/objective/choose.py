@@ -1,6 +1,6 @@
 """The objective that a recipe names."""
 
-from megacpt.config import objective as config
+from megacpt.config.sections import objective as config
 from megacpt.objective.base import Objective
 from megacpt.objective.next_token import NextToken
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from megacpt.checkpoint.manifest import decisions_of_run
 from megacpt.config.clock import Clock, Step
-from megacpt.config.decisions import extensions_of
 from megacpt.config.model import load_model_config
 from megacpt.config.recipe import Recipe
-from megacpt.data.loader import Batch, Pick, StageData, mixtures, open_domains, pad_token
+from megacpt.data.loader import Batch, Pick, StageData, open_domains, pad_token, stage_orders
 from megacpt.errors import ConfigError
+from megacpt.files import new_file
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ def inspect_step(recipe: Recipe, number: int) -> InspectedStep:
         ConfigError: if the run has no such step.
     """
     decisions = decisions_of_run(Path(recipe.directory))
-    clock = Clock(recipe, extensions_of(decisions))
+    clock = Clock(recipe, decisions.extensions())
     if not 1 <= number <= clock.num_steps:
         raise ConfigError([f"--step {number}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(number)
     stage, config = recipe.stages[step.stage], load_model_config(recipe.model)
     domains = open_domains(recipe, list(stage.mixture))
-    order, pad = mixtures(recipe, clock, decisions)[step.stage], pad_token(domains, config.eos_token_id)
+    order, pad = stage_orders(recipe, clock, decisions)[step.stage], pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, order, domains, pad, config.vocab_size)
     picks = data.picks(step.first_sequence, step.rows)
     return InspectedStep(step, picks, data.batch(picks))
@@ -96,14 +96,15 @@ def show_document(document: InspectedDocument, decode: Callable[[np.ndarray], st
 def save_batch(batch: Batch, path: str) -> None:
     """Writes the arrays of a batch as .npz: weights are 1, and each document is an item, where the data does not say otherwise."""
     documents = np.arange(len(batch.document_starts), dtype=np.int32)
-    np.savez(
-        path,
-        tokens=batch.tokens,
-        labels=batch.labels,
-        positions=batch.positions,
-        weights=np.ones(batch.tokens.shape, np.float32) if batch.weights is None else batch.weights,
-        document_starts=batch.document_starts,
-        row_offsets=batch.row_offsets,
-        item=documents if batch.item is None else batch.item,
-        domain=np.array(batch.domain),
-    )
+    with new_file(Path(path)) as partial, open(partial, "wb") as file:
+        np.savez(
+            file,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            positions=batch.positions,
+            weights=np.ones(batch.tokens.shape, np.float32) if batch.weights is None else batch.weights,
+            document_starts=batch.document_starts,
+            row_offsets=batch.row_offsets,
+            item=documents if batch.item is None else batch.item,
+            domain=np.array(batch.domain),
+        )

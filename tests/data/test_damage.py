@@ -369,8 +369,11 @@ def test_an_intact_index_is_read_where_nothing_can_be_written(domain, cache, mon
     def refused(*_, **__):
         raise OSError(30, "Read-only file system")
 
+    def opened(path, flags, *rest, real=os.open, **more):
+        return refused() if flags & (os.O_WRONLY | os.O_RDWR) else real(path, flags, *rest, **more)
+
     monkeypatch.setattr(packing.Path, "mkdir", refused)
-    monkeypatch.setattr(packing.os, "open", refused)
+    monkeypatch.setattr(packing.os, "open", opened)
     assert open_index(domain, Selection(32), str(cache)).num_rows
     with pytest.raises(DataError, match="cannot be written: Read-only file system"):
         open_index(domain, Selection(64), str(cache))

@@ -17,9 +17,9 @@ from megacpt.data.loader import (
     domain_tokens,
     load_step,
     make_batch,
-    mixtures,
     open_domains,
     prefetch,
+    stage_orders,
 )
 from megacpt.errors import DataError
 
@@ -31,7 +31,7 @@ def stage_data(recipe_file):
     recipe = load_recipe(recipe_file())
     clock = Clock(recipe)
     domains = open_domains(recipe, ["a", "b"])
-    return StageData(recipe, recipe.stages[0], mixtures(recipe, clock)[0], domains, PAD, 401)
+    return StageData(recipe, recipe.stages[0], stage_orders(recipe, clock)[0], domains, PAD, 401)
 
 
 def test_labels_never_cross_a_document_and_positions_restart(stage_data):
@@ -117,7 +117,7 @@ def test_a_domain_goes_on_in_the_next_stage_of_the_same_length(recipe_file):
     ]
     recipe = load_recipe(recipe_file(stages=stages))
     clock = Clock(recipe)
-    orders = mixtures(recipe, clock)
+    orders = stage_orders(recipe, clock)
     assert [order.mixtures[0].first.get("a") for order in orders] == [0, 10, 0]
     tokens = domain_tokens(recipe, clock, orders, clock.num_steps)
     assert tokens["a"] + tokens["b"] == clock.num_tokens and abs(tokens["b"] - 320) <= 64

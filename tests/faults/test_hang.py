@@ -64,9 +64,9 @@ def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_pat
     run = tmp_path / "run"
 
     def slow():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, calls = loop.train_step, []
+        step, calls = steps.train_step, []
 
         def held(*args, **kwargs):
             calls.append(1)
@@ -77,7 +77,7 @@ def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_pat
                         time.sleep(0.01)
             return step(*args, **kwargs)
 
-        loop.train_step = held
+        steps.train_step = held
 
     def ask(pids):
         while not all((tmp_path / f"in{rank}").exists() for rank in (0, 1)):

@@ -19,8 +19,8 @@ from tolerances import PARITY
 
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
+from megacpt.config.resume import changes_on_resume
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.survive.run_directory import changes_on_resume
 
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len")
 
@@ -205,7 +205,9 @@ def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dty
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False)])
+@pytest.mark.parametrize(
+    "name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False), ("phi3", False)]
+)
 def test_every_family_comes_and_goes_bit_identical(train, tmp_path, tokenizer_dir, name, tied):
     """config.json, names, shapes and bits. The export loads in transformers as what it was."""
     torch.manual_seed(1)
@@ -454,8 +456,9 @@ def late(path: str, flags: list[str], slow: str) -> str:
 
     from megacpt.checkpoint import background
     from megacpt.train import loop
+    from megacpt.train.handlers import steps
 
-    module, name = {"step": (loop, "train_step"), "save": (background, "save")}[slow]
+    module, name = {"step": (steps, "train_step"), "save": (background, "save")}[slow]
     original, calls = getattr(module, name), []
 
     def sleepy(*args, **kwargs):
