@@ -6,13 +6,13 @@ from itertools import groupby
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import resolve_layout
-from megacpt.config.merge import layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
+from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
-from megacpt.config.objective import Objective
 from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.sections.model import Model
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import score_problems
@@ -378,7 +378,7 @@ def _resolved(
     for name, order in ((name, domain.order) for name, domain in recipe.data.items() if domain.order):
         way = "rising" if order.ascending else "falling"
         lines.append(f"domain {name}: in the order of {way} {order.by}, {order.buckets} buckets")
-    for stage, objective in ((stage, recipe.objective_of(stage)) for stage in recipe.stages):
+    for stage, objective in ((stage, objective_in(recipe, stage)) for stage in recipe.stages):
         if objective != Objective():
             lines.append(f"stage {stage.name}: objective {objective.kind}, normalized by {objective.normalize}")
     for stage in (stage for stage in recipe.stages if stage.gates):

@@ -18,8 +18,9 @@ from tolerances import PARITY
 from megacpt.cli import run
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
+from megacpt.config.merge import objective_in
 from megacpt.data.beside import RUN, write_weights
-from megacpt.data.loader import StageData, mixtures, open_domains
+from megacpt.data.loader import StageData, open_domains, stage_orders
 from megacpt.data.manifest import crc32_of
 from megacpt.data.prepare import Options, prepare
 from megacpt.data.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ class Made:
 
     def rows_of_step(self, first: int, count: int):
         recipe = load_recipe(self.path)
-        order, domains = mixtures(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"])
+        order, domains = stage_orders(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"])
         data = StageData(recipe, recipe.stages[0], order, domains, 0, 401)
         picks = data.picks(first, count)
         return [(pick.domain, i, data.indices[pick.domain].row(pick.row)) for i, pick in enumerate(picks)]
@@ -233,11 +234,11 @@ def test_a_stage_has_an_objective_of_its_own(made):
     recipe = load_recipe(
         made.path, ["--objective.normalize=item", '--stages.s.objective={kind = "next_token", normalize = "token"}']
     )
-    assert recipe.objective.normalize == "item" and recipe.objective_of(recipe.stages[0]).normalize == "token"
+    assert recipe.objective.normalize == "item" and objective_in(recipe, recipe.stages[0]).normalize == "token"
     told = "\n".join(check(recipe, 1).lines)
     assert "stage s: objective next_token, normalized by token" in told
     plain = load_recipe(made.path)
-    assert plain.objective_of(plain.stages[0]).normalize == "weight"
+    assert objective_in(plain, plain.stages[0]).normalize == "weight"
 
 
 def test_inspect_shows_what_each_token_weighs(made, capsys, tmp_path, monkeypatch):
