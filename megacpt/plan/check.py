@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
-from megacpt.config.merge import layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
+from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.run_layout import path_problems
 from megacpt.config.sections.data import Domain
 from megacpt.config.sections.model import Model
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
 from megacpt.data.curriculum import score_problems
@@ -354,7 +355,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
     stage, numbers = recipe.stages[index], clock.stage_numbers(index)
     parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
-    first, last = clock.step(numbers[0]), clock.step(numbers[-1])
+    first, last, objective = clock.step(numbers[0]), clock.step(numbers[-1]), objective_in(recipe, stage)
     rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
     return StageFacts(
         name=stage.name,
@@ -369,6 +370,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         rows=last.rows,
         first_rate=rate_of_step(rates, clock, first),
         last_rate=rate_of_step(rates, clock, last),
+        objective=None if objective == Objective() else f"{objective.kind}, normalized by {objective.normalize}",
         gates=tuple(stage.gates),
         on_fail=stage.on_fail.action,
         memory=need,

@@ -310,6 +310,7 @@ def test_inspect_shows_the_batch_that_is_trained(train, recipe_file, tmp_path, c
         "item",
         "domain",
     }
+    assert (batch["weights"] == 1).all() and batch["item"].tolist() == list(range(len(batch["document_starts"])))
     assert "step 3, stage s: 4 rows of 64" in out and "--- row 3: domain" in out
     with pytest.raises(ConfigError, match="steps 1 to 8"):
         run(["inspect", path, "--step", "9"])
