@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from crash import same, status
+from shared import LONG_SECONDS, wait_until
 
 from megacpt.config.load import load_recipe
 from megacpt.errors import ConfigError, SaveError
@@ -35,7 +35,7 @@ QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps
 def supervise(*command: str, fault: str = "", options: tuple[str, ...] = (), **more) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MEGACPT_FAULT": fault}
     words = [sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", *options, "--", *command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600, **more)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=LONG_SECONDS, **more)
 
 
 def ledger(run: Path) -> list[dict]:
@@ -45,19 +45,12 @@ def ledger(run: Path) -> list[dict]:
 def test_one_command_from_a_killed_rank_and_a_hang_to_the_end(whole, recipe_file, tmp_path):
     """torchrun with two ranks: rank 1 is killed in step 3, rank 0 hangs in step 5. Three attempts, and the numbers of a run without."""
     run = tmp_path / "run"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "megacpt",
-        "train",
-    ]
-    flags = [*QUICK, f"--run.directory={run}", "--health.watchdog=true", "--health.step_timeout_seconds=4"]
-    fault = f"kill:rank=1,point=after_forward,step=3,once={tmp_path}/1;sleep:rank=0,point=after_backward,step=5,once={tmp_path}/2"
-    out = supervise(*torchrun, recipe_file(), *flags, fault=fault)
+    flags = [*QUICK, f"--run.directory={run}", "--health.watchdog=true", "--health.step_timeout_seconds=900"]
+    fault = (
+        f"kill:rank=1,point=after_forward,step=3,once={tmp_path}/1;"
+        f"sleep:rank=0,point=after_backward,step=5,budget=4,once={tmp_path}/2"
+    )
+    out = supervise(*TORCHRUN, recipe_file(), *flags, fault=fault)
     assert out.returncode == 0, out.stderr[-3000:]
     found = ledger(run)
     assert [row["status"] for row in found] == ["failed", "hung", "finished"]
@@ -88,7 +81,7 @@ def test_torchrun_restarts_in_place(whole, recipe_file, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=LONG_SECONDS,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert status(run)["attempt"] == 2
@@ -107,7 +100,7 @@ def test_a_bad_recipe_is_not_tried_again_whatever_the_run_before_was(recipe_file
     check, once by the comparison with the checkpoint's recipe, with and without a watchdog."""
     run, path = tmp_path / "run", recipe_file()
     flags = [*QUICK, f"--run.directory={run}"]
-    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=600)
+    first = subprocess.run([*PLAIN, path, *flags, "--run.stop_at_step=2"], capture_output=True, text=True, timeout=LONG_SECONDS)
     assert first.returncode == 0 and status(run)["status"] == "preempted", first.stderr
     before = status(run)
     for watchdog, flag, said in (
@@ -180,19 +173,15 @@ def test_it_gives_up_where_nothing_moves(recipe_file, tmp_path):
     assert [row["status"] for row in ledger(tmp_path / "run")] == ["killed", "killed"]
 
 
-def test_a_stop_through_it_is_handed_on_and_not_started_again(whole, recipe_file, tmp_path):
+def test_a_stop_through_it_is_handed_on_and_not_started_again(recipe_file, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "megacpt", "train", recipe_file(), *QUICK, f"--run.directory={run}"]
-    words = [sys.executable, "-m", "megacpt", "supervise", "--", *command]
-    environment = os.environ | {"MEGACPT_FAULT": "sleep:point=step.begin,step=99;term:point=step.end,step=99"}
-    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
-    while not (run / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    endless = [*QUICK, "--stages.s.tokens=1B", "--checkpoint.every_steps=1000000", f"--run.directory={run}"]
+    words = [sys.executable, "-m", "megacpt", "supervise", "--", *PLAIN, recipe_file(), *endless]
+    child = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    wait_until((run / "metrics.jsonl").exists, alive=[child.pid])
     child.send_signal(signal.SIGUSR1)
-    assert child.wait(240) == 0
-    assert status(run)["status"] in ("preempted", "finished") and len(ledger(run)) == 1
-    if status(run)["status"] == "preempted":
-        assert status(run)["signal"] == "SIGUSR1"
+    assert child.wait(LONG_SECONDS) == 0
+    assert (status(run)["status"], status(run)["signal"]) == ("preempted", "SIGUSR1") and len(ledger(run)) == 1
 
 
 def test_a_request_that_comes_twice_is_one(monkeypatch):
