@@ -26,7 +26,9 @@ _turns = 0
 
 
 def folder() -> Path:
-    return Path(os.environ.get(FOLDER) or tempfile.gettempdir())  # outside a session, as in soak.py, there is only the turn
+    return Path(
+        os.environ.get(FOLDER) or tempfile.gettempdir()
+    )  # outside a session, as in soak.py, there is only the turn
 
 
 def new_folder(name: str) -> Path:

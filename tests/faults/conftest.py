@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,26 +12,34 @@ from samples import write_recipe
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def _train(name: str, prepared: Path, tokenizer_dir: Path, *flags: str) -> Path:
+@dataclass(frozen=True)
+class Trained:
+    """A run, and the recipe that it was started with: of another path, a resume would refuse it."""
+
+    recipe: str
+    run: Path
+
+
+def _train(name: str, prepared: Path, tokenizer_dir: Path, *flags: str) -> Trained:
     from crash import run_ranks
 
-    def make() -> Path:
+    def make() -> tuple[str, Path]:
         folder = shared.new_folder(name)
-        path, directory = write_recipe(folder, prepared, tokenizer_dir), folder / "run"
-        assert run_ranks(2, path, [f"--run.directory={directory}", *flags])[0] == [0, 0]
-        return directory
+        path, run = write_recipe(folder, prepared, tokenizer_dir), folder / "run"
+        assert run_ranks(2, path, [f"--run.directory={run}", *flags])[0] == [0, 0]
+        return path, run
 
-    return shared.made_once(name, make)
+    return Trained(*shared.made_once(name, make))
 
 
 @pytest.fixture
 def whole(prepared, tokenizer_dir) -> Path:
     """The run of the recipe on two ranks that nothing happens to. Made once."""
-    return _train("whole", prepared, tokenizer_dir)
+    return _train("whole", prepared, tokenizer_dir).run
 
 
 @pytest.fixture
-def stopped(prepared, tokenizer_dir, tmp_path) -> Path:
+def stopped(prepared, tokenizer_dir, tmp_path) -> Trained:
     """A copy of that run as it is when it is asked to stop after step 4: checkpoints of steps 2 and 4, the status of a stop on request."""
     source = _train("stopped", prepared, tokenizer_dir, "--run.stop_at_step=4")
-    return shutil.copytree(source, tmp_path / "part")
+    return Trained(source.recipe, shutil.copytree(source.run, tmp_path / "stopped"))

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from shared import LONG_SECONDS, has_ended, turn, wait_until
 
 from megacpt import faults
 from megacpt.config.load import load_recipe
+from megacpt.survive.lease import process_state
 from megacpt.train import loop
 
+PLAIN = [sys.executable, "-m", "megacpt", "train"]
+SUPERVISE = [sys.executable, "-m", "megacpt", "supervise", "--"]
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len", "skipped")
 QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps=2", "--checkpoint.keep_last=3"]
 
@@ -45,7 +49,13 @@ def _rank(rank: int, world_size: int, folder: str, path: str, flags: list[str], 
 
 
 def run_ranks(
-    world_size: int, path: str, flags: list[str], fault: str = "", prepare=None, during=None, seconds: float = LONG_SECONDS
+    world_size: int,
+    path: str,
+    flags: list[str],
+    fault: str = "",
+    prepare=None,
+    during=None,
+    seconds: float = LONG_SECONDS,
 ) -> tuple[list[int], list[str]]:
     """(exit codes, errors) of the ranks of one run; a code below 0 is a signal. No rank outlives it.
 
@@ -76,6 +86,27 @@ def run_ranks(
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         told = [Path(f"{folder}/{rank}.error") for rank in range(world_size)]
         return codes, [p.read_text() if p.exists() else "" for p in told]
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    """The beginning of a command line; the recipe and its flags come behind it."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+    return [sys.executable, *words, "-m", "megacpt", "train"]
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+def kill_agent(supervisor: int) -> None:
+    """SIGKILL for torchrun under a supervisor; returns when its ranks have ended."""
+    (agent,) = (int(pid) for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split())
+    ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(agent, signal.SIGKILL)
+    wait_until(lambda: not any(process_state(pid) for pid in ranks), told=lambda: f"ranks {ranks} of {agent} live on")
 
 
 def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

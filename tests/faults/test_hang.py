@@ -12,7 +12,6 @@ from crash import events, rows, run_ranks, same, status
 from shared import LONG_SECONDS, has_ended, is_blocked, wait_until
 
 from megacpt.heartbeat import Beat, Heartbeat, begin, reach, read_beat
-from megacpt.survive.lease import process_state
 from megacpt.survive.watchdog import Watchdog, conclusion
 
 WATCHED = ["--health.watchdog=true", "--health.step_timeout_seconds=900"]
@@ -140,7 +139,9 @@ def test_one_rank_that_fails_ends_all(recipe_file, tmp_path, point):
     """An error of one rank, in a step or where only rank 0 works: the others leave, and nobody waits for a timeout."""
     run, rank = tmp_path / "run", 1 if point == "step.begin" else 0
     fault = f"raise:rank={rank},point={point},step=4"
-    codes, _ = run_ranks(2, recipe_file(), [*WATCHED, f"--run.directory={run}"], fault, seconds=600)  # the timeouts are 900
+    codes, _ = run_ranks(
+        2, recipe_file(), [*WATCHED, f"--run.directory={run}"], fault, seconds=600
+    )  # the timeouts are 900
     if point == "step.begin":
         assert codes[1] == 1 and codes[0] != 0
         found = told(run)
