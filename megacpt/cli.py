@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from megacpt import __version__, verbs
-from megacpt.errors import MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, disk_told
+from megacpt.errors import ConfigError, MegacptError, SaveError
+from megacpt.files import DISK_ERRORS, PATH_ERRORS, disk_told
 from megacpt.log import printable, say
 from megacpt.verbs import (
     assess,
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno == errno.EPIPE or (error.errno == errno.EIO and _terminal_is_gone()):
             os._exit(128 + signal.SIGPIPE)  # as of any program that such an end stops: its work may not be done
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS | PATH_ERRORS:
             raise
         say(f"megacpt: {printable(disk_told(error))}")
-        sys.exit(SaveError.exit_code)
+        sys.exit(SaveError.exit_code if error.errno in DISK_ERRORS else ConfigError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from megacpt.config.layout import resolve_layout
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.errors import ConfigError
 
 AXES = ("tp", "cp", "pp", "dp_shard", "dp_replicate")

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 UNFINISHED = 3
 """Exit code of a run that was stopped on request, where its end was required."""
@@ -13,16 +15,56 @@ class MegacptError(ValueError):
     exit_code = 2
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, as data: callers filter, place and count problems; the text is made last, by `str`.
+
+    Attributes:
+        where: the key, flag or file that is concerned; empty where the text says it.
+        value: what stands there; None where that is no single value.
+        text: what is wrong, with the numbers, as a sentence.
+        remedy: the way out, as a sentence.
+    """
+
+    where: str
+    value: Any
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {show_value(self.value)}"
+        place = f"{self.where}{shown}: " if self.where else ""
+        return " ".join(part for part in (place + self.text, self.remedy) if part)
+
+
+def show_value(value: Any) -> str:
+    """A value as the recipe writes it, cut where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of about {value.bit_length() * 3 // 10} digits"  # Python refuses to write far longer ones
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """'Did you mean …?' when one is near, else the list."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    listed = ", ".join(choices)
+    return f"Did you mean {close[0]!r}? Possible: {listed}." if close else f"Possible: {listed}."
+
+
 class ConfigError(MegacptError):
     """All problems of a recipe or of the arguments at once.
 
     Args:
-        problems: one line each, `where: what is wrong. The way out.`
+        problems: what is wrong; a plain string is a problem that names its place itself.
         title: what was being read.
     """
 
-    def __init__(self, problems: list[str], title: str = "the recipe"):
-        self.problems = list(problems)
+    def __init__(self, problems: Sequence[Problem | str], title: str = "the recipe"):
+        self.problems = [p if isinstance(p, Problem) else Problem("", None, p) for p in problems]
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{count} in {title}:", *(f"  {problem}" for problem in self.problems)]))
         self.title = title
@@ -93,10 +135,3 @@ class ReplicaError(MegacptError):
 
 class NumbersError(MegacptError):
     """Losses or gradients stay bad and going back no longer helps, or weights are not finite and are not given out."""
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """'Did you mean …?' when one is near, else the list."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    listed = ", ".join(choices)
-    return f"Did you mean {close[0]!r}? Possible: {listed}." if close else f"Possible: {listed}."

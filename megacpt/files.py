@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their name, brought to the disk, renamed, and the folder brought to the disk too, so
 that neither a kill nor a power loss leaves half of one. What a process that is gone has left beside them is removed by the next that writes
-there. Lines of a file that a full disk does not take are kept until it does.
+there. Lines of a file that a full disk does not take are kept until it does. What is read back may have become anything: `read_object` and
+`read_records` make one error of it.
 
 Temporary names are .tmp-NAME--HOST-PID-START, START being the tick of the machine at which the process began: they say whether their maker
 still lives. Of a maker on another machine one only knows when it last wrote.
@@ -8,24 +9,32 @@ still lives. Of a maker on another machine one only knows when it last wrote.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 DISK_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 )
-"""What a write meets where a disk is full, a limit is reached, it is read-only, forbidden or ill."""
+"""What a write meets where a disk is full, a limit is reached, it is read-only, forbidden or failing."""
+PATH_ERRORS = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+)
+"""What a path meets that leads to nothing, or to something of another kind."""
 ABANDONED_SECONDS = 86400.0
 """Without a write, after which what another machine has left counts as abandoned."""
-_TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>\d+)-(?P<start>\d+)")
+_TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)")
+_ASIDE = ".tmp-old-"
 
 
 def disk_told(error: OSError, path: str | Path | None = None) -> str:
@@ -46,6 +55,8 @@ def disk_told(error: OSError, path: str | Path | None = None) -> str:
         errno.EACCES: "Give the rights to write there",
         errno.EPERM: "Give the rights to write there",
     }
+    if error.errno in PATH_ERRORS:
+        return f"{text}. Give another path, or move what is in its way."
     return f"{text}. {ways.get(error.errno, 'Look at the disk')} and try again."
 
 
@@ -56,11 +67,18 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(content)
         return
-    partial = temporary(path)
+    with new_file(path) as partial, open(partial, "wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """The name of a file beside `final` that becomes it when what was written there is on the disk; nothing is left of it if that fails,
+    and what was there before stays."""
+    partial = temporary(final)
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-        publish_file(partial, path)
+        yield partial
+        publish_file(partial, final)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -95,6 +113,26 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(final.parent)
+
+
+def publish_folder(partial: Path, final: Path) -> None:
+    """A folder whose files are on the disk becomes `final`. What has that name is set aside first, never half removed under it:
+    `restore_folder` brings it back after a kill in between."""
+    aside = final.parent / f"{_ASIDE}{final.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(partial, final)
+    sync_directory(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folders(parent: Path) -> None:
+    """What was set aside for a folder that did not come has its name again."""
+    for aside in parent.glob(f"{_ASIDE}*"):
+        final = parent / aside.name.removeprefix(_ASIDE)
+        if not final.exists():
+            os.rename(aside, final)
 
 
 def _sync(path: Path) -> None:
@@ -165,6 +203,83 @@ def _start_of(pid: int) -> int:
     except OSError:
         pass
     return 0
+
+
+class JsonError(ValueError):
+    """What should be a JSON object is none, whatever it is instead."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a file of records. Attributes: number: of the line, from 1. row: None where the line is damaged. line: without its end."""
+
+    number: int
+    row: dict[str, Any] | None
+    line: bytes
+
+
+def parse_object(content: str | bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        JsonError: for anything else: bytes that are no UTF-8, other JSON, numbers and nesting beyond what Python reads.
+    """
+    try:
+        found = json.loads(content.decode() if isinstance(content, bytes) else content)
+    except RecursionError:
+        raise JsonError("its JSON is nested too deeply") from None
+    except (ValueError, OverflowError) as error:
+        raise JsonError(f"it is no JSON ({error})" if content else "it is empty") from None
+    if not isinstance(found, dict):
+        raise JsonError(f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def read_object(path: str | Path, most_bytes: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        JsonError: if there is none, or the file is longer than `most_bytes`, or no plain file. OSError: if it cannot be read.
+    """
+    with _open_plain(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise JsonError(f"it has more than {most_bytes:,} bytes")
+    return parse_object(content)
+
+
+def read_records(path: str | Path, most_bytes: int = 1 << 20) -> Iterator[Record]:
+    """JSON objects, one a line. What a kill left unfinished at the end is left out.
+
+    Args:
+        most_bytes: of a line; a longer one is damaged.
+    Raises:
+        JsonError: if it is no plain file. OSError: if it cannot be read.
+    """
+    with _open_plain(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(most_bytes)
+            if not line:
+                return
+            ended = line.endswith(b"\n")
+            too_long = not ended and len(line) == most_bytes
+            while too_long and not ended and (rest := file.readline(most_bytes)):
+                ended = rest.endswith(b"\n")
+            row = None
+            if not too_long:
+                with contextlib.suppress(JsonError):
+                    row = parse_object(line)
+            if row is not None or (ended and line.strip()):
+                yield Record(number, row, line.rstrip(b"\n"))
+
+
+def _open_plain(path: str | Path) -> BinaryIO:
+    """A file to read; whatever else has the name is opened without waiting, and refused."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise JsonError("it is no plain file")
+    return open(handle, "rb")
 
 
 def sealed(content: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ def local_count() -> None:
 
     original = step.accumulate
 
-    def local(model, batches, counts, reduce):
+    def local(model, batches, counts, *rest):
         labels = sum(_labels_of(model, batch) for batch in batches)
-        return original(model, batches, replace(counts, weight=labels), reduce)
+        return original(model, batches, replace(counts, weight=labels), *rest)
 
     step.accumulate = local
 
@@ -90,7 +90,7 @@ def norm_counts_replicas() -> None:
     """The norm counts parameters that tp replicates once on every tp rank (Megatron-LM issues 7452 and 5916)."""
     from megacpt.optim import clip
 
-    clip._is_replicated = lambda parameter: False
+    clip.is_replicated = lambda parameter: False
 
 
 def mean_of_means() -> None:
@@ -131,3 +131,31 @@ def own_keys_only() -> None:
         return total.view(group.size(), -1, *total.shape[1:])[group.rank()]
 
     context.scatter_sum_tokens = own
+
+
+def weights_of_the_token_before() -> None:
+    """data: a label weighs what the token weighs that predicts it."""
+    from megacpt.data.domain import DomainData
+
+    original = DomainData.label_weights
+    DomainData.label_weights = lambda self, document, offset, length: original(self, document, offset - 1, length)
+
+
+def all_labels_counted() -> None:
+    """data: the step is divided by its number of labels, whatever they weigh."""
+    from megacpt.data.loader import StageData, StepCounts
+
+    def by_lengths(self, picks):
+        lengths = [length for pick in picks for _, _, length in self.indices[pick.domain].row(pick.row)]
+        labels = sum(lengths) - len(lengths)
+        return StepCounts(labels, float(labels), len(lengths))
+
+    StageData.count = by_lengths
+
+
+def documents_alone() -> None:
+    """data: documents that belong together are items of their own."""
+    from megacpt.data import loader
+
+    original = loader.make_batch
+    loader.make_batch = lambda *arguments: replace(original(*arguments), item=None)

@@ -57,11 +57,11 @@ def body(path: str, flags: list[str], breakage: str = "") -> dict[str, Any]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     from megacpt.optim.adamw import AdamW
-    from megacpt.train import job, loop
+    from megacpt.train import loop, saving
 
     if breakage:
         getattr(breakages, breakage)()
-        job.check_replicas = lambda *_: None  # it would see some of them itself, and end the run
+        saving.check_replicas = lambda *_: None  # it would see some of them itself, and end the run
     found: dict[str, Any] = {"first": {}, "last": {}, "weights": {}}
     step = AdamW.step
 

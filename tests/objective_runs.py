@@ -130,7 +130,7 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.family.read import parse_config
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of

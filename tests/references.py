@@ -16,6 +16,28 @@ class Lifted(torch.nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+def as_ours(raw: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' tensors by our names: Phi-3 holds queries, keys and values in one, gate and up in another."""
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    keys = raw["num_key_value_heads"] * head_dim
+    out = {}
+    for name, tensor in tensors.items():
+        if "qkv_proj" in name:
+            parts = tensor.split([raw["num_attention_heads"] * head_dim, keys, keys])
+            out |= {name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
+        elif "gate_up_proj" in name:
+            parts = tensor.chunk(2)
+            out |= {name.replace("gate_up", kind): part for kind, part in zip(("gate", "up"), parts, strict=True)}
+        else:
+            out[name] = tensor
+    return out
+
+
+def gradients_of(raw: dict, model) -> dict[str, torch.Tensor]:
+    """Of transformers' model, by our names."""
+    return as_ours(raw, {name: parameter.grad.detach() for name, parameter in model.named_parameters()})
+
+
 def reference(raw: dict, dtype: torch.dtype):
     """transformers' model with random weights."""
     torch.manual_seed(0)

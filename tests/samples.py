@@ -54,6 +54,7 @@ def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
     own = {
         "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 32},
         "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+        "phi3": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": None, "original_max_position_embeddings": 64},
         "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
     }
     return tiny_config() | {"model_type": model_type} | own.get(model_type, {}) | changes
@@ -118,3 +119,12 @@ def write_recipe(directory: Path, prepared: Path, tokenizer: Path, **sections: A
     path = directory / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe))
     return str(path)
+
+
+def rate_at(recipe, clock, number: int) -> float:
+    """The learning rate of a step."""
+    from megacpt.config.merge import schedule_in
+    from megacpt.optim.schedule import rate_of_step
+
+    step = clock.step(number)
+    return rate_of_step(schedule_in(recipe, recipe.stages[step.stage]), clock, step)

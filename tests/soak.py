@@ -125,8 +125,9 @@ def main() -> None:
     from crash import exact, rows, weights
     from samples import make_data, make_tokenizer, write_recipe
 
+    from megacpt.config.run_layout import LEDGER
     from megacpt.survive.run_directory import read_status
-    from megacpt.survive.supervise import LEDGER, effective_time
+    from megacpt.survive.supervise import effective_time
 
     work = Path(options.directory or tempfile.mkdtemp(prefix="soak-"))
     work.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from megacpt.doctor import open_files, slowest
 
 
 def times() -> list[str]:
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.doctor import axes
 
     return axes(Parallel(tensor=2, pipeline=2), size=4096, repeats=3)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megacpt_kernels.backend import block_of, jit, multiprocessors, operation, same_device, tl, triton, use_triton
 from megacpt_kernels.cross_entropy import IGNORE, check_targets, check_weights, combined, cross_entropy_
+from megacpt_kernels.gemm import TORCH_GEMM, TorchGemm
 
 LSE = dict(M=128, N=128, K=64, num_warps=8, num_stages=3)
 """Tile of `linear_lse`: tokens, vocabulary rows, hidden."""
@@ -65,6 +65,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_logits: int | None = None,
     backend: str = "auto",
+    gemm: TorchGemm = TORCH_GEMM,
     check: bool = False,
 ) -> Tensor:
     """scale * sum_t token_weights[t] * (nll_t + z_loss * lse_t^2) over the labels, the same on all ranks. At least fp32.
@@ -76,11 +77,12 @@ def linear_cross_entropy(
             gradient, not read where there is no label. They get no gradient.
         scale: what all weights share, as 1 / the step's total: it multiplies the sum, so that weights of 1 stay exact.
         chunk_logits: most logits of this rank at once; default 2^29 on a GPU, what stays in cache on a CPU.
+        gemm: who multiplies.
     """
     _check(x, weight, target, ranks)
     check_weights(token_weights, target)
     return _LinearCrossEntropy.apply(
-        x, weight, target, vocab_start, valid, token_weights, ranks, scale, z_loss, chunk_logits, backend, check
+        x, weight, target, vocab_start, valid, token_weights, ranks, scale, z_loss, chunk_logits, backend, gemm, check
     )
 
 
@@ -94,6 +96,7 @@ def linear_lse(
     ranks: Ranks = ALONE,
     *,
     backend: str = "auto",
+    gemm: TorchGemm = TORCH_GEMM,
     check: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp [T], the target's logit [T] or 0, the largest logit [T]), at least fp32, no gradient. Arguments as above."""
@@ -101,7 +104,7 @@ def linear_lse(
     tokens, column = ranks.start_gather(x).wait(), target - vocab_start
     if check:
         check_targets(target, column, valid, ranks.gather_statistics)
-    if use_triton(backend, x):
+    if use_triton(backend, x) and gemm.is_plain:
         maximum, sums, hits = _launch_lse(tokens.contiguous(), weight.contiguous(), column, valid).unbind(1)
         largest = maximum.amax(0)
         own = torch.stack([largest, (sums * (maximum - largest).exp()).nan_to_num().sum(0), hits.sum(0)])
@@ -111,7 +114,7 @@ def linear_lse(
     for part, ids in zip(tokens.split(step), target.split(step), strict=True):
         keep: list[Tensor] = []
         gather = lambda own, keep=keep: (keep.append(ranks.gather_statistics(own)), keep[0])[1]
-        cross_entropy_(F.linear(part, weight), ids, vocab_start, valid, None, gather, backend="torch")
+        cross_entropy_(gemm.forward(part, weight), ids, vocab_start, valid, None, gather, backend="torch")
         parts.append(torch.stack([*combined(keep[0]), keep[0][:, 0].amax(0)]))
     return tuple(torch.cat(parts, 1))
 
@@ -134,50 +137,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, target: Tensor, vocab_start: int, valid: int, token_weights: Tensor, ranks: Ranks, scale: float,
-        z_loss: float, chunk_logits: int | None, backend: str, check: bool,
+        z_loss: float, chunk_logits: int | None, backend: str, gemm: TorchGemm, check: bool,
     ) -> Tensor:  # fmt: skip
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weights = torch.where(target != IGNORE, token_weights.to(wide), 0.0).view(ranks.size, -1)
-        loss, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
+        wants_dx, wants_dweight = ctx.needs_input_grad[:2]
+        loss, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x) if wants_dx else None
         step = max(1, _chunk(weight, chunk_logits) // ranks.size)
-        pieces, targets, dpieces = x.split(step), target.view(ranks.size, -1).split(step, 1), dx.split(step)
+        pieces, targets = x.split(step), target.view(ranks.size, -1).split(step, 1)
         one = len(pieces) == 1
-        dweight = None if one else torch.zeros(weight.shape, dtype=wide, device=x.device)
+        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wants_dweight and not one else None
         gathered, summed = ranks.start_gather(pieces[0]), None
         for i, (ids, given) in enumerate(zip(targets, weights.split(step, 1), strict=True)):
             ids, given = ids.flatten(), given.flatten()
             tokens = gathered.wait()
             gathered = ranks.start_gather(pieces[i + 1]) if i + 1 < len(pieces) else None
-            logits = F.linear(tokens, weight)
+            logits = gemm.forward(tokens, weight)
             nll, _ = cross_entropy_(
                 logits, ids, vocab_start, valid, given * scale, ranks.gather_statistics, z_loss, backend, check
             )
             loss += torch.where(given != 0, given * nll, 0.0).sum()
             if summed is not None:
-                dpieces[i - 1].copy_(summed.wait())
-            summed = ranks.start_scatter_sum(logits @ weight)
-            if one:
-                dweight = logits.t() @ tokens
-            else:
-                _add_product_(dweight, logits, tokens)
+                dx[(i - 1) * step : i * step].copy_(summed.wait())
+            if wants_dx:
+                summed = ranks.start_scatter_sum(gemm.input_gradient(logits, weight))
+            if wants_dweight and one:
+                dweight = gemm.weight_gradient(logits, tokens, weight)
+            elif wants_dweight:
+                _add_weight_gradient_(dweight, logits, tokens, weight, gemm)
             del logits
-        dpieces[-1].copy_(summed.wait())
-        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        if summed is not None:
+            dx[(len(pieces) - 1) * step :].copy_(summed.wait())
+        ctx.save_for_backward(dx, dweight.to(weight.dtype) if wants_dweight else None)
         return loss * scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return *((saved * grad).to(saved.dtype) for saved in ctx.saved_tensors), *[None] * 10
+        grads = (None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors)
+        return *grads, *[None] * 11
 
 
-def _add_product_(total: Tensor, logits: Tensor, tokens: Tensor) -> None:
+def _add_weight_gradient_(total: Tensor, logits: Tensor, tokens: Tensor, weight: Tensor, gemm: TorchGemm) -> None:
     """total += logits^T tokens, in total's type; where that differs, by rows, so that the products take an eighth of the logits."""
     if total.dtype == logits.dtype:
-        total.addmm_(logits.t(), tokens)
+        gemm.weight_gradient(logits, tokens, weight, total)
         return
     rows = max(1, logits.numel() // (8 * tokens.shape[1]))
-    for some, columns in zip(total.split(rows), logits.split(rows, 1), strict=True):
-        some += columns.t() @ tokens
+    for some, columns, part in zip(total.split(rows), logits.split(rows, 1), weight.split(rows), strict=True):
+        some += gemm.weight_gradient(columns, tokens, part)
 
 
 @operation(

@@ -74,7 +74,7 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.data.loader import Batch, StepCounts
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of

@@ -22,9 +22,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", help="default: the system's temporary folder")
     options = parser.parse_args()
+    from megacpt.data.domain import DomainData
     from megacpt.data.indexed import write_index
     from megacpt.data.manifest import FORMAT, crc32_of
-    from megacpt.data.packing import DomainData, Selection, open_index
+    from megacpt.data.packing import open_index
+    from megacpt.data.select import Selection
 
     class Lengths:
         """The same blocks each time they are asked for."""

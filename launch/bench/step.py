@@ -186,7 +186,7 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     import torch
 
     from megacpt.config.layout import Layout
-    from megacpt.data.loader import Batch, StepCounts
+    from megacpt.data.loader import Batch, StepCounts, StepData
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model
     from megacpt.model.decoder import ModelOptions
@@ -200,7 +200,7 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, build_mesh(Layout(), device), compute, ModelOptions(compile=compiled))
     initialize(model, config, 0)
-    optimizer = AdamW(dict(model.named_parameters()))
+    optimizer = AdamW(dict(model.named_parameters()), decayed=[p.name for p in config.parameters if p.decay])
     ends = np.append(starts[1:], len(ids))
     positions = np.arange(len(ids)) - np.repeat(starts, ends - starts)
     labels = np.append(ids[1:], -100)
@@ -208,7 +208,9 @@ def ours(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:
     batch = Batch(ids[None], labels[None], positions[None], starts, np.array([0, len(starts)]), [""])
     update = Update(1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0)
     count = int((labels >= 0).sum())
-    return lambda: train_step(model, optimizer, [batch], StepCounts(count, count, len(starts)), "step", update)
+    return lambda: train_step(
+        model, optimizer, StepData([batch], StepCounts(count, count, len(starts)), 0), "step", update
+    )
 
 
 def transformers_step(raw: dict, ids, starts, device, compiled: bool) -> Callable[[], None]:

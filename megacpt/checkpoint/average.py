@@ -9,6 +9,7 @@ import torch
 
 from megacpt.checkpoint.load import load
 from megacpt.optim.schedule import remaining
+from megacpt.parallel.sharded import local_part
 
 
 def average_weights(decay: str, count: int) -> list[float]:
@@ -22,14 +23,14 @@ def average_weights(decay: str, count: int) -> list[float]:
 @torch.no_grad()
 def averaged(parameters: dict[str, Any], directories: Sequence[Path], weights: Sequence[float]) -> None:
     """Fills parameters with the weighted mean of some checkpoints, summed in at least fp32. All ranks call it."""
-    local = lambda tensor: getattr(tensor, "_local_tensor", tensor)
+    parts = {name: local_part(parameter) for name, parameter in parameters.items()}
     total = {
-        name: torch.zeros_like(local(p), dtype=torch.promote_types(local(p).dtype, torch.float32))
-        for name, p in parameters.items()
+        name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        for name, part in parts.items()
     }
     for directory, weight in zip(directories, weights, strict=True):
         load(directory, {"model": parameters})
-        for name, parameter in parameters.items():
-            total[name].add_(local(parameter), alpha=weight)
-    for name, parameter in parameters.items():
-        local(parameter).copy_(total[name])
+        for name, part in parts.items():
+            total[name].add_(part, alpha=weight)
+    for name, part in parts.items():
+        part.copy_(total[name])

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megacpt.checkpoint.manifest import State
+from megacpt.checkpoint.manifest import RunState
 from megacpt.checkpoint.save import save
 from megacpt.parallel.mesh import object_group
+from megacpt.parallel.sharded import local_part, wrap_as
 
 
 def _current_device() -> int | None:
@@ -28,7 +29,7 @@ def _current_device() -> int | None:
 class Outcome:
     """What came of a save: seconds and the steps that retention removed, or an error."""
 
-    state: State
+    state: RunState
     seconds: float = 0.0
     removed: list[int] | None = None
     error: BaseException | None = None
@@ -48,7 +49,7 @@ class Saver:
         self.outcomes: list[Outcome] = []
         """Of the saves that have ended since the last look."""
 
-    def start(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> float:
+    def start(self, checkpoints: Path, tensors: dict[str, Any], state: RunState, facts: dict[str, Any]) -> float:
         """Copies and begins to write; waits first for a save that is still under way. Returns the seconds training stood still."""
         begin = time.monotonic()
         self.wait()
@@ -58,7 +59,7 @@ class Saver:
         self.thread.start()
         return time.monotonic() - begin
 
-    def now(self, checkpoints: Path, tensors: dict[str, Any], state: State, facts: dict[str, Any]) -> None:
+    def now(self, checkpoints: Path, tensors: dict[str, Any], state: RunState, facts: dict[str, Any]) -> None:
         """Writes, and returns when it is done."""
         self.wait()
         self._work(checkpoints, tensors, state, facts, self.group)
@@ -91,15 +92,12 @@ class Saver:
             if isinstance(value, dict):
                 out[key] = self._staged(value, name)
                 continue
-            local = value._local_tensor if isinstance(value, DTensor) else value
-            if name not in self.host or self.host[name].shape != local.shape:
+            local = local_part(value)
+            held = self.host.get(name)
+            if held is None or (held.shape, held.dtype) != (local.shape, local.dtype):
                 self.host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self.host[name].copy_(local, non_blocking=True)
-            out[key] = (
-                DTensor(self.host[name], value._spec, requires_grad=False)
-                if isinstance(value, DTensor)
-                else self.host[name]
-            )
+            out[key] = wrap_as(self.host[name], value) if isinstance(value, DTensor) else self.host[name]
         if not path and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return out
@@ -108,7 +106,7 @@ class Saver:
         self,
         checkpoints: Path,
         tensors: dict,
-        state: State,
+        state: RunState,
         facts: dict,
         group: dist.ProcessGroup,
         device: int | None = None,

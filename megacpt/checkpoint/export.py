@@ -1,28 +1,20 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
-import json
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
-from megacpt.config.load import load_recipe
-from megacpt.config.model import config_in_stage, with_rope
+from megacpt.config.plan_file import load_plan
+from megacpt.config.resolve import RunPlan
+from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
-from megacpt.family.base import ModelConfig
-from megacpt.family.read import read_config
+from megacpt.files import JsonError, read_object
 from megacpt.model.hf import write_pretrained
 
-HUGGING_FACE = "huggingface"
-"""Folder of a run that holds config.json, tokenizer files and dtypes.json of what it started from."""
 
-
-AVERAGES = "average"
-"""Folder of a run with the averages that its stages made."""
-
-
-def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkpoints") -> tuple[Path, int]:
+def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPOINTS) -> tuple[Path, int]:
     """(folder, step) of a sound checkpoint: the newest, or the one that was asked for."""
     checkpoints = run_directory / folder
     if step is not None:
@@ -38,16 +30,6 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = "checkp
     return found[0], found[1].step
 
 
-def run_config(run_directory: Path, stage: str | None = None) -> tuple[ModelConfig, int]:
-    """(the model's config with the recipe's changes up to a stage, the longest row trained up to it)."""
-    recipe = load_recipe(str(run_directory / "recipe.toml"))
-    config = with_rope(read_config(run_directory / HUGGING_FACE), recipe.model.rope)
-    names = [s.name for s in recipe.stages]
-    last = names.index(stage) if stage in names else len(names) - 1
-    config = config_in_stage(config, recipe.stages, last)
-    return config, max(s.seq_len for s in recipe.stages[: last + 1])
-
-
 def export(
     run_directory: Path, output: Path, step: int | None = None, dtype: str | None = None, average: bool = False
 ) -> int:
@@ -57,7 +39,7 @@ def export(
         dtype: of all tensors; default is what each had when it was imported.
         average: of the averages that stages made, the newest or that of `step`, in place of the checkpoints.
     """
-    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else "checkpoints")
+    directory, step = find_checkpoint(run_directory, step, AVERAGES if average else CHECKPOINTS)
     _write(run_directory, [directory], [1.0], output, dtype)
     return step
 
@@ -71,7 +53,7 @@ def export_average(
         steps: those, or None for the `last` newest.
         decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
     """
-    have = list_steps(run_directory / "checkpoints")
+    have = list_steps(run_directory / CHECKPOINTS)
     wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
     if len(wanted) < 2 or (last and len(have) < last):
         raise ConfigError(
@@ -84,13 +66,14 @@ def export_average(
 
 
 def _write(run_directory: Path, directories: list[Path], weights: list[float], output: Path, dtype: str | None) -> None:
-    directory = directories[-1]
-    config, longest = run_config(run_directory, read_manifest(directory).state.stage)
+    plan = load_plan(run_directory)
+    stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / HUGGING_FACE
+    config = stage.model
     stored = [StoredModel(each) for each in directories]
     try:
-        dtypes = json.loads((run_directory / HUGGING_FACE / "dtypes.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{run_directory / HUGGING_FACE / 'dtypes.json'}: {error}") from None
+        dtypes = read_object(side / DTYPES)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{side / DTYPES}: {error}") from None
     if dtype:
         dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()
@@ -104,14 +87,13 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
             total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
         return total.to(part.dtype)
 
-    side = run_directory / HUGGING_FACE
-    write_pretrained(output, config, side, read, dtypes, longest, tokens=_tokens_of(run_directory, side))
+    write_pretrained(output, config, side, read, dtypes, stage.longest, tokens=_tokens_of(plan, side))
 
 
-def _tokens_of(run_directory: Path, side: Path) -> dict[str, int]:
+def _tokens_of(plan: RunPlan, side: Path) -> dict[str, int]:
     """EOS and BOS of a tokenizer that was given beside the model; nothing for the model's own, whose configuration knows better."""
     has_one = any((side / name).is_file() for name in VOCABULARIES)
-    if not has_one or not load_recipe(str(run_directory / "recipe.toml")).model.tokenizer:
+    if not has_one or not plan.recipe.model.tokenizer:
         return {}
     tokenizer = Tokenizer(side)
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}

@@ -7,6 +7,7 @@ classes that it needs are found, and file names that leave the folder are refuse
 import io
 import pickle
 import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from megacpt.checkpoint.manifest import read_item, read_manifest
+from megacpt.checkpoint.save import tensors_of
 from megacpt.errors import CheckpointError
+from megacpt.optim.adamw import AdamW
 from megacpt.parallel.mesh import object_group
 
 _ALLOWED = {
@@ -105,11 +109,53 @@ class SafeReader(dcp.FileSystemReader):
                 )
 
 
-def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = None) -> None:
+class _Planner(DefaultLoadPlanner):
+    """Leaves as they are the tensors of some names that a checkpoint does not hold. What else is missing is an error, on all ranks."""
+
+    def __init__(self, optional: Collection[str]):
+        super().__init__(allow_partial_load=True)
+        self.optional = optional
+
+    def create_local_plan(self):
+        missing = self.state_dict.keys() - self.metadata.state_dict_metadata.keys() - set(self.optional)
+        if missing:
+            raise CheckpointError(
+                f"holds no tensor {min(missing)}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            )
+        return super().create_local_plan()
+
+
+def load_training(directory: Path, optimizer: AdamW, num_updates: int, missed: Mapping[str, int]) -> None:
+    """Weights, moments and counts, for any layout and whatever is trained from now on: a parameter that no update has reached may have no
+    moments in the checkpoint, and begins with zeros. Arguments and errors as of `load` and `AdamW.restore`."""
+    optimizer.restore(num_updates, missed)
+    untouched = [name for name in optimizer.exp_avg if not optimizer.count_of(name)]
+    optional = [f"optim.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in untouched]
+    load(directory, tensors_of(optimizer.parameters, optimizer), optional=optional)
+
+
+def stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """The type in which a checkpoint holds each weight, by name. In one process.
+
+    Raises:
+        CheckpointError: if its metadata cannot be read.
+    """
+    entries = SafeReader(directory).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("model."): entry.properties.dtype
+        for name, entry in entries.items()
+        if name.startswith("model.")
+    }
+
+
+def load(
+    directory: Path, tensors: dict[str, Any], reader: SafeReader | None = None, optional: Collection[str] = ()
+) -> None:
     """Fills tensors (DTensors of any layout, or plain) in place. All ranks call it; an error of one is raised on all.
 
     Args:
         reader: given, this process reads by itself, outside any process group's collectives.
+        optional: names of tensors that the checkpoint need not hold; they are then left as they are.
     Raises:
         CheckpointError: if a tensor is missing, is damaged or has another size.
     """
@@ -118,7 +164,7 @@ def load(directory: Path, tensors: dict[str, Any], reader: SafeReader | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             group = object_group() if dist.is_initialized() and not alone else None
-            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=alone, planner=_Planner(optional))
     except dcp.api.CheckpointException as error:  # the same on all ranks
         causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{directory}: {causes}") from None

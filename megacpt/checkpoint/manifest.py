@@ -5,41 +5,58 @@ import json
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from megacpt.config.decisions import Decisions, StoredDecisions
+from megacpt.config.run_layout import CHECKPOINTS
+from megacpt.config.timeline import Kind, Position
 from megacpt.data.manifest import crc32_of
 from megacpt.errors import CheckpointError
+from megacpt.files import JsonError, read_object, sealed, write_atomically
 from megacpt.files import crc_of as _crc
-from megacpt.files import sealed, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-_NAME = re.compile(r"step-(\d{8,})")
+MOST_BYTES = 1 << 32
+"""Of a manifest: a thousand items for each of sixteen thousand ranks take a quarter of it."""
+_NAME = re.compile(r"step-([0-9]{8,12})")
 
 Items = dict[str, list[tuple[int, int, int]]]
 """By file: (offset, bytes, CRC32) of each item in it."""
 
 
 @dataclass(frozen=True)
-class State:
-    """All that a run is besides its tensors; everything else follows from the recipe."""
+class RunState:
+    """All that a run is besides its tensors; everything else follows from the plan.
+
+    Attributes:
+        step: the last one trained. tokens: consumed up to it. stage: its name.
+        num_updates: of the optimizer, skipped ones left out.
+        done: kind of the last event of the timeline that is done; None: nothing is.
+    """
 
     step: int
     tokens: int
     num_updates: int
     stage: str
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    decisions: StoredDecisions = field(default_factory=Decisions)
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Content of each domain's data."""
-    accepted: list[list[float]] = field(default_factory=list)
+    accepted: list[tuple[float, float]] = field(default_factory=list)
     """Loss and gradient norm of the steps that a spike is measured by."""
     skipped_in_row: int = 0
     missed: dict[str, int] = field(default_factory=dict)
     """By name of each parameter that was ever frozen: how many of the updates passed it by."""
+    done: Kind | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands in its timeline."""
+        return Position(self.step, self.done)
 
     def __post_init__(self) -> None:
         if not all(0 <= count <= self.num_updates for count in self.missed.values()):
@@ -48,7 +65,7 @@ class State:
 
 @dataclass(frozen=True)
 class Manifest:
-    state: State
+    state: RunState
     facts: dict[str, Any]
     files: dict[str, int]
     """Bytes by name."""
@@ -63,13 +80,14 @@ def directory_name(step: int) -> str:
 
 
 def list_steps(checkpoints: Path) -> list[int]:
-    """Steps with a folder, oldest first; whether they are sound is another question."""
+    """Steps with a folder, oldest first; whether they are sound is another question. A name that `directory_name` does not give is none."""
     if not checkpoints.is_dir():
         return []
-    return sorted(int(m.group(1)) for p in checkpoints.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+    found = ((int(match.group(1)), path) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name)))
+    return sorted(step for step, path in found if path.name == directory_name(step) and path.is_dir())
 
 
-def write_manifest(directory: Path, state: State, facts: dict[str, Any], items: Items) -> None:
+def write_manifest(directory: Path, state: RunState, facts: dict[str, Any], items: Items) -> None:
     """Sizes of all files there and the items of the shards; of other files their CRC32. Fsynced, by one rename.
 
     Args:
@@ -82,14 +100,14 @@ def write_manifest(directory: Path, state: State, facts: dict[str, Any], items: 
     _write(directory, Manifest(state, facts, files, items))
 
 
-def amend(directory: Path, state: State) -> None:
+def amend(directory: Path, state: RunState) -> None:
     """Another state for the same tensors: a checkpoint to which a run goes back knows what is skipped from there on."""
     manifest = read_manifest(directory)
     _write(directory, Manifest(state, manifest.facts, manifest.files, manifest.items))
 
 
 def _write(directory: Path, manifest: Manifest) -> None:
-    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **asdict(manifest)}))
+    write_atomically(directory / MANIFEST, sealed({"format": FORMAT, **_MANIFEST.dump_python(manifest, mode="json")}))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -100,7 +118,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, MOST_BYTES)
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {content['format']!r}; this version reads {FORMAT}.")
         crc = content.pop("crc32")
@@ -108,6 +126,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path}: its CRC32 is {_crc(content)}, it says {crc!r}: the file is damaged.")
         del content["format"]
         manifest = _MANIFEST.validate_json(json.dumps(content), strict=True)
+        if manifest.state.done is None:
+            manifest = replace(manifest, state=replace(manifest.state, done=_done_of_early_version(manifest.state)))
         for name, size in manifest.files.items():
             file = directory / name
             if not _is_plain(name) or not file.is_file() or file.is_symlink():
@@ -121,15 +141,28 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: is missing: the save was not finished.") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}).") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({_told(error)}).") from None
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, JsonError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def _done_of_early_version(state: RunState) -> Kind:
+    """The last event that is done, which checkpoints of early versions do not say: their decisions do."""
+    if not state.step:
+        return "validate"
+    if state.decisions.settled(state.stage, state.step):
+        return "gates"
+    return "average" if state.decisions.averaged(state.stage, state.step) else "save"
 
 
 def _is_plain(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def verify(directory: Path) -> State:
+def verify(directory: Path) -> RunState:
     """The state of a checkpoint of which every item has its checksum.
 
     Raises:
@@ -168,16 +201,16 @@ def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:
     return content
 
 
-def decisions_of_run(run_directory: Path) -> list[dict[str, Any]]:
+def decisions_of_run(run_directory: Path) -> Decisions:
     """What a run has decided up to its newest checkpoint; none without one."""
     try:
-        found = newest_sound(run_directory / "checkpoints")
+        found = newest_sound(run_directory / CHECKPOINTS)
     except CheckpointError:
-        return []
-    return list(found[1].decisions) if found else []
+        return Decisions()
+    return found[1].decisions if found else Decisions()
 
 
-def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, State, list[str]] | None:
+def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, RunState, list[str]] | None:
     """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any. Sizes and the small
     files are compared; the shards by who reads them.
 

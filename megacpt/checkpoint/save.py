@@ -24,7 +24,7 @@ from megacpt import heartbeat, log
 from megacpt.checkpoint.manifest import (
     MANIFEST,
     Items,
-    State,
+    RunState,
     check_items,
     directory_name,
     list_steps,
@@ -32,7 +32,8 @@ from megacpt.checkpoint.manifest import (
     write_manifest,
 )
 from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, disk_told, sync_directory
+from megacpt.files import DISK_ERRORS, disk_told, publish_folder, restore_folders, sync_directory
+from megacpt.parallel.sharded import copies, local_part
 
 
 def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
 def save(
     checkpoints: Path,
     tensors: dict[str, Any],
-    state: State,
+    state: RunState,
     facts: dict[str, Any],
     group: dist.ProcessGroup | None = None,
     how: str = "rename",
@@ -88,7 +89,7 @@ def save(
                 heartbeat.reach("save.before_rename", state.step)
                 if how == "rename":
                     fence()
-                    _publish(partial, final)
+                    publish_folder(partial, final)
                 sync_directory(checkpoints)
                 heartbeat.reach("save.after_rename", state.step)
     except NotOnAll as error:
@@ -154,11 +155,7 @@ def _stored_bytes(tree: dict[str, Any]) -> float:
         if isinstance(value, dict):
             total += _stored_bytes(value)
         elif isinstance(value, DTensor):
-            sizes = (value.device_mesh.size(i) for i, place in enumerate(value.placements) if place.is_replicate())
-            copies = 1
-            for size in sizes:
-                copies *= size
-            total += value._local_tensor.nbytes / copies
+            total += local_part(value).nbytes / copies(value)
         else:
             total += value.nbytes
     return total
@@ -279,16 +276,6 @@ class CheckedWriter(dcp.FileSystemWriter):
             self.items.setdefault(info.relative_path, []).append((info.offset, info.length, result.crc32))
 
 
-def _publish(partial: Path, final: Path) -> None:
-    old = final.parent / f".tmp-old-{final.name}"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():  # the same step again, with more decided: never half removed under its name
-        os.rename(final, old)
-    os.rename(partial, final)
-    sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
     """Removes what retention does not keep, oldest first. Returns the steps removed. What is not whole counts for nothing, and goes once
     a newer one is whole. The newest that does not stand in a streak of skipped updates stays: a rollback ends there."""
@@ -316,11 +303,8 @@ def remove(checkpoints: Path, step: int) -> None:
     shutil.rmtree(directory)
 
 
-def mend(checkpoints: Path) -> None:
+def recover_interrupted_saves(checkpoints: Path) -> None:
     """What a kill left: a checkpoint that was about to be replaced comes back, unfinished ones go. One process, before others look."""
-    for old in checkpoints.glob(".tmp-old-step-*"):
-        final = checkpoints / old.name.removeprefix(".tmp-old-")
-        if not final.exists():
-            os.rename(old, final)
+    restore_folders(checkpoints)
     for left in checkpoints.glob(".tmp-*"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,8 @@
-"""What every section of a recipe is made of: strict frozen models, token quantities, words that stand for a value."""
+"""What every section of a recipe is made of: strict frozen models, token quantities, words that stand for a value, and what a resume
+may change."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import core_schema
@@ -20,28 +22,73 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]  # a year: clocks overflow far beyond
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["bfloat16", "float32", "float64"]
 
 
-class OrWord:
-    """A value that a word may stand for: the word is read as None."""
+KeyPath = tuple[str | int, ...]
+"""Where a key stands: ("stages", 0, "seq_len")."""
 
-    def __init__(self, word: str):
-        self.word = word
+Resume = Literal["free", "unfinished stages", "later stages", "frozen"]
+"""What a resume may change: anything; keys of stages that have not ended; keys of stages that have not begun; nothing."""
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Metadata of a key that a resume treats otherwise than the rest of its section."""
+
+    rule: Resume
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A value that a word may stand for.
+
+    Attributes:
+        kept: whether the value is the word itself; None otherwise.
+    """
+
+    word: str
+    kept: ClassVar[bool]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_before_validator_function(lambda v: None if v == self.word else v, handler(source))
+        read = self.word if self.kept else None
+        as_it_is = core_schema.plain_serializer_function_ser_schema(lambda value: value) if self.kept else None
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, inner: read if value == self.word else inner(value), handler(source), serialization=as_it_is
+        )
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
-        schema = handler(core)
+        schema = handler(core["schema"])
         choices = [choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null"]
         return {"anyOf": [*choices, {"const": self.word}]}
 
 
+class NoneAsWord(_Word):
+    """None is written as this word: it is decided later from the world size, the device or the checkpoint."""
+
+    kept = False
+
+
+class KeptWord(_Word):
+    """The word stands beside the values and is kept, because None means that the key is not given."""
+
+    kept = True
+
+
 class Section(BaseModel):
-    """Strict: no coercion. Frozen. Unknown keys are errors, and so are numbers that are none: inf and nan."""
+    """Strict: no coercion. Frozen. Unknown keys are errors, and so are numbers that are none: inf and nan.
+
+    A subclass names its heading in the reference, and what a resume may change of it; where it does not say the latter, the key that
+    holds it does.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    heading: ClassVar[str] = ""
+    resume: ClassVar[Resume | None] = None
+
+    def __init_subclass__(cls, heading: str = "", resume: Resume | None = None, **config: Any):
+        super().__init_subclass__(**config)
+        cls.heading, cls.resume = heading, resume

@@ -1,46 +1,174 @@
 """What a run decided while it ran: an append-only list in every checkpoint, from which clock and order follow. Imports no torch.
 
-Kinds: {"kind": "baseline", losses, accuracies}, {"kind": "mixture", stage, sequence, losses, weights}, {"kind": "extend", stage, step,
-by_tokens}, {"kind": "gates", stage, step, passed, action, results}, {"kind": "average", stage, step, steps, losses, better},
-{"kind": "skip", stage, step, sequence, count, why}. Measured numbers are rounded before they decide, so that layouts agree.
+Measured numbers are rounded before they decide, so that layouts agree.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter
 
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import OnlineMixture, Stage
+from megacpt.config.sections.mixture import OnlineMixture
+from megacpt.config.sections.stage import Stage
 
-Decision = dict[str, Any]
 UNIT = 1024
 """Weights inside a group are multiples of 1 / UNIT."""
 
-
-def extensions_of(decisions: list[Decision]) -> dict[str, int]:
-    """Tokens by which stages were extended, by name."""
-    total: dict[str, int] = {}
-    for decision in decisions:
-        if decision["kind"] == "extend":
-            total[decision["stage"]] = total.get(decision["stage"], 0) + decision["by_tokens"]
-    return total
+Measured = float | None
+"""None: what was measured is no number."""
 
 
-def weight_changes(stage: Stage, decisions: list[Decision]) -> list[tuple[int, dict[str, float]]]:
-    """(first sequence, weights) of a stage in order, from the recipe's own on."""
-    changes = {0: dict(stage.mixture)}
-    for decision in decisions:
-        if decision["kind"] == "mixture" and decision["stage"] == stage.name and decision["weights"]:
-            changes[decision["sequence"]] = decision["weights"]
-    return sorted(changes.items())
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def skips_of(stage: Stage, decisions: list[Decision]) -> list[tuple[int, int]]:
-    """(sequence of the stage, how many were left out there) of a stage, from rollbacks."""
-    return [(d["sequence"], d["count"]) for d in decisions if d["kind"] == "skip" and d["stage"] == stage.name]
+class Baseline(_Entry):
+    """What was measured before the first step; recovery and forgetting are compared with it."""
+
+    kind: Literal["baseline"] = "baseline"
+    losses: dict[str, Measured]
+    accuracies: dict[str, Measured]
 
 
-def baseline_of(decisions: list[Decision]) -> Decision | None:
-    """Losses and accuracies at the run's start."""
-    return next((decision for decision in decisions if decision["kind"] == "baseline"), None)
+class MixtureChange(_Entry):
+    """Losses of domains, as (mean, standard error), and the weights of the stage from a sequence on. Without weights it only stands for the
+    next measurement to compare with."""
+
+    kind: Literal["mixture"] = "mixture"
+    stage: str
+    sequence: int
+    losses: dict[str, Annotated[tuple[float, float], Field(strict=False)]]
+    weights: dict[str, float]
+
+
+class Extension(_Entry):
+    """A stage is longer than the recipe says."""
+
+    kind: Literal["extend"] = "extend"
+    stage: str
+    step: int
+    by_tokens: int
+
+
+class GateDecision(_Entry):
+    """What the gates at a stage's end said, and what follows."""
+
+    kind: Literal["gates"] = "gates"
+    stage: str
+    step: int
+    passed: bool
+    action: Literal["pass", "warn", "extend", "stop"]
+    results: list[dict[str, Any]]
+
+
+class AverageDecision(_Entry):
+    """An average of a stage's snapshots beside its last weights: validation losses of both, and which is better."""
+
+    kind: Literal["average"] = "average"
+    stage: str
+    step: int
+    steps: list[int]
+    losses: dict[str, dict[str, Measured]]
+    better: str
+
+
+class Skip(_Entry):
+    """Sequences of a stage that are left out from `sequence` on, because a run went back over them.
+
+    Attributes:
+        step: at which it went back. to_step: to which; checkpoints of early versions say neither.
+    """
+
+    kind: Literal["skip"] = "skip"
+    stage: str
+    step: int = 0
+    to_step: int = 0
+    sequence: int
+    count: int
+    why: str
+
+
+Decision = Baseline | MixtureChange | Extension | GateDecision | AverageDecision | Skip
+_LIST = TypeAdapter(list[Annotated[Decision, Field(discriminator="kind")]])
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """All decisions of a run, in order."""
+
+    entries: tuple[Decision, ...] = ()
+
+    @classmethod
+    def parse(cls, raw: Any) -> "Decisions":
+        """From what a checkpoint holds.
+
+        Raises:
+            ValueError: for what is no decision.
+        """
+        return raw if isinstance(raw, cls) else cls(tuple(_LIST.validate_python(raw)))
+
+    def plain(self) -> list[dict[str, Any]]:
+        """As `parse` reads it."""
+        return [plain_decision(entry) for entry in self.entries]
+
+    def plus(self, *more: Decision) -> "Decisions":
+        """These and some more."""
+        return Decisions((*self.entries, *more))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.entries)
+
+    def of(self, kind: type[Any], stage: str | None = None) -> list[Any]:
+        """Those of a kind, of one stage or of all."""
+        found = (entry for entry in self.entries if isinstance(entry, kind))
+        return [entry for entry in found if stage is None or getattr(entry, "stage", None) == stage]
+
+    def baseline(self) -> Baseline | None:
+        return next(iter(self.of(Baseline)), None)
+
+    def extension(self, stage: str) -> int:
+        """Tokens by which a stage is longer than the recipe says."""
+        return sum(entry.by_tokens for entry in self.of(Extension, stage))
+
+    def extensions(self) -> dict[str, int]:
+        """Tokens by which stages are longer, by name."""
+        return {name: self.extension(name) for name in dict.fromkeys(entry.stage for entry in self.of(Extension))}
+
+    def weights(self, stage: Stage) -> list[tuple[int, dict[str, float]]]:
+        """(first sequence, weights of the mixture) of a stage in order, from the recipe's own on."""
+        changes = {0: dict(stage.mixture)}
+        changes |= {entry.sequence: entry.weights for entry in self.of(MixtureChange, stage.name) if entry.weights}
+        return sorted(changes.items())
+
+    def skips(self, stage: str) -> list[tuple[int, int]]:
+        """(sequence of the stage, how many were left out there)."""
+        return [(entry.sequence, entry.count) for entry in self.of(Skip, stage)]
+
+    def settled(self, stage: str, step: int) -> bool:
+        """Whether the gates of a stage that ended with a step were asked and did not stop the run."""
+        return any(entry.step == step and entry.action != "stop" for entry in self.of(GateDecision, stage))
+
+    def averaged(self, stage: str, step: int) -> bool:
+        """Whether the average of a stage that ended with a step was made."""
+        return any(entry.step == step for entry in self.of(AverageDecision, stage))
+
+
+NONE = Decisions()
+"""Of a run that has decided nothing yet."""
+
+
+def plain_decision(decision: Decision) -> dict[str, Any]:
+    """As JSON holds it; what an early version did not say stays unsaid."""
+    return {"kind": decision.kind} | decision.model_dump(mode="json", exclude_unset=True)
+
+
+StoredDecisions = Annotated[Decisions, PlainValidator(Decisions.parse), PlainSerializer(Decisions.plain)]
+"""For pydantic, as a field of what is stored."""
 
 
 def groups_of(recipe: Recipe, stage: Stage) -> list[list[str]]:
@@ -49,7 +177,7 @@ def groups_of(recipe: Recipe, stage: Stage) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def adjusted(
+def reweighted(
     prior: dict[str, float],
     current: dict[str, float],
     groups: list[list[str]],
@@ -88,7 +216,10 @@ def adjusted(
 
 def _bounded(raw: dict[str, float], bounds: dict[str, tuple[float, float]]) -> dict[str, float]:
     """The scaling of `raw` that sums to 1 between the bounds: clip(raw * s), s by bisection."""
-    clipped = lambda s: {n: min(max(value * s, bounds[n][0]), bounds[n][1]) for n, value in raw.items()}
+
+    def clipped(s: float) -> dict[str, float]:
+        return {n: min(max(value * s, bounds[n][0]), bounds[n][1]) for n, value in raw.items()}
+
     low, high = 0.0, 1.0
     while sum(clipped(high).values()) < 1 and high < 1e12:
         high *= 2
@@ -104,9 +235,12 @@ def _in_units(parts: dict[str, float], bounds: dict[str, tuple[float, float]]) -
     exact = {name: part / total * UNIT for name, part in parts.items()}
     units = {name: max(1, int(value)) for name, value in exact.items()}
     order = sorted(exact, key=lambda name: (-(exact[name] - int(exact[name])), name))
-    room = lambda name: units[name] + 1 <= bounds[name][1] * UNIT + 1e-9
+
+    def has_room(name: str) -> bool:
+        return units[name] + 1 <= bounds[name][1] * UNIT + 1e-9
+
     while sum(units.values()) < UNIT:
-        name = next((n for n in order if room(n)), order[0])
+        name = next((n for n in order if has_room(n)), order[0])
         units[name] += 1
         order.remove(name)
         order.append(name)

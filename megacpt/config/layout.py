@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megacpt.config.stage import Parallel
+if TYPE_CHECKING:
+    from megacpt.config.sections.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Layout:
         )
 
 
-def resolve_layout(parallel: Parallel, world_size: int) -> Layout:
+def resolve_layout(parallel: "Parallel", world_size: int) -> Layout:
     """Degrees with `data_shard = "auto"` filled in.
 
     Raises:
@@ -65,6 +67,6 @@ def token_unit(tensor: int, context: int) -> int:
     return math.lcm(2 * context, context * tensor) if context > 1 else tensor
 
 
-def least_world_size(layouts: Iterable[Parallel]) -> int:
+def least_world_size(layouts: Iterable["Parallel"]) -> int:
     """The fewest processes on which every stage of a recipe can have its layout, `data_shard = "auto"` counting as 1."""
     return math.lcm(*(p.tensor * p.context * p.pipeline * p.data_replicate * (p.data_shard or 1) for p in layouts))

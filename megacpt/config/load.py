@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from megacpt.config.base import KeyPath
 from megacpt.config.recipe import Recipe
-from megacpt.errors import ConfigError, nearest
+from megacpt.config.run_layout import RECIPE, STATUS
+from megacpt.errors import ConfigError, Problem, nearest
 from megacpt.files import write_atomically
-
-Path_ = tuple[str | int, ...]
 
 
 def load_recipe(path: str, flags: Sequence[str] = ()) -> Recipe:
@@ -35,9 +35,9 @@ def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
     Which row is next depends on that order; it must not depend on the order in which somebody writes keys. A run of a version that took
     the recipe's order keeps it.
     """
-    stored = Path(recipe.directory) / "recipe.toml"
+    stored = Path(recipe.directory) / RECIPE
     beside = (
-        Path(path).name == stored.name and (Path(path).parent / "run.json").is_file()
+        Path(path).name == stored.name and (Path(path).parent / STATUS).is_file()
     )  # a run's own, wherever it was moved to
     stored = Path(path) if beside else stored
     run = read_toml(str(stored)) if stored.is_file() else {}
@@ -70,23 +70,25 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError([f"not valid TOML: {error}"], path) from None
 
 
-def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[Path_, tuple[str, str]], list[str]]:
+def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[KeyPath, tuple[str, str]], list[Problem]]:
     """Writes flags into `tree`. Returns {path: (flag, raw text)} and problems."""
     overrides, problems = {}, []
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals or not all(name.split(".")):
-            problems.append(f"{flag}: not understood. Flags over the recipe are written --section.key=value.")
+            remedy = "Flags over the recipe are written --section.key=value."
+            problems.append(Problem(flag, None, "not understood.", remedy))
             continue
         where = _place(tree, name.split("."))
         if isinstance(where, str):
-            problems.append(f"{flag}: {where}")
+            problems.append(Problem(flag, None, where))
             continue
         node: Any = tree
         for key in where[:-1]:
             node = node[key] if isinstance(key, int) else node.setdefault(key, {})
             if not isinstance(node, dict | list):
-                problems.append(f"{flag}: {'.'.join(map(str, where[:-1]))} is a value, not a section.")
+                text = f"{'.'.join(map(str, where[:-1]))} is a value, not a section."
+                problems.append(Problem(flag, None, text, "Give a key of a section."))
                 break
         else:
             node[where[-1]] = _value(text)
@@ -94,7 +96,7 @@ def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[Path_, tuple[st
     return overrides, problems
 
 
-def _place(tree: dict, keys: list[str]) -> Path_ | str:
+def _place(tree: dict, keys: list[str]) -> KeyPath | str:
     """Keys of a flag as a path; tables of an array by name (stages) or by number. A string says what is wrong."""
     section = tree.get(keys[0])
     if keys[0] in ("stages", "validation") and len(keys) > 1:
@@ -116,7 +118,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _validate(tree: dict, overrides: dict[Path_, tuple[str, str]], path: str) -> tuple[Recipe | None, list[str]]:
+def _validate(tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> tuple[Recipe | None, list[Problem]]:
     for attempt in range(2):
         try:
             return Recipe.model_validate(tree), []
@@ -135,7 +137,7 @@ def _validate(tree: dict, overrides: dict[Path_, tuple[str, str]], path: str) ->
     return None, [_problem(e, tree, overrides, path) for e in errors]
 
 
-def _problem(error: dict, tree: dict, overrides: dict[Path_, tuple[str, str]], path: str) -> str:
+def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> Problem:
     where = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"  # a flag may have made the section that is unknown
     source = next(
@@ -148,24 +150,21 @@ def _problem(error: dict, tree: dict, overrides: dict[Path_, tuple[str, str]], p
     )
     name = show_path(where, tree)
     if unknown:
-        text = f"unknown key. {nearest(str(where[-1]), _keys_at(where[:-1]))}"
-        return f"{name}: {text} ({source})"
+        return Problem(name, None, "unknown key.", f"{nearest(str(where[-1]), _keys_at(where[:-1]))} ({source})")
     if error["type"] == "missing":
-        return f"{name}: is required. ({source})"
+        return Problem(name, None, "is required.", f"({source})")
     value = error["input"]
     if error["type"] == "literal_error":
-        text = nearest(
-            str(value), [c for c in error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")]
-        )
+        choices = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        text = nearest(str(value), choices)
     elif error["type"] == "value_error":
         text = str(error["ctx"]["error"])
     else:
         text = error["msg"].replace("Input should be", "should be")
-    shown = "" if isinstance(value, dict | list) else f" = {value!r}".replace("'", '"')
-    return f"{name}{shown}: {text.rstrip('.')}. ({source})"
+    return Problem(name, None if isinstance(value, dict | list) else value, f"{text.rstrip('.')}.", f"({source})")
 
 
-def show_path(where: Path_, tree: dict) -> str:
+def show_path(where: KeyPath, tree: dict) -> str:
     """('stages', 0, 'seq_len') -> 'stages.adapt.seq_len'."""
     parts, node = [], tree
     for key in where:
@@ -178,7 +177,7 @@ def show_path(where: Path_, tree: dict) -> str:
     return ".".join(parts) or "recipe"
 
 
-def _keys_at(where: Path_) -> list[str]:
+def _keys_at(where: KeyPath) -> list[str]:
     """Keys that the models allow at a path."""
     kind: Any = Recipe
     for key in where:
@@ -203,6 +202,18 @@ def plain(recipe: Recipe) -> dict[str, Any]:
         return [clean(v) for v in value] if isinstance(value, list | tuple) else value
 
     return clean(recipe.model_dump())
+
+
+def recipe_from(content: Any, source: str) -> Recipe:
+    """The recipe that `plain` made.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    recipe, problems = _validate(content, {}, source)
+    if recipe is None or problems:
+        raise ConfigError(problems, source)
+    return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

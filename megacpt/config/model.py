@@ -2,18 +2,25 @@
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megacpt.config.recipe import Model
-from megacpt.config.stage import Parallel, Rope, Stage
+from megacpt.config.sections.model import Model, Rope
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.errors import ConfigError, nearest
-from megacpt.family.base import ModelConfig, Parameter
+from megacpt.family.base import ModelConfig
 from megacpt.family.read import parse_config, read_config
 from megacpt.family.rope import change_rope
 from megacpt.family.shapes import ARCHITECTURES
 
 
 def load_model_config(model: Model) -> ModelConfig:
-    """The model that a recipe's `[model]` names, with its change of the rotary embedding.
+    """The model that a recipe's `[model]` names, with its change of the rotary embedding. Raises as `load_base_config`."""
+    return with_rope(load_base_config(model), model.rope)
+
+
+def load_base_config(model: Model) -> ModelConfig:
+    """The model that a recipe's `[model]` names, as its config.json says it.
 
     Raises:
         ConfigError: if there is none, or it is not trained here.
@@ -25,8 +32,8 @@ def load_model_config(model: Model) -> ModelConfig:
     else:
         config = read_config(model.pretrained or model.config or "")
     if model.expect and not model.architecture:
-        _compare(config, load_model_config(Model(architecture=model.expect)), model.expect)
-    return with_rope(config, model.rope)
+        _compare(config, load_base_config(Model(architecture=model.expect)), model.expect)
+    return config
 
 
 def _compare(config: ModelConfig, expected: ModelConfig, name: str) -> None:
@@ -100,25 +107,35 @@ def frozen_names(patterns: Sequence[str], config: ModelConfig) -> list[str]:
     return frozen
 
 
+@dataclass(frozen=True, order=True)
+class _Shared:
+    """What tensor ranks share out of some parameters: so many units of a kind, repeated if there are more ranks than units."""
+
+    name: str
+    units: int
+    repeated: bool
+
+    def fits(self, ranks: int) -> bool:
+        return self.units % ranks == 0 or (self.repeated and ranks % self.units == 0)
+
+
 def shape_problems(config: ModelConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
     """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers."""
     tensor = parallel.tensor
-    shared = {(_counted(p), p.shared_units(vocab_multiple), p.repeated) for p in config.parameters if not p.is_whole(1)}
-    fits = lambda units, repeated, ranks: units % ranks == 0 or (repeated and ranks % units == 0)
-    most = min(units for _, units, repeated in shared if not repeated)
-    possible = [n for n in range(1, most + 1) if all(fits(units, again, n) for _, units, again in shared)]
-    problems = []
-    for name, units, repeated in sorted(shared):
-        if fits(units, repeated, tensor):
-            continue
-        problems.append(
-            f"parallel.tensor = {tensor}: {name} = {units} can neither be divided by it nor repeated to it. "
-            f"Use {', '.join(map(str, possible))}."
-            if repeated
-            else f"parallel.tensor = {tensor}: does not divide the model's {name} = {units}."
+    shared = {
+        _Shared(
+            "the padded vocabulary" if p.split == "vocab" else p.counted, p.shared_units(vocab_multiple), p.repeated
         )
-    return problems
-
-
-def _counted(parameter: Parameter) -> str:
-    return "the padded vocabulary" if parameter.split == "vocab" else parameter.counted
+        for p in config.parameters
+        if not p.is_whole(1)
+    }
+    most = min(each.units for each in shared if not each.repeated)
+    possible = [n for n in range(1, most + 1) if all(each.fits(n) for each in shared)]
+    return [
+        f"parallel.tensor = {tensor}: {each.name} = {each.units} can neither be divided by it nor repeated to it. "
+        f"Use {', '.join(map(str, possible))}."
+        if each.repeated
+        else f"parallel.tensor = {tensor}: does not divide the model's {each.name} = {each.units}."
+        for each in sorted(shared)
+        if not each.fits(tensor)
+    ]

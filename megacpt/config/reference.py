@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megacpt.config.base import OnResume, Resume, Section
 from megacpt.config.recipe import Recipe
+from megacpt.config.resume import sections_in
 
 _HEAD = """# Recipe reference
 
@@ -17,32 +19,11 @@ Editors complete and check recipes with `docs/recipe.schema.json`.
 Token quantities are integers or strings: K M B T are powers of ten, Ki Mi Gi Ti powers of two. Every key can be set on the
 command line: `--section.key=value`, a stage's with `--stages.NAME.key=value`. Unknown keys are errors.
 """
-_TABLES = {  # heading by model
-    "Run": "[run]",
-    "Model": "[model]",
-    "Rope": "rope (in [model] and stages)",
-    "Parallel": "[parallel]",
-    "Precision": "[precision]",
-    "Optimizer": "[optimizer]",
-    "LearningRate": "lr (in [optimizer] or every stage)",
-    "Checkpoint": "[checkpoint]",
-    "Domain": "[data] NAME",
-    "DomainOrder": "order (in [data] NAME)",
-    "Packing": "[packing]",
-    "MixtureRules": "[mixture]",
-    "OnlineMixture": "online (in [mixture])",
-    "NeedleGate": "[gates] NAME, kind needle",
-    "RecoveryGate": "[gates] NAME, kind recovery",
-    "ForgettingGate": "[gates] NAME, kind forgetting",
-    "Validation": "[[validation]]",
-    "Stage": "[[stages]]",
-    "StageParallel": "parallel (in a stage)",
-    "OnFail": "on_fail (in a stage)",
-    "Average": "average (in a stage)",
-    "Kernels": "[kernels]",
-    "Health": "[health]",
-    "Log": "[log]",
-    "Profile": "[profile]",
+_RESUME: dict[Resume, str] = {
+    "free": "may change",
+    "unfinished stages": "may change, in stages that have not ended",
+    "later stages": "may change, in stages that have not begun",
+    "frozen": "may not change",
 }
 
 
@@ -53,20 +34,57 @@ def schema() -> dict[str, Any]:
 def page() -> str:
     definitions = schema()["$defs"]
     parts = [_HEAD]
-    for model, heading in _TABLES.items():
-        parts.append(f"\n## {heading}\n\n| key | value | default | meaning |\n|---|---|---|---|\n")
-        required = definitions[model].get("required", [])
-        for key, field in definitions[model]["properties"].items():
-            default = "required" if key in required else f"`{_default(field)}`"
-            parts.append(f"| `{key}` | {_kind(field)} | {default} | {field.get('description', '')} |\n")
+    for section in sections():
+        parts.append(f"\n## {section.heading}\n\n{_line(section.__doc__)}{_on_resume(section)}\n\n")
+        parts.append("| key | value | default | meaning |\n|---|---|---|---|\n")
+        required = definitions[section.__name__].get("required", [])
+        for key, field in definitions[section.__name__]["properties"].items():
+            default = "required" if key in required else _default(field)
+            parts.append(f"| `{key}` | {_kind(field)} | {default} | {_line(field['description'])} |\n")
     return "".join(parts)
 
 
+def sections() -> list[type[Section]]:
+    """Every section under the recipe, in the order of the recipe."""
+    found: list[type[Section]] = []
+
+    def visit(section: type[Section]) -> None:
+        for field in section.model_fields.values():
+            for inner in sections_in(field.annotation):
+                if inner not in found:
+                    found.append(inner)
+                    visit(inner)
+
+    visit(Recipe)
+    return found
+
+
+def _on_resume(section: type[Section]) -> str:
+    """What a resume may change, where the section says it."""
+    if section.resume is None:
+        return ""
+    keys: dict[Resume, list[str]] = {}
+    for name, field in section.model_fields.items():
+        own = next((item.rule for item in field.metadata if isinstance(item, OnResume)), section.resume)
+        keys.setdefault(own, []).append(f"`{name}`")
+    if len(keys) == 1:
+        return f" A resume {_RESUME[section.resume]}."
+    return " " + " ".join(f"A resume {_RESUME[rule]}: {', '.join(names)}." for rule, names in keys.items())
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
 def _default(field: dict[str, Any]) -> str:
-    if field.get("default") is None:
+    default = field.get("default")
+    if default is None:
+        optional = any(choice.get("type") == "null" for choice in field.get("anyOf", []))
         words = [choice["const"] for choice in field.get("anyOf", []) if "const" in choice]
-        return json.dumps(words[0]) if words else "none"
-    return json.dumps(field["default"]).replace("|", "\\|")
+        return f"`{json.dumps(words[0])}`" if words and not optional else "none"
+    if isinstance(default, dict) and set(default.values()) <= {None}:
+        default = {}  # a section of which nothing is set
+    return f"`{_line(json.dumps(default))}`"
 
 
 def _kind(field: dict[str, Any]) -> str:
@@ -77,7 +95,8 @@ def _kind(field: dict[str, Any]) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "$ref" in field:
-        return _TABLES.get(field["$ref"].rsplit("/", 1)[-1], "table").split(" (")[0]
+        heading = next((s.heading for s in sections() if s.__name__ == field["$ref"].rsplit("/", 1)[-1]), "table")
+        return heading.split(" (")[0]
     if field.get("type") == ["integer", "string"]:
         return "tokens"
     if field.get("type") == "array":

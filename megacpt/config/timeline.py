@@ -48,14 +48,17 @@ class Position:
     kind: Kind | None = None
 
 
-def timeline(recipe: Recipe, clock: Clock, after: Position = Position()) -> Iterator[Event]:
+def timeline(
+    recipe: Recipe, clock: Clock, after: Position = Position(), retry_at: int | None = None
+) -> Iterator[Event]:
     """The events behind a position, in order.
 
     Args:
         clock: of the recipe and of what was decided so far. An extension makes another clock: take the rest of its list instead.
+        retry_at: a step after which a save that could not be made is tried again.
     """
     for step in range(after.step, last_step(recipe, clock) + 1):
-        events = _at_step(recipe, clock, step) if step else _at_start(recipe, clock)
+        events = _at_step(recipe, clock, step, retry_at) if step else _at_start(recipe, clock)
         if step == after.step and after.kind:
             order = AT_STEP if step else AT_START
             done = order.index(after.kind)
@@ -79,7 +82,7 @@ def _at_start(recipe: Recipe, clock: Clock) -> list[Event]:
     return [Event(kind, 0, 0) for kind in AT_START if kinds[kind]]
 
 
-def _at_step(recipe: Recipe, clock: Clock, number: int) -> list[Event]:
+def _at_step(recipe: Recipe, clock: Clock, number: int, retry_at: int | None) -> list[Event]:
     step = clock.step(number)
     stage = recipe.stages[step.stage]
     ends_stage = step.tokens_after == clock.stage_first_token[step.stage + 1]
@@ -91,7 +94,9 @@ def _at_step(recipe: Recipe, clock: Clock, number: int) -> list[Event]:
         "validate": validates(recipe, step) or (ends_run and bool(recipe.validation)),
         "reweight": reweights(recipe, clock, step),
         "snapshot": bool(stage.average) and (_ends_interval(clock, step, stage.average.every_tokens) or ends_stage),
-        "save": number % recipe.checkpoint.every_steps == 0 or (stops and not (asks and ends_stage)),
+        "save": number % recipe.checkpoint.every_steps == 0
+        or number == retry_at
+        or (stops and not (asks and ends_stage)),
         "average": ends_stage and bool(stage.average),
         "gates": ends_stage and bool(stage.gates),
         "finish": stops,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError
+from megacpt.files import JsonError, parse_object, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +24,8 @@ def facts_of(scores: str) -> dict[str, Any]:
     """FILE.json beside FILE.jsonl."""
     path = Path(scores).with_suffix("")
     try:
-        return json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_object(f"{path}.json")
+    except (OSError, JsonError) as error:
         raise DataError(f"{path}.json: {error}. `megacpt score` writes it beside the scores.") from None
 
 
@@ -68,7 +69,7 @@ def read_scores(scores: Sequence[str]) -> "np.ndarray":
         try:
             with open(file, encoding="utf-8") as lines:
                 for number, line in enumerate(lines):
-                    row = json.loads(line)
+                    row = parse_object(line)
                     if row["document"] != number:
                         raise ValueError(f"line {number + 1} is of document {row['document']}")
                     nll = row["nll"]
@@ -78,6 +79,22 @@ def read_scores(scores: Sequence[str]) -> "np.ndarray":
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{file}: no scores ({error}).") from None
     return np.array(values)
+
+
+def item_scores(scores: "np.ndarray", lengths: "np.ndarray", first: "np.ndarray") -> "np.ndarray":
+    """The mean loss of each item's labels, NaN where it has none.
+
+    Args:
+        scores, lengths: of documents. first: the first document of each item.
+    """
+    import numpy as np
+
+    known = np.isfinite(scores)
+    labels = np.where(known, np.maximum(lengths.astype(np.float64) - 1, 0), 0.0)
+    count = np.add.reduceat(labels, first)
+    total = np.add.reduceat(np.where(known, scores, 0.0) * labels, first)
+    means = np.full(len(first), np.nan)
+    return np.divide(total, count, out=means, where=count > 0)
 
 
 def buckets_of(scores: "np.ndarray", lengths: "np.ndarray", buckets: int, ascending: bool, drop: float) -> "np.ndarray":

@@ -6,17 +6,18 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megacpt.data.beside import RUN, write_items, write_weights
 from megacpt.data.indexed import IndexedDataset, token_dtype, write_index
-from megacpt.data.manifest import FORMAT, crc32_of
+from megacpt.data.manifest import FORMAT, KINDS, crc32_of
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
-from megacpt.files import publish_file, write_atomically
+from megacpt.files import publish_file, read_object, write_atomically
 from megacpt.log import warn
 
 _COPY_BYTES = 8 << 20
@@ -24,7 +25,7 @@ SHOWN_BAD_LINES = 10
 
 
 def read_piece_report(parts: Path, index: int) -> dict[str, Any]:
-    return json.loads((parts / f"{index:06d}.json").read_text())
+    return read_object(parts / f"{index:06d}.json", 1 << 30)
 
 
 def disk_error(error: OSError, path: str) -> Exception:
@@ -38,17 +39,17 @@ def disk_error(error: OSError, path: str) -> Exception:
     return error
 
 
-class _Lengths:
-    """The pieces' length files as blocks that can be read twice."""
+class _Blocks:
+    """The pieces' files of a kind as blocks that can be read several times."""
 
-    def __init__(self, parts: Path, count: int):
-        self.files = [parts / f"{i:06d}.len" for i in range(count)]
+    def __init__(self, parts: Path, count: int, kind: str, dtype: str | np.dtype):
+        self.files, self.dtype = [parts / f"{i:06d}.{kind}" for i in range(count)], np.dtype(dtype)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for file in self.files:
             with open(file, "rb") as handle:
                 while raw := handle.read(4 << 20):
-                    yield np.frombuffer(raw, "<i4")
+                    yield np.frombuffer(raw, self.dtype)
 
 
 def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -66,24 +67,30 @@ def join(prefix: str, parts: Path, num_pieces: int, facts: dict[str, Any]) -> di
     for source in facts["sources"]:
         if source["bytes"] == 0:
             warn(f"{source['path']}: is empty.")
+    weightless = sum(r["weightless"] for r in reports)
     if documents == 0:
         part = facts["part"]
         text = f" of part {part[0]}/{part[1]}" if part else ""
-        raise DataError(f"{facts['num_sources']} files{text} hold no documents. Nothing was written.")
+        why = f": {weightless:,} were left out, because none of their tokens has a weight" if weightless else ""
+        raise DataError(f"{facts['num_sources']} files{text} hold no documents{why}. Nothing was written.")
     tmp = {kind: f"{prefix}.{kind}.tmp" for kind in ("bin", "idx")}
     crc = _concatenate([parts / f"{i:06d}.bin" for i in range(num_pieces)], tmp["bin"])
-    lengths, dtype = _Lengths(parts, num_pieces), token_dtype(facts["vocab_size"])
+    lengths, dtype = _Blocks(parts, num_pieces, "len", "<i4"), token_dtype(facts["vocab_size"])
     write_index(Path(tmp["idx"]), dtype, lengths, documents)
-    labels = {}
-    if facts["domain_field"]:
-        tmp["labels"] = f"{prefix}.labels.tmp"
-        labels = {"labels": _join_labels(parts, reports, tmp["labels"], lengths)}
+    beside = {}
+    for kind, key, make in (("labels", "domain_field", _join_labels), ("items", "item_field", _join_items)):
+        if facts.get(key):
+            tmp[kind] = f"{prefix}.{kind}.tmp"
+            beside[kind] = make(parts, reports, tmp[kind], lengths)
+    if "segments_field" in facts or "prompt_field" in facts:
+        tmp["weights"] = f"{prefix}.weights.tmp"
+        beside["weights"] = _join_weights(parts, reports, tmp["weights"], "items" in beside)
     manifest = {
         "format": FORMAT,
         **_counts(lengths),
         "dtype": str(dtype),
         **facts,
-        **labels,
+        **beside,
         "empty_documents": sum(r["empty"] for r in reports),
         "bad_lines": sum(r["bad_lines"] for r in reports),
         "bin": {"bytes": os.path.getsize(tmp["bin"]), "crc32": crc},
@@ -116,6 +123,60 @@ def _join_labels(parts: Path, reports: list[dict[str, Any]], target: str, length
     return {"names": counts, "bytes": os.path.getsize(target), "crc32": crc32_of(target)}
 
 
+def _join_weights(parts: Path, reports: list[dict[str, Any]], target: str, kept: bool) -> dict[str, Any]:
+    """The runs of all documents. What they say, in numbers, and what may be wrong, as warnings.
+
+    Args:
+        kept: whether documents without a weight are, as parts of items.
+    """
+    sizes = [sum(report[key] for report in reports) for key in ("documents", "runs", "weightless", "spanning")]
+    documents, runs, weightless, spanning = sizes
+    num, run = _Blocks(parts, len(reports), "num", "<i4"), _Blocks(parts, len(reports), "run", RUN)
+    write_weights(Path(target), num, run, (documents, runs))
+    if spanning:
+        warn(
+            f"{spanning:,} tokens reach over the border of two parts with different weights; each has the weight of the part in which it "
+            "begins. A space belongs to the word behind it: let the later part begin with it."
+        )
+    if weightless:
+        warn(
+            f"{weightless:,} documents hold no token that is predicted with a weight above 0. They are "
+            f"{'kept, as parts of their items' if kept else 'left out'}."
+        )
+    return {
+        "documents": int(sum(np.count_nonzero(block) for block in num)), "runs": runs, "weightless_documents": weightless,
+        "spanning_tokens": spanning, "bytes": os.path.getsize(target), "crc32": crc32_of(target),
+    }  # fmt: skip
+
+
+def _join_items(
+    parts: Path, reports: list[dict[str, Any]], target: str, lengths: Iterable[np.ndarray]
+) -> dict[str, Any]:
+    """The first document of each item. An item goes on from piece to piece, but not over the end of a file."""
+    goes_on, path, last = [], None, None
+    for i, report in enumerate(reports):
+        flags = np.fromfile(parts / f"{i:06d}.itm", bool)
+        if report["path"] != path:
+            path, last = report["path"], None
+        if len(flags):
+            flags[0] = is_same_item(report["first_item"], last)
+            last = report["last_item"]
+        goes_on.append(flags)
+    first = np.flatnonzero(~np.concatenate(goes_on))
+    write_items(Path(target), first, sum(map(len, goes_on)))
+    tokens = np.add.reduceat(np.concatenate(list(lengths)), first, dtype=np.int64)
+    sizes = np.diff(first, append=sum(map(len, goes_on)))
+    return {
+        "items": len(first), "longest_tokens": int(tokens.max()), "most_documents": int(sizes.max()),
+        "bytes": os.path.getsize(target), "crc32": crc32_of(target),
+    }  # fmt: skip
+
+
+def is_same_item(item: str | int | None, other: str | int | None) -> bool:
+    """Whether two documents with these values belong together, the one behind the other."""
+    return item is not None and type(item) is type(other) and item == other
+
+
 def _concatenate(files: list[Path], target: str) -> int:
     """Writes files one behind the other; returns the CRC32 of the whole."""
     crc = 0
@@ -141,7 +202,7 @@ def _counts(lengths) -> dict[str, Any]:
 
 def _publish(prefix: str, tmp: dict[str, str], manifest: dict[str, Any]) -> None:
     """Renames data, index, then the manifest; each is on disk before."""
-    for kind in ("bin", "idx", "labels"):
+    for kind in KINDS:
         if kind in tmp:
             publish_file(Path(tmp[kind]), Path(f"{prefix}.{kind}"))
     text = json.dumps(manifest, indent=1, ensure_ascii=False)

@@ -4,6 +4,7 @@ positions restart at each document; labels[i] = tokens[i + 1] inside a document,
 row is one document of EOS without labels. A document cut at a row's edge is two documents.
 """
 
+import math
 import queue
 import threading
 import zlib
@@ -14,13 +15,15 @@ from functools import partial
 import numpy as np
 
 from megacpt.config.clock import Clock
-from megacpt.config.decisions import Decision, skips_of, weight_changes
+from megacpt.config.decisions import NONE, Decisions
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.sections.stage import Stage
 from megacpt.data.curriculum import digest_of
+from megacpt.data.domain import DomainData
 from megacpt.data.manifest import expand_files, expand_paths, make_room_for
 from megacpt.data.mixture import Order, row_of
-from megacpt.data.packing import DomainData, PackingIndex, Selection, open_index
+from megacpt.data.packing import PackingIndex, open_index
+from megacpt.data.select import Selection
 from megacpt.errors import ConfigError, DataError
 
 IGNORE = -100
@@ -35,7 +38,8 @@ class Batch:
         document_starts: int64, places in the flattened rows at which documents begin; the first is 0.
         row_offsets: int64 [rows + 1], the documents of row i are document_starts[row_offsets[i]:row_offsets[i + 1]].
         domain: name of each row's domain, "" for a filler row.
-        weights: float32 [rows, seq_len], how heavy each label is in the loss; None: all alike, 1. Not read without a label.
+        weights: float32 [rows, seq_len], how heavy each label is in the loss: weights[i] belongs to labels[i], so to the token at i + 1;
+            None: all alike, 1. Not read without a label.
         item: int32 [documents], the item that each document belongs to, numbered from 0 in the batch; None: each is its own.
     """
 
@@ -71,6 +75,7 @@ def make_batch(
     labels = np.full(shape, IGNORE, np.int64)
     positions = np.zeros(shape, np.int64)
     starts, offsets = [], [0]
+    weights = np.ones(shape, np.float32) if any(entry and entry[0].domain.weighted for entry in rows) else None
     for i, entry in enumerate(rows):
         at = 0
         for document, offset, length in entry[0].row(entry[2]) if entry else []:
@@ -84,6 +89,8 @@ def make_batch(
             tokens[i, at : at + length] = piece
             labels[i, at : at + length - 1] = piece[1:]
             positions[i, at : at + length] = np.arange(length)
+            if weights is not None:
+                weights[i, at : at + length - 1] = entry[0].domain.label_weights(document, offset, length)
             starts.append(i * seq_len + at)
             at += length
         if at < seq_len:
@@ -97,7 +104,20 @@ def make_batch(
         np.array(starts, np.int64),
         np.array(offsets, np.int64),
         [entry[1] if entry else "" for entry in rows],
+        weights,
+        _numbered_items(rows, offsets) if any(entry and entry[0].domain.grouped for entry in rows) else None,
     )
+
+
+def _numbered_items(rows: Sequence[tuple[PackingIndex, str, int] | None], row_offsets: Sequence[int]) -> np.ndarray:
+    """int32 [documents]: their items, numbered through the rows. The padding behind a row's documents is an item of its own."""
+    numbers: list[int] = []
+    for entry, documents in zip(rows, np.diff(row_offsets), strict=True):
+        own = entry[0].items(entry[2]) if entry else []
+        own += [own[-1] + 1 if own else 0] * (int(documents) - len(own))
+        before = numbers[-1] + 1 if numbers else 0
+        numbers += [before + number for number in own]
+    return np.array(numbers, np.int32)
 
 
 def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -> list[list[int | None]]:
@@ -116,7 +136,7 @@ def deal(num_rows: int, data_ranks: int, rows_per_micro_batch: int, rank: int) -
 def open_domains(recipe: Recipe, names: Sequence[str]) -> dict[str, DomainData]:
     """Raises DataError for damaged data, ConfigError if this process may not open so many files."""
     prefixes = {name: expand_paths(recipe.data[name].paths) for name in names}
-    if problems := make_room_for(sum(map(len, prefixes.values()))):
+    if problems := make_room_for([prefix for found in prefixes.values() for prefix in found]):
         raise ConfigError(problems)
     return {name: DomainData(found) for name, found in prefixes.items()}
 
@@ -138,6 +158,7 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
         domain.holdout_documents,
         holdout,
         tuple(domain.labels),
+        long_items=recipe.packing.long_items,
     )
     if order is None or holdout:
         return plain
@@ -146,14 +167,14 @@ def selection_of(recipe: Recipe, name: str, seq_len: int, holdout: bool = False)
     return replace(plain, scores=scores, scores_digest=digest_of(scores), **ordered)
 
 
-def mixtures(recipe: Recipe, clock: Clock, decisions: Sequence[Decision] = ()) -> list[Order]:
+def stage_orders(recipe: Recipe, clock: Clock, decisions: Decisions = NONE) -> list[Order]:
     """The order of every stage. A domain's rows go on where an earlier stage of the same seq_len left them."""
     orders: list[Order] = []
     consumed: dict[int, dict[str, int]] = {}
     for i, stage in enumerate(recipe.stages):
         before = consumed.setdefault(stage.seq_len, {})
         seed = zlib.crc32(f"{recipe.run.seed}/{stage.name}".encode())
-        orders.append(Order(weight_changes(stage, list(decisions)), seed, before, skips_of(stage, list(decisions))))
+        orders.append(Order(decisions.weights(stage), seed, before, decisions.skips(stage.name)))
         for name, count in orders[-1].consumed(clock.stage_tokens(i) // stage.seq_len).items():
             before[name] = before.get(name, 0) + count
     return orders
@@ -169,11 +190,24 @@ def domain_tokens(recipe: Recipe, clock: Clock, orders: Sequence[Order], step: i
     return tokens
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What the sums of a step may be divided by: its totals over all ranks, known before the first micro-batch.
+
+    Attributes:
+        labels: those with a weight above 0. weight: the sum of the weights of all labels. items: those with such a label.
+    """
+
+    labels: int
+    weight: float
+    items: int
+
+
 class StageData:
     """The rows of one stage in order.
 
     Args:
-        order: of the stage, from `mixtures`.
+        order: of the stage, from `stage_orders`.
         pad_id: EOS. vocab_size: the model's true vocabulary.
     """
 
@@ -202,37 +236,24 @@ class StageData:
             picks.append(Pick(name, *place))
         return picks
 
-    def count(self, picks: Sequence[Pick]) -> tuple[int, int]:
-        """(labels, visible pairs of query and key) of some rows, from the index alone. A document of n tokens has
-        n - 1 labels and n (n + 1) / 2 pairs; the padding behind a row's documents counts as a document in pairs."""
-        labels = pairs = 0
+    def count(self, picks: Sequence[Pick]) -> StepCounts:
+        """What the labels of some rows come to, from the index alone."""
+        sums = [self.indices[pick.domain].sums(pick.row) for pick in picks]
+        weight = math.fsum(row.weight for row in sums)  # whatever the order of the rows
+        return StepCounts(sum(row.labels for row in sums), weight, sum(row.items for row in sums))
+
+    def visible_pairs(self, picks: Sequence[Pick]) -> int:
+        """Pairs of query and key that attention sees in some rows, from the index alone: n (n + 1) / 2 of a document of n tokens. The
+        padding behind a row's documents counts as one."""
+        pairs = 0
         for pick in picks:
             lengths = [length for _, _, length in self.indices[pick.domain].row(pick.row)]
-            rest = self.seq_len - sum(lengths)
-            labels += sum(lengths) - len(lengths)
-            pairs += sum(n * (n + 1) // 2 for n in [*lengths, rest])
-        return labels, pairs
-
-    def count_items(self, picks: Sequence[Pick]) -> int:
-        """Documents of some rows that have a label, from the index alone."""
-        return sum(length > 1 for pick in picks for _, _, length in self.indices[pick.domain].row(pick.row))
+            pairs += sum(n * (n + 1) // 2 for n in [*lengths, self.seq_len - sum(lengths)])
+        return pairs
 
     def batch(self, picks: Sequence[Pick | None]) -> Batch:
         rows = [(self.indices[pick.domain], pick.domain, pick.row) if pick else None for pick in picks]
         return make_batch(rows, self.seq_len, self.pad_id, self.vocab_size)
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """What the sums of a step may be divided by: its totals over all ranks, known before the first micro-batch.
-
-    Attributes:
-        labels: tokens with a label. weight: the sum of their weights. items: those with a label.
-    """
-
-    labels: int
-    weight: float
-    items: int
 
 
 @dataclass(frozen=True)
@@ -252,8 +273,7 @@ def load_step(
     picks = data.picks(first_sequence, num_rows)
     dealt = deal(num_rows, data_ranks, rows_per_micro_batch, rank)
     batches = [data.batch([picks[row] if row is not None else None for row in rows]) for rows in dealt]
-    labels, pairs = data.count(picks)
-    return StepData(batches, StepCounts(labels, float(labels), data.count_items(picks)), pairs)
+    return StepData(batches, data.count(picks), data.visible_pairs(picks))
 
 
 def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Iterator[StepData]:

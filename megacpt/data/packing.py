@@ -1,13 +1,12 @@
 """Documents into rows of `seq_len` tokens, once, on disk.
 
-Best fit decreasing (Ding et al. 2024, arXiv 2404.10830): documents longer than a row give full rows and a remainder;
-remainders and short documents go, longest first, into the row with the least room that takes them. So only documents
-that cannot fit are cut. It runs on blocks of a million documents, each on its own: memory stays flat, blocks run in
-processes, and the result does not depend on their number. Items of one length are interchangeable, so whole groups
-of rows are filled at once: work grows with the number of distinct lengths, not of documents.
+Packing runs on blocks of a million documents, each on its own: memory stays flat, blocks run in processes, and the result does not depend
+on their number. Items are packed whole: a block holds those that begin in it, and a row all documents of an item, one behind the other.
 
 An index is a folder: `row_start.bin` int64 [rows + 1] into the pieces, `piece_document.bin` uint32 or int64 [pieces],
-`piece_offset.bin` and `piece_length.bin` int32 [pieces]. A piece ends where its document or its row ends.
+`piece_offset.bin` and `piece_length.bin` int32 [pieces]. A piece ends where its document or its row ends. Where the domain has weights or
+items: `row_weight.bin` float64, `row_labels.bin` and `row_items.bin` int32 [rows], what the labels of a row weigh together, how many weigh
+more than 0, and how many items have such a label; with items `piece_item.bin` int32 [pieces], the piece's item, numbered in its row.
 `index.json`, written last, holds the sizes and checksums of all and its own. An index that is not what it says is built again:
 it follows from the data alone.
 """
@@ -20,219 +19,48 @@ import json
 import os
 import shutil
 import time
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from megacpt.data.curriculum import buckets_of, read_scores
+from megacpt.data.domain import DomainData
+from megacpt.data.fit import (
+    Packed,
+    pack_best_fit,
+    pack_concatenated,
+    pack_in_order,
+    piece_lengths,
+    spread_over_documents,
+)
 from megacpt.data.indexed import CheckedFile, IndexedDataset, Numbers
-from megacpt.data.manifest import crc32_of, read_manifest
-from megacpt.data.permutation import permute
+from megacpt.data.manifest import crc32_of
+from megacpt.data.select import Selection, kept, long_items, withheld_by_bucket
 from megacpt.errors import DataError
-from megacpt.files import new_folder, sealed, unsealed, write_atomically
+from megacpt.files import new_folder, read_object, sealed, unsealed, write_atomically
 from megacpt.log import info, short_number, warn
 
 VERSION = 3
 BLOCK_DOCUMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which documents of a domain are packed, and how."""
-
-    seq_len: int
-    method: str = "best_fit"
-    min_tokens: int = 0
-    max_tokens: int = 2**31
-    holdout_documents: int = 0
-    holdout: bool = False
-    """True packs the held-out documents, False all others."""
-    labels: tuple[str, ...] = ()
-    """Only documents with one of these labels; all without."""
-    scores: tuple[str, ...] = ()
-    """Files of scores: documents are packed bucket by bucket of their perplexity."""
-    scores_digest: str = ""
-    buckets: int = 1
-    ascending: bool = True
-    drop: float = 0.0
-
-
-def pack_best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packs documents of one block.
-
-    Args:
-        lengths: [documents] tokens of each; empty ones are left out.
-        seq_len: room of a row.
-    Returns:
-        (pieces of each row [rows], document of each piece [pieces], offset of each piece in its document [pieces]).
-    """
-    lengths = lengths.astype(np.int64)
-    full = lengths // seq_len
-    documents = np.repeat(np.arange(len(lengths)), full)
-    first = np.cumsum(full) - full
-    offsets = (np.arange(len(documents)) - np.repeat(first, full)) * seq_len
-    rest = lengths - full * seq_len
-    items = np.flatnonzero(rest)
-    key = rest[items].astype(np.uint16 if seq_len < 65536 else np.int64)
-    order = items[np.argsort(key.max(initial=0) - key, kind="stable")]  # longest first, ties by document
-    rows = _best_fit_rows(rest[order], seq_len)
-    by_row = np.lexsort((order, rows))  # inside a row in the order of the documents
-    counts = np.bincount(rows, minlength=int(rows.max()) + 1) if len(rows) else np.zeros(0, np.int64)
-    return (
-        np.concatenate([np.ones(len(documents), np.int64), counts]),
-        np.concatenate([documents, order[by_row]]),
-        np.concatenate([offsets, (full * seq_len)[order][by_row]]),
-    )
-
-
-def _best_fit_rows(sizes: np.ndarray, seq_len: int) -> np.ndarray:
-    """The row of each item; `sizes` fall. Rows of equal room are kept as arrays and served in bulk."""
-    rows = np.empty(len(sizes), np.int64)
-    rooms: list[int] = []  # sorted, those with rows
-    open_rows: dict[int, list[np.ndarray]] = {}
-    num_rows = 0
-
-    def put(room: int, which: np.ndarray) -> None:
-        if room and len(which):
-            if room not in open_rows:
-                insort(rooms, room)
-                open_rows[room] = []
-            open_rows[room].append(which)
-
-    if not len(sizes):
-        return rows
-    edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1), len(sizes)]
-    for begin, end in pairwise(edges):
-        size, at = int(sizes[begin]), int(begin)
-        while at < end:
-            k = bisect_left(rooms, size)
-            if k < len(rooms):
-                room = rooms[k]
-                stack = open_rows[room]
-                which = stack.pop()
-                if not stack:
-                    del open_rows[room], rooms[k]
-            else:
-                room = seq_len
-                which = np.arange(num_rows, num_rows + -(-(end - at) // (seq_len // size)))
-                num_rows += len(which)
-            each = room // size  # best fit fills one row as far as it goes before it takes the next
-            filled = min(len(which), (end - at) // each)
-            rows[at : at + filled * each] = np.repeat(which[:filled], each)
-            at += filled * each
-            put(room - each * size, which[:filled])
-            if filled < len(which) and at < end:  # the last of these items: fewer than `each`
-                rows[at:end] = which[filled]
-                put(room - (end - at) * size, which[filled : filled + 1])
-                at, filled = end, filled + 1
-            put(room, which[filled:])
-    return rows
-
-
-def pack_concatenated(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The documents of one block as one stream, cut every `seq_len` tokens. Returns as `pack_best_fit`."""
-    ends = np.cumsum(lengths.astype(np.int64))
-    starts = ends - lengths
-    total = int(ends[-1]) if len(ends) else 0
-    begins = np.unique(np.concatenate([starts[lengths > 0], np.arange(0, total, seq_len)]))
-    documents = np.searchsorted(ends, begins, side="right")
-    counts = np.bincount(begins // seq_len, minlength=-(-total // seq_len)) if total else np.zeros(0, np.int64)
-    return counts, documents, begins - starts[documents]
-
-
-def piece_lengths(documents: np.ndarray, counts: np.ndarray, offsets: np.ndarray, seq_len: int) -> np.ndarray:
-    """Tokens of each piece: to the end of its document or of its row. Only a row's last piece can be cut by its row.
-
-    Args:
-        documents: [pieces] tokens of each piece's document. counts: [rows] pieces of each row. offsets: [pieces].
-    """
-    rest = documents.astype(np.int64) - offsets
-    before = np.cumsum(rest) - rest
-    begins = before - np.repeat(before[np.cumsum(counts) - counts], counts)
-    return np.minimum(rest, seq_len - begins)
-
-
-class DomainData:
-    """The prepared sets of a domain as one run of documents, numbered through.
-
-    Args:
-        verify: compare the indices with the checksums in their manifests.
-    """
-
-    def __init__(self, prefixes: list[str], verify: bool = True):
-        self.prefixes = prefixes
-        self.manifests = [read_manifest(prefix) for prefix in prefixes]
-        self.sets = [
-            IndexedDataset(prefix, check=False, crc32=manifest["idx"]["crc32"] if verify else None)
-            for prefix, manifest in zip(prefixes, self.manifests, strict=True)
-        ]
-        self.first = [0, *accumulate(data.num_documents for data in self.sets)]
-        self.num_documents = self.first[-1]
-        self.num_tokens = sum(data.num_tokens for data in self.sets)
-        self._labels: dict[int, Numbers] = {}
-
-    def fingerprint(self) -> str:
-        """By content: the CRCs and sizes that the manifests record."""
-        facts = [[m["idx"], m["bin"], *([m["labels"]] if "labels" in m else [])] for m in self.manifests]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def lengths(self, begin: int, end: int) -> np.ndarray:
-        """Lengths of documents [begin, end) over the sets."""
-        blocks = []
-        for first, data in zip(self.first, self.sets, strict=False):
-            a, b = max(begin - first, 0), min(end - first, data.num_documents)
-            if a < b:
-                blocks.append(data.lengths_of(a, b))
-        return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-
-    def labelled(self, begin: int, end: int, wanted: tuple[str, ...]) -> np.ndarray:
-        """bool: which of documents [begin, end) have one of some labels; all if none are wanted.
-
-        Raises:
-            DataError: if a set was prepared without labels, or its file is not what its manifest says.
-        """
-        if not wanted:
-            return np.ones(end - begin, bool)
-        parts = []
-        for which, (first, data) in enumerate(zip(self.first, self.sets, strict=False)):
-            a, b = max(begin - first, 0), min(end - first, data.num_documents)
-            if a < b:
-                names = self._labels_of(which)
-                numbers = [i for i, name in enumerate(self.manifests[which]["labels"]["names"]) if name in wanted]
-                parts.append(np.isin(names[a:b], numbers))
-        return np.concatenate(parts) if parts else np.zeros(0, bool)
-
-    def _labels_of(self, which: int) -> Numbers:
-        """uint16 [documents of a set]."""
-        if which not in self._labels:
-            prefix, facts = self.prefixes[which], self.manifests[which].get("labels")
-            if facts is None:
-                raise DataError(f"{prefix}: was prepared without labels. Prepare it with --domain-field.")
-            count = self.sets[which].num_documents
-            try:
-                file = CheckedFile(Path(f"{prefix}.labels"), 2 * count, facts["crc32"])
-            except OSError as error:
-                raise DataError(f"{prefix}.labels: {error.strerror}. Prepare the data again.") from None
-            self._labels[which] = Numbers(file, "<u2", 0, count)
-        return self._labels[which]
-
-    def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        which = bisect_right(self.first, document) - 1
-        return self.sets[which].read(document - self.first[which], offset, length)
-
-    def length(self, document: int) -> int:
-        which = bisect_right(self.first, document) - 1
-        return self.sets[which].length_of(document - self.first[which])
+FILES = ("row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin")
+SUMS = ("row_weight.bin", "row_labels.bin", "row_items.bin")
+ITEMS = ("piece_item.bin",)
 
 
 class Unsound(Exception):
     """A packing index is not what it says. It can be built again."""
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Attributes: labels: with a weight above 0. weight: of all of them. items: those with such a label."""
+
+    labels: int
+    weight: float
+    items: int
 
 
 class PackingIndex:
@@ -247,19 +75,22 @@ class PackingIndex:
         if not directory.exists():
             raise FileNotFoundError(directory)
         try:
-            meta = unsealed(json.loads((directory / "index.json").read_bytes()))
+            meta = unsealed(read_object(directory / "index.json"))
             if (meta["version"], meta["name"]) != (VERSION, directory.name):
                 raise ValueError(f"it is {meta['name']!r} of version {meta['version']}")
             self.num_rows, self.num_pieces = meta["rows"], meta["pieces"]
             self.bucket_rows: list[int] = meta["bucket_rows"]
             """Rows before each bucket of a curriculum, and all of them; [0, rows] without one."""
-            files = {name: CheckedFile(directory / name, *meta["files"][name]) for name in FILES}
+            files = {name: CheckedFile(directory / name, *meta["files"][name]) for name in files_of(domain)}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unsound(str(error) if isinstance(error, DataError) else f"index.json: {error}") from None
         self._row_start = Numbers(files["row_start.bin"], np.int64, 0, self.num_rows + 1)
         self._document = Numbers(files["piece_document.bin"], meta["document_dtype"], 0, self.num_pieces)
         self._offset = Numbers(files["piece_offset.bin"], np.int32, 0, self.num_pieces)
         self._length = Numbers(files["piece_length.bin"], np.int32, 0, self.num_pieces)
+        kinds = zip(SUMS, (np.float64, np.int32, np.int32), strict=True)
+        self._sums = [Numbers(files[name], kind, 0, self.num_rows) for name, kind in kinds if name in files]
+        self._item = Numbers(files[ITEMS[0]], np.int32, 0, self.num_pieces) if domain.grouped else None
 
     def row(self, row: int) -> list[tuple[int, int, int]]:
         """(document, offset, length) of every piece of a row.
@@ -267,15 +98,36 @@ class PackingIndex:
         Raises:
             DataError: if a file was cut or changed since it was opened.
         """
+        return list(zip(*self._pieces(row, self._document, self._offset, self._length), strict=True))
+
+    def items(self, row: int) -> list[int]:
+        """The item of every piece of a row, numbered from 0; each its own where the domain does not say. Raises as `row`."""
+        begin, end = self._read(self._row_start, row, row + 2)
+        return self._read(self._item, begin, end) if self._item is not None else list(range(end - begin))
+
+    def sums(self, row: int) -> RowSums:
+        """Of a row's labels. Raises as `row`."""
+        if self._sums:
+            weight, labels, items = (self._read(numbers, row, row + 1)[0] for numbers in self._sums)
+            return RowSums(labels, weight, items)
+        (lengths,) = self._pieces(row, self._length)
+        labels = sum(lengths) - len(lengths)
+        return RowSums(labels, float(labels), sum(length > 1 for length in lengths))
+
+    def _pieces(self, row: int, *columns: Numbers) -> list[list[int]]:
+        begin, end = self._read(self._row_start, row, row + 2)
+        return [self._read(numbers, begin, end) for numbers in columns]
+
+    def _read(self, numbers: Numbers, begin: int, end: int) -> list:
         try:
-            begin, end = self._row_start[row : row + 2].tolist()
-            columns = [numbers[begin:end].tolist() for numbers in (self._document, self._offset, self._length)]
+            return numbers[begin:end].tolist()
         except DataError as error:
             raise DataError(f"{error} Start again: this packing index is then built again.") from None
-        return list(zip(*columns, strict=True))
 
 
-FILES = ("row_start.bin", "piece_document.bin", "piece_offset.bin", "piece_length.bin")
+def files_of(domain: DomainData) -> tuple[str, ...]:
+    """What an index of a domain holds."""
+    return FILES + (SUMS if domain.weighted or domain.grouped else ()) + (ITEMS if domain.grouped else ())
 
 
 def open_index(domain: DomainData, selection: Selection, cache: str, workers: int = 1) -> PackingIndex:
@@ -285,7 +137,7 @@ def open_index(domain: DomainData, selection: Selection, cache: str, workers: in
     system has no locks each builds its own, and the first that is done is taken.
     """
     digest = hashlib.sha256(
-        json.dumps([VERSION, BLOCK_DOCUMENTS, domain.fingerprint(), asdict(selection) | {"scores": []}]).encode()
+        json.dumps([VERSION, BLOCK_DOCUMENTS, domain.fingerprint(), selection.facts(domain) | {"scores": []}]).encode()
     ).hexdigest()[:24]
     final = Path(cache) / f"{selection.method}-{selection.seq_len}-{digest}"
     with contextlib.suppress(FileNotFoundError, Unsound):
@@ -344,35 +196,15 @@ def _locked(final: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def held_out(domain: DomainData, selection: Selection) -> np.ndarray:
-    """Numbers of the held-out documents, sorted: drawn from those within the length bounds by a fixed permutation, so
-    that every run on the same data holds out the same ones."""
-    if not selection.holdout_documents:
-        return np.zeros(0, np.int64)
-    chosen, total = [], domain.num_documents
-    labelled = domain.labelled(0, total, selection.labels)
-    for start in range(0, total, 4096):
-        drawn = permute(np.arange(start, min(start + 4096, total)), total, key=("holdout",))
-        lengths = np.array([domain.length(int(d)) for d in drawn])
-        fits = (lengths >= max(selection.min_tokens, 2)) & (lengths <= selection.max_tokens) & labelled[drawn]
-        chosen += drawn[fits].tolist()
-        if len(chosen) >= selection.holdout_documents:
-            break
-    if len(chosen) < selection.holdout_documents:
-        raise DataError(
-            f"{', '.join(domain.prefixes[:3])}: {len(chosen)} documents of at least 2 tokens within the length bounds, "
-            f"fewer than holdout_documents = {selection.holdout_documents}."
-        )
-    return np.sort(np.array(chosen[: selection.holdout_documents], np.int64))
-
-
 def _build(domain: DomainData, selection: Selection, final: Path, workers: int) -> None:
     begin = time.monotonic()
     for prefix in domain.prefixes:
         IndexedDataset(prefix, check=True)  # once: a damaged index must not become rows
+    domain.check_beside()
+    too_long = _long_items(domain, selection)
     try:
         with new_folder(final) as partial:
-            rows = _write_rows(domain, selection, partial, final.name, workers)
+            rows = _write_rows(domain, selection, partial, final.name, workers, too_long)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
@@ -386,24 +218,62 @@ def _build(domain: DomainData, selection: Selection, final: Path, workers: int) 
         )
 
 
-def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: str, workers: int) -> int:
+def _long_items(domain: DomainData, selection: Selection) -> int:
+    """How many items are left out, because they are longer than a row.
+
+    Raises:
+        DataError: if the recipe does not say that they are.
+    """
+    found = long_items(domain, selection)
+    if not found.count:
+        return 0
+    told = (
+        f"{', '.join(domain.prefixes[:3])}: {found.count:,} items are longer than a row of {selection.seq_len:,} tokens; the longest, from "
+        f"document {found.document:,} on, has {found.tokens:,}. An item is never cut."
+    )
+    if selection.long_items == "refuse":
+        raise DataError(
+            f"{told} Use rows of at least {found.tokens:,} tokens (seq_len), leave such items out (packing.long_items = "
+            '"drop"), or shorten them and prepare the data again.'
+        )
+    warn(f"{told} They are left out.")
+    return found.count
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a block of documents.
+
+    Attributes:
+        counts: [rows] pieces of each. documents, offsets, lengths: [pieces]. beside: what files_of names behind FILES, in its order.
+    """
+
+    counts: np.ndarray
+    documents: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    beside: tuple[np.ndarray, ...]
+
+
+def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: str, workers: int, too_long: int) -> int:
     """Packs into the files of an index, index.json last. Returns the number of rows."""
-    withheld = held_out(domain, selection)
     dtype = np.dtype(np.uint32 if domain.num_documents < 2**32 else np.int64)
     rows = pieces = 0
+    names = files_of(domain)
     with contextlib.ExitStack() as stack:
-        row_file, document_file, offset_file, length_file = (
-            stack.enter_context(open(folder / file, "wb")) for file in FILES
-        )
-        row_file.write(np.zeros(1, np.int64).tobytes())
+        files = [stack.enter_context(open(folder / file, "wb")) for file in names]
+        files[0].write(np.zeros(1, np.int64).tobytes())
         edges = [0]
-        for bucket, counts, documents, offsets, lengths in _parts(domain, selection, withheld, workers):
+        for bucket, withheld in withheld_by_bucket(domain, selection):
             edges += [rows] * (bucket + 1 - len(edges))
-            row_file.write((np.cumsum(counts) + pieces).astype(np.int64).tobytes())
-            document_file.write(documents.astype(dtype).tobytes())
-            offset_file.write(offsets.astype(np.int32).tobytes())
-            length_file.write(lengths.astype(np.int32).tobytes())
-            rows, pieces = rows + len(counts), pieces + len(documents)
+            for block in _blocks(domain, selection, withheld, workers):
+                arrays = [
+                    (np.cumsum(block.counts) + pieces).astype(np.int64), block.documents.astype(dtype),
+                    block.offsets.astype(np.int32), block.lengths.astype(np.int32), *block.beside,
+                ]  # fmt: skip
+                for file, array in zip(files, arrays, strict=True):
+                    file.write(array.tobytes())
+                rows, pieces = rows + len(block.counts), pieces + len(block.documents)
     facts = {
         "version": VERSION,
         "name": name,
@@ -411,34 +281,16 @@ def _write_rows(domain: DomainData, selection: Selection, folder: Path, name: st
         "pieces": pieces,
         "bucket_rows": [*edges, *[rows] * (selection.buckets + 1 - len(edges))],
         "document_dtype": str(dtype),
-        "files": {file: ((folder / file).stat().st_size, crc32_of(folder / file)) for file in FILES},
+        "files": {file: ((folder / file).stat().st_size, crc32_of(folder / file)) for file in names},
         "prefixes": domain.prefixes[:100],
-        **asdict(selection),
+        **selection.facts(domain),
+        **({"dropped_items": too_long} if domain.grouped else {}),
     }
     write_atomically(folder / "index.json", sealed(facts))
     return rows
 
 
-def _parts(
-    domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(bucket, pieces of each row, documents, offsets, lengths) in the order of the index."""
-    if not selection.scores:
-        yield from ((0, *block) for block in _blocks(domain, selection, withheld, workers))
-        return
-    scores, lengths = read_scores(selection.scores), domain.lengths(0, domain.num_documents)
-    if len(scores) != len(lengths):
-        raise DataError(f"{len(scores)} scores for {len(lengths)} documents of {', '.join(domain.prefixes[:3])}.")
-    bucket_of = buckets_of(scores, lengths, selection.buckets, selection.ascending, selection.drop)
-    for bucket in range(selection.buckets):
-        others = np.flatnonzero(bucket_of != bucket)
-        apart = np.union1d(withheld, others)
-        yield from ((bucket, *block) for block in _blocks(domain, selection, apart, workers))
-
-
-def _blocks(
-    domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _blocks(domain: DomainData, selection: Selection, withheld: np.ndarray, workers: int) -> Iterator[_Rows]:
     starts = range(0, domain.num_documents, BLOCK_DOCUMENTS)
     tasks = ((domain, selection, withheld, start) for start in starts)
     if workers <= 1 or len(starts) <= 1:
@@ -454,7 +306,7 @@ def _blocks(
             yield future.result()
 
 
-def _pack_prefixes(prefixes: list[str], selection: Selection, withheld: np.ndarray, start: int):
+def _pack_prefixes(prefixes: list[str], selection: Selection, withheld: np.ndarray, start: int) -> _Rows:
     return _pack_block((_domain_of(tuple(prefixes)), selection, withheld, start))
 
 
@@ -464,18 +316,61 @@ def _domain_of(prefixes: tuple[str, ...]) -> DomainData:
     return DomainData(list(prefixes), verify=False)
 
 
-def _pack_block(task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _pack_block(task: tuple[DomainData, Selection, np.ndarray, int]) -> _Rows:
     domain, selection, withheld, start = task
-    lengths = domain.lengths(start, min(start + BLOCK_DOCUMENTS, domain.num_documents))
-    inside = withheld[(withheld >= start) & (withheld < start + len(lengths))] - start
+    begin, end = domain.next_item(start), domain.next_item(min(start + BLOCK_DOCUMENTS, domain.num_documents))
+    lengths = domain.lengths(begin, end)
+    inside = withheld[(withheld >= begin) & (withheld < end)] - begin
     if selection.holdout:
         documents = inside
     else:
-        keep = (lengths >= max(selection.min_tokens, 1)) & (lengths <= selection.max_tokens)
-        keep &= domain.labelled(start, start + len(lengths), selection.labels)
-        keep[inside] = False
-        documents = np.flatnonzero(keep)
-    pack = pack_best_fit if selection.method == "best_fit" else pack_concatenated
-    counts, which, offsets = pack(lengths[documents], selection.seq_len)
+        chosen = kept(domain, selection, begin, end)
+        chosen[inside] = False
+        documents = np.flatnonzero(chosen)
+    if domain.grouped:
+        (counts, which, offsets), items = _pack_items(domain, selection, documents + begin, lengths[documents])
+    else:
+        pack = pack_best_fit if selection.method == "best_fit" else pack_concatenated
+        (counts, which, offsets), items = pack(lengths[documents], selection.seq_len), None
     places = documents[which]
-    return counts, places + start, offsets, piece_lengths(lengths[places], counts, offsets, selection.seq_len)
+    pieces = piece_lengths(lengths[places], counts, offsets, selection.seq_len)
+    beside: tuple[np.ndarray, ...] = ()
+    if domain.weighted or domain.grouped:
+        beside = _row_sums(domain, counts, places + begin, offsets, pieces, items)
+    if items is not None:
+        beside = *beside, items.astype(np.int32)
+    return _Rows(counts, places + begin, offsets, pieces, beside)
+
+
+def _pack_items(
+    domain: DomainData, selection: Selection, documents: np.ndarray, lengths: np.ndarray
+) -> tuple[Packed, np.ndarray]:
+    """As the packing of documents, with those of an item in one row, one behind the other; and the item of each piece in its row. An item
+    that is longer than a row is left out."""
+    low, high = (int(documents[0]), int(documents[-1]) + 1) if len(documents) else (0, 0)
+    item = np.searchsorted(domain.item_begins(low, high), documents, side="right")
+    first = np.flatnonzero(np.diff(item, prepend=-1))
+    sizes = np.add.reduceat(lengths, first, dtype=np.int64) if len(first) else np.zeros(0, np.int64)
+    each, fits = np.diff(first, append=len(documents)), sizes <= selection.seq_len
+    pack = pack_best_fit if selection.method == "best_fit" else pack_in_order
+    (counts, which, offsets), items = spread_over_documents(pack(sizes[fits], selection.seq_len), each[fits])
+    return (counts, np.flatnonzero(np.repeat(fits, each))[which], offsets), items
+
+
+def _row_sums(
+    domain: DomainData,
+    counts: np.ndarray,
+    documents: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    items: np.ndarray | None,
+) -> tuple[np.ndarray, ...]:
+    """The arrays of `SUMS`. A row's weight is added piece by piece, in their order."""
+    weights, heavy = domain.label_sums(documents, offsets, lengths)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    weight, labels = np.bincount(rows, weights, len(counts)), np.bincount(rows, heavy, len(counts))
+    if len(rows) and items is not None:
+        first = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(items, prepend=-1) != 0))
+        rows, heavy = rows[first], np.add.reduceat(heavy, first)
+    of_items = np.bincount(rows, heavy > 0, len(counts))
+    return weight.astype(np.float64), labels.astype(np.int32), of_items.astype(np.int32)

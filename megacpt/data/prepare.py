@@ -1,8 +1,8 @@
 """Text to tokens: pieces of the input go to processes, their outputs are joined in the order of the input.
 
     PREFIX.parts/plan.json          what is being made; another plan there is discarded
-    PREFIX.parts/000012.{bin,len,json}   one finished piece; its .json is renamed into place last
-    PREFIX.bin, .idx, .json         joined; each renamed into place, the manifest last
+    PREFIX.parts/000012.{bin,len,json}   one finished piece, and what stands beside it; its .json is renamed into place last
+    PREFIX.bin, .idx, .json         joined, with .labels, .weights, .items; each renamed into place, the manifest last
 
 So a killed run leaves nothing that looks finished, and the next one does only the pieces that are missing. A piece's
 output depends on the piece alone: the result does not depend on the number of workers.
@@ -10,6 +10,7 @@ output depends on the piece alone: the result does not depend on the number of w
 
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,40 +18,22 @@ import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megacpt.data.indexed import token_dtype
 from megacpt.data.join import SHOWN_BAD_LINES, disk_error, join, read_piece_report
-from megacpt.data.manifest import FORMAT
-from megacpt.data.text import BadLine, Piece, cut, find_files, line_in_file, read_piece
-from megacpt.data.tokenizer import FastTokenizer, Tokenizer
+from megacpt.data.manifest import FORMAT, KINDS
+from megacpt.data.text import Piece, cut, find_files
+from megacpt.data.tokenize_piece import Options, start_worker, tokenize_piece
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import ConfigError, DataError
 from megacpt.files import write_atomically
 from megacpt.log import duration, info, short_number
 
-_BATCH_CHARS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the output depends on, besides the input itself."""
-
-    tokenizer: str
-    text_field: str = "text"
-    format: str = "auto"
-    bos: bool = True
-    eos: bool = True
-    eos_token: str | None = None
-    engine: str = "tokenizers"
-    max_bad_lines: int = 10
-    vocab_size: int | None = None
-    """The model's vocabulary, when it is smaller or larger than the tokenizer's."""
-    domain_field: str | None = None
-    """Field with a label of each document, kept beside the tokens, so that a domain can be a view of the set."""
+_MORE_FIELDS = ("segments_field", "prompt_field", "completion_field", "item_field")
 
 
 def prepare(
@@ -73,7 +56,7 @@ def prepare(
         DataError: for input that cannot be read, too many bad lines, or a full disk.
     """
     prefix = f"{output}-{part[0]:05d}" if part else output
-    finished = [f"{prefix}.{kind}" for kind in ("bin", "idx", "json", "labels") if os.path.exists(f"{prefix}.{kind}")]
+    finished = [f"{prefix}.{kind}" for kind in (*KINDS, "json") if os.path.exists(f"{prefix}.{kind}")]
     if finished and not overwrite:
         raise ConfigError([f"{', '.join(finished)}: exists. Give another --output, or --overwrite."], "the arguments")
     tokenizer = Tokenizer(options.tokenizer, options.eos_token)
@@ -84,14 +67,14 @@ def prepare(
             ],
             "the tokenizer",
         )
-    if options.engine == "gigatoken":
-        _require_gigatoken()
     files = find_files(inputs, options.format)
     pieces = cut(files)
-    if options.domain_field and any(piece.kind == "text" for piece in pieces):
-        raise ConfigError([f"--domain-field {options.domain_field}: plain text files have no fields."], "the arguments")
+    if problems := _field_problems(options, pieces):
+        raise ConfigError(problems, "the arguments")
+    if options.engine == "gigatoken":
+        _require_gigatoken()
     if part:
-        pieces = _share(pieces, *part)
+        pieces = _share(pieces, *part, whole_files=options.item_field is not None)
     vocab_size = options.vocab_size or tokenizer.vocab_size
     os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
     parts = Path(prefix + ".parts")
@@ -113,6 +96,23 @@ def prepare(
     return manifest
 
 
+def _field_problems(options: Options, pieces: list[Piece]) -> list[str]:
+    """What is wrong with the fields that are to be read."""
+    problems, text = [], Options.text_field
+    if (options.prompt_field is None) != (options.completion_field is None):
+        problems.append("--prompt-field and --completion-field: give both or none.")
+    if options.segments_field is not None and (options.prompt_field or options.completion_field):
+        problems.append("--segments-field and --prompt-field, --completion-field: give one of the two.")
+    if options.weighted and options.text_field != text:
+        problems.append(f"--text-field {options.text_field}: is not read where segments or a prompt are. Remove it.")
+    if options.weighted and options.engine != "tokenizers":
+        problems.append(f"--engine {options.engine}: does not say where a token begins. Use --engine tokenizers.")
+    own = [flag for name, flag in options.fields.flags.items() if flag != "--text-field"]
+    if own and any(piece.kind == "text" for piece in pieces):
+        problems.append(f"{', '.join(own)}: plain text files have no fields.")
+    return problems
+
+
 def _facts_of(
     options: Options, tokenizer: Tokenizer, vocab_size: int, files: list[tuple[str, str]], part: tuple[int, int] | None
 ) -> dict[str, Any]:
@@ -124,6 +124,7 @@ def _facts_of(
         "bos_prepended": bool(options.bos and tokenizer.bos_id is not None),
         "eos_appended": options.eos,
         "domain_field": options.domain_field,
+        **{key: value for key in _MORE_FIELDS if (value := getattr(options, key)) is not None},
         "tokenizer": {"path": options.tokenizer, "sha256": tokenizer.sha256},
         "part": list(part) if part else None,
         "sources": [{"path": path, "bytes": os.path.getsize(path)} for path, _ in files[:1000]],
@@ -141,13 +142,17 @@ def _require_gigatoken() -> None:
         ) from None
 
 
-def _share(pieces: list[Piece], index: int, count: int) -> list[Piece]:
-    """Part `index` of `count`: contiguous pieces, split where the bytes are even."""
-    total = sum(piece.num_bytes for piece in pieces)
-    ends = np.cumsum([piece.num_bytes for piece in pieces])
-    middles = ends - np.array([piece.num_bytes for piece in pieces]) / 2
-    owner = np.minimum((middles * count / max(total, 1)).astype(int), count - 1)
-    return [piece for piece, i in zip(pieces, owner, strict=True) if i == index]
+def _share(pieces: list[Piece], index: int, count: int, whole_files: bool) -> list[Piece]:
+    """Part `index` of `count`: contiguous pieces, split where the bytes are even; an item may reach over pieces of a file."""
+    units = [i if not whole_files else piece.paths for i, piece in enumerate(pieces)]
+    groups = [
+        [piece for _, piece in found]
+        for _, found in itertools.groupby(zip(units, pieces, strict=True), lambda pair: pair[0])
+    ]
+    sizes = np.array([sum(piece.num_bytes for piece in group) for group in groups])
+    middles = np.cumsum(sizes) - sizes / 2
+    owner = np.minimum((middles * count / max(sizes.sum(), 1)).astype(int), count - 1)
+    return [piece for group, i in zip(groups, owner, strict=True) if i == index for piece in group]
 
 
 def _open_plan(parts: Path, pieces: list[Piece], options: Options, tokenizer: Tokenizer) -> None:
@@ -184,10 +189,10 @@ def _tokenize_all(parts: Path, pieces: list[Piece], options: Options, vocab_size
     threads = max(1, (os.cpu_count() or 1) // workers)
     if not todo:
         return
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (options, vocab_size, counter, threads))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (options, vocab_size, counter, threads))
     try:
         with _Progress(total, counter) as progress:
-            futures = {pool.submit(_tokenize_piece, str(parts), i, pieces[i]): i for i in todo}
+            futures = {pool.submit(tokenize_piece, str(parts), i, pieces[i]): i for i in todo}
             for future in as_completed(futures):
                 report = future.result()
                 progress.tokens += report["tokens"]
@@ -261,111 +266,3 @@ class _Progress:
         seconds = max(time.monotonic() - self._begin, 1e-9)
         if self.tokens:
             info(f"tokenized {short_number(self.tokens)} tokens at {short_number(self.tokens / seconds)} tokens/s")
-
-
-# --- in the worker processes ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Worker:
-    tokenizer: Any
-    options: Options
-    dtype: np.dtype
-    vocab_size: int
-    prefix: list[int]
-    suffix: list[int]
-    counter: Any
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(options: Options, vocab_size: int, counter, threads: int) -> None:
-    global _worker
-    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(threads), "true"
-    tokenizer = Tokenizer(options.tokenizer, options.eos_token)
-    _worker = _Worker(
-        FastTokenizer(tokenizer) if options.engine == "gigatoken" else tokenizer,
-        options,
-        token_dtype(vocab_size),
-        vocab_size,
-        [tokenizer.bos_id] if options.bos and tokenizer.bos_id is not None else [],
-        [tokenizer.eos_id] if options.eos else [],
-        counter,
-    )
-
-
-def _tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
-    """Writes one piece's tokens and lengths, then its report. Returns the report."""
-    worker = _worker
-    stem = os.path.join(parts, f"{index:06d}")
-    bad: list[BadLine] = []
-    report = {"documents": 0, "tokens": 0, "empty": 0, "bad_lines": 0, "bad_examples": []}
-    names: dict[str, int] = {}
-    labels: list[int] = []
-    texts: list[str] = []
-    chars = seen = 0
-    try:
-        with open(stem + ".bin", "wb") as binary, open(stem + ".len", "wb") as lengths:
-
-            def flush() -> None:
-                nonlocal texts, chars
-                if texts:
-                    _write_batch(worker, texts, binary, lengths, report, piece)
-                texts, chars = [], 0
-
-            for record, position, label in read_piece(piece, worker.options.text_field, worker.options.domain_field):
-                if isinstance(record, BadLine):
-                    bad.append(record)
-                    if len(bad) > worker.options.max_bad_lines:
-                        break
-                elif not record:
-                    report["empty"] += 1
-                else:
-                    texts.append(record)
-                    labels.append(names.setdefault(label, len(names)))
-                    chars += len(record)
-                    if chars >= _BATCH_CHARS:
-                        flush()
-                if position - seen > 1 << 20:
-                    with worker.counter.get_lock():
-                        worker.counter.value += min(position, piece.num_bytes) - min(seen, piece.num_bytes)
-                    seen = position
-            flush()
-            if worker.options.domain_field:
-                report["labels"] = list(names)
-                Path(stem + ".lab").write_bytes(np.array(labels, "<u4").tobytes())
-            with worker.counter.get_lock():
-                worker.counter.value += piece.num_bytes - min(seen, piece.num_bytes)
-            for file in (binary, lengths):
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise disk_error(error, stem) from error
-    report["bad_lines"] = len(bad)
-    report["bad_examples"] = [(b.path, line_in_file(piece, b.line), b.reason) for b in bad[:SHOWN_BAD_LINES]]
-    if len(bad) <= worker.options.max_bad_lines:
-        write_atomically(stem + ".json", json.dumps(report))
-    return report
-
-
-def _write_batch(worker: _Worker, texts: list[str], binary, lengths, report: dict[str, Any], piece: Piece) -> None:
-    flat: list[int] = []
-    ends = []
-    for ids in worker.tokenizer.encode_batch(texts):
-        flat += worker.prefix
-        flat += ids
-        flat += worker.suffix
-        ends.append(len(flat))
-    tokens = np.array(flat, dtype=np.int64)
-    if len(tokens) and (tokens.max() >= worker.vocab_size or tokens.min() < 0):
-        at = int(np.argmax((tokens >= worker.vocab_size) | (tokens < 0)))
-        document = int(np.searchsorted(ends, at, side="right"))
-        raise DataError(
-            f"{piece.paths[0]}: token id {tokens[at]} is outside the vocabulary of {worker.vocab_size} entries, in the "
-            f"document that begins {texts[document][:60]!r}. The tokenizer is not the model's, or --vocab-size is wrong."
-        )
-    binary.write(tokens.astype(worker.dtype).tobytes())
-    lengths.write(np.diff(ends, prepend=0).astype("<i4").tobytes())
-    report["documents"] += len(ends)
-    report["tokens"] += len(tokens)

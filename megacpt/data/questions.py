@@ -1,10 +1,10 @@
 """Multiple-choice questions: one JSON object a line. Imports no torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megacpt.errors import DataError
+from megacpt.files import parse_object
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def read_task(path: str) -> list[Question]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_object(line)
             choices = tuple(row["choices"])
             answer = row["answer"] if isinstance(row["answer"], int) else choices.index(row["answer"])
             if not all(isinstance(text, str) and text for text in (row["question"], *choices)):

@@ -6,7 +6,6 @@ special_tokens_map.json stands over tokenizer_config.json, and added_tokens.json
 and config.json come last.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from megacpt.errors import ConfigError
+from megacpt.files import JsonError, read_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -120,9 +120,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError([f"{file}: not valid JSON: {error}"], "the tokenizer") from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{file}: holds no JSON object."], "the tokenizer")
+        content = read_object(file, 1 << 28)
+    except (JsonError, OSError) as error:
+        raise ConfigError([f"{file}: cannot be read: {error}"], "the tokenizer") from None
     return {key: value for key, value in content.items() if value is not None}

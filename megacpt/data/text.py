@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megacpt.data.records import BadLine, Document, Fields, read_record
 from megacpt.errors import ConfigError, DataError
 from megacpt.log import warn
 
@@ -41,15 +42,6 @@ class Piece:
     begin: int
     end: int
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A record that could not be read. `line` is counted from the piece's begin, 1-based; rows of a parquet file too."""
-
-    path: str
-    line: int
-    reason: str
 
 
 def find_files(inputs: list[str], kind: str) -> list[tuple[str, str]]:
@@ -228,21 +220,17 @@ class _ZstdReader(io.RawIOBase):
             self._waiting, self._frame = self._frame.unused_data, None
 
 
-Record = tuple[str | BadLine, int, str]
-"""Text or bad line, bytes of input passed so far, the record's label ("" without)."""
+Reading = Iterator[tuple[Document | BadLine, int]]
+"""Records in order, each with the bytes of input that were passed by then."""
 
 
-def read_piece(piece: Piece, field: str, label: str | None = None) -> Iterator[Record]:
-    """Every record of a piece.
-
-    Args:
-        label: field or column with a label; plain text has none.
-    """
+def read_piece(piece: Piece, fields: Fields) -> Reading:
+    """Every record of a piece. Plain text has no fields: a file is a document."""
     reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}[piece.kind]
-    return reader(piece, field, label)
+    return reader(piece, fields)
 
 
-def _read_jsonl(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
+def _read_jsonl(piece: Piece, fields: Fields) -> Reading:
     path = piece.paths[0]
     with _open(path) as file:
         raw = file if piece.end >= 0 else None
@@ -256,38 +244,23 @@ def _read_jsonl(piece: Piece, field: str, label: str | None) -> Iterator[Record]
                 break
             number, position = number + 1, position + len(line)
             if line.strip():
-                text, name = _parse(line, field, label, path, number)
-                yield text, position - piece.begin, name
+                yield _parse(line, fields, path, number), position - piece.begin
 
 
-def _parse(line: bytes, field: str, label: str | None, path: str, number: int) -> tuple[str | BadLine, str]:
-    bad = lambda reason: (BadLine(path, number, reason), "")
+def _parse(line: bytes, fields: Fields, path: str, number: int) -> Document | BadLine:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        return bad(f"invalid UTF-8: {error.reason} at byte {error.start}")
+        return BadLine(path, number, f"invalid UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
-        return bad(f"not valid JSON: {error}")
+        return BadLine(path, number, f"not valid JSON: {error}")
     if not isinstance(record, dict):
-        return bad(f"is a {type(record).__name__}, not an object")
-    for name in (field, label):
-        if name is not None and name not in record:
-            return bad(f"has no field {name!r}; its fields are {', '.join(map(repr, record)) or 'none'}")
-    if label is not None and not isinstance(record[label], str):
-        return bad(f"field {label!r} is a {type(record[label]).__name__}, not a string")
-    return _checked(record[field], field, path, number), record[label] if label is not None else ""
-
-
-def _checked(text, field: str, path: str, number: int) -> str | BadLine:
-    if isinstance(text, UnicodeDecodeError):
-        return BadLine(path, number, f"field {field!r}: invalid UTF-8: {text.reason} at byte {text.start}")
-    if not isinstance(text, str):
-        return BadLine(path, number, f"field {field!r} is a {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair
-        return BadLine(path, number, f"invalid Unicode: {error.reason} at character {error.start}")
-    return text
+        return BadLine(path, number, f"is a {type(record).__name__}, not an object")
+    for name in fields.flags:
+        if name not in record:
+            reason = f"has no field {name!r}; its fields are {', '.join(map(repr, record)) or 'none'}"
+            return BadLine(path, number, reason)
+    return read_record(record, fields, path, number)
 
 
 def _parquet_pieces(path: str, size: int, piece_bytes: int) -> list[Piece]:
@@ -315,32 +288,29 @@ def _parquet_errors(path: str, what: str) -> Iterator[None]:
         raise DataError(f"{path}: {what} ({str(error).splitlines()[0]}). Copy it again.") from None
 
 
-def _read_parquet(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
+def _read_parquet(piece: Piece, fields: Fields) -> Reading:
     path = piece.paths[0]
     file = _parquet(path)
     names = file.schema_arrow.names
-    columns = [field] if label is None else [field, label]
-    for column, flag in zip(columns, ("--text-field", "--domain-field"), strict=False):
+    for column, flag in fields.flags.items():
         if names.count(column) != 1:
             many = f"{names.count(column)} columns {column!r}" if column in names else f"no column {column!r}"
             raise DataError(f"{path}: has {many}; its columns are {', '.join(names)}. Give {flag}.")
     before = sum(file.metadata.row_group(g).num_rows for g in range(piece.begin))
     rows = max(1, sum(file.metadata.row_group(g).num_rows for g in range(piece.begin, piece.end)))
     number = 0
+    columns = list(fields.flags)
     batches = file.iter_batches(256, row_groups=range(piece.begin, piece.end), columns=columns)
     while True:
         with _parquet_errors(path, f"damaged behind row {before + number:,}"):
             batch = next(batches, None)
             if batch is None:
                 return
-            texts = _values(batch.column(columns[0]))
-            labels = _values(batch.column(label)) if label is not None else [""] * len(texts)
-        for value, name in zip(texts, labels, strict=True):
+            values = [_values(batch.column(column)) for column in columns]
+        for row in zip(*values, strict=True):
             number += 1
-            text = _checked(value, field, path, before + number)
-            if label is not None and isinstance(bad := _checked(name, label, path, before + number), BadLine):
-                text, name = bad, ""
-            yield text, piece.num_bytes * number // rows, name
+            document = read_record(dict(zip(columns, row, strict=True)), fields, path, before + number)
+            yield document, piece.num_bytes * number // rows
 
 
 def _values(column) -> list:
@@ -358,17 +328,17 @@ def _value(scalar) -> Any:
         return error
 
 
-def _read_text(piece: Piece, field: str, label: str | None) -> Iterator[Record]:
+def _read_text(piece: Piece, fields: Fields) -> Reading:
     position = 0
     for path in piece.paths:
         position += os.path.getsize(path)
         with _open(path) as file:
             raw = file.read()
         try:
-            yield raw.decode("utf-8"), position, ""
+            yield Document(raw.decode("utf-8")), position
         except UnicodeDecodeError as error:
             line = raw[: error.start].count(b"\n") + 1
-            yield BadLine(path, line, f"invalid UTF-8: {error.reason} at byte {error.start}"), position, ""
+            yield BadLine(path, line, f"invalid UTF-8: {error.reason} at byte {error.start}"), position
 
 
 def line_in_file(piece: Piece, line: int) -> int:

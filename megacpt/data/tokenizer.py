@@ -69,6 +69,24 @@ class Tokenizer:
         """Ids of each text, without BOS and EOS."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
+        """(the same ids, the character at which each token begins, the one at which it ends) of each text. Spaces that belong to a token
+        are counted to it; tokens that share a character, as the bytes of one, all begin at it. Places do not fall."""
+        found = []
+        for encoding in self._untrimmed.encode_batch(list(texts), add_special_tokens=False):
+            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            begins, ends = np.maximum.accumulate(places).T
+            found.append((encoding.ids, begins, ends))
+        return found
+
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """Without what comes behind the model: a template gives no ids here, and byte-level ones cut the space off a token's offsets."""
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.post_processor = None
+        plain.encode_special_tokens = self._tokenizer.encode_special_tokens
+        return plain
+
     def token(self, number: int) -> str | None:
         """The entry of an id, as the vocabulary spells it; None where there is none."""
         return self._tokenizer.id_to_token(number)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megacpt.data.text import BadLine, cut, find_files, read_piece
+from megacpt.data.records import BadLine, Fields
+from megacpt.data.text import cut, find_files, read_piece
 from megacpt.errors import ConfigError, DataError
-from megacpt.files import new_folder, publish_file, remove_abandoned, temporary, write_atomically
+from megacpt.files import new_file, new_folder, read_object, remove_abandoned, write_atomically
 
 FORMAT = 1
 BATCH = 512
@@ -47,7 +48,7 @@ class Topics:
     @classmethod
     def load(cls, directory: Path) -> "Topics":
         try:
-            facts = json.loads((directory / "topics.json").read_text(encoding="utf-8"))
+            facts = read_object(directory / "topics.json", 1 << 28)
             with np.load(directory / "weights.npz", allow_pickle=False) as arrays:
                 weights, bias = arrays["weights"], arrays["bias"]
             settings = {key: facts[key] for key in ("features", "ngrams", "characters")}
@@ -134,9 +135,8 @@ def label(inputs: list[str], model: Path, output: Path, text_field: str, label_f
     topics, counts = Topics.load(model), Counter()
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(output.parent)
-    partial = temporary(output)
     waiting: list[str] = []
-    with open(partial, "w", encoding="utf-8") as file:
+    with new_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
 
         def flush() -> None:
             for text, name in zip(waiting, topics.label(waiting) if waiting else [], strict=True):
@@ -149,14 +149,13 @@ def label(inputs: list[str], model: Path, output: Path, text_field: str, label_f
             if len(waiting) == BATCH:
                 flush()
         flush()
-    publish_file(partial, output)
     return dict(counts)
 
 
 def _records(inputs: list[str], text_field: str, label_field: str | None) -> Iterator[tuple[str, str]]:
     for piece in cut(find_files(inputs, "auto")):
-        for text, _, name in read_piece(piece, text_field, label_field):
-            if isinstance(text, BadLine):
-                raise DataError(f"{text.path}:{text.line}: {text.reason}")
-            if text:
-                yield text, name
+        for record, _ in read_piece(piece, Fields(text_field, label_field)):
+            if isinstance(record, BadLine):
+                raise DataError(f"{record.path}:{record.line}: {record.reason}")
+            if record.text:
+                yield record.text, record.label

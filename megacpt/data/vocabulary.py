@@ -11,12 +11,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megacpt.data.pieces import UNUSED, USER_DEFINED, read_model
-from megacpt.data.text import BadLine, cut, find_files, read_piece
+from megacpt.data.records import BadLine, Fields
+from megacpt.data.text import cut, find_files, read_piece
 from megacpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from megacpt.errors import ConfigError
-from megacpt.files import new_folder
+from megacpt.files import new_folder, write_atomically
 
 
 def texts_of(
@@ -25,11 +27,11 @@ def texts_of(
     """Documents of text files, up to a number of bytes; unreadable records are skipped."""
     taken = 0
     for piece in cut(find_files(inputs, kind)):
-        for text, *_ in read_piece(piece, field):
-            if isinstance(text, BadLine):
+        for record, _ in read_piece(piece, Fields(field)):
+            if isinstance(record, BadLine):
                 continue
-            yield text
-            taken += len(text.encode())
+            yield record.text
+            taken += len(record.text.encode())
             if most_bytes and taken >= most_bytes:
                 return
 
@@ -43,39 +45,47 @@ def train(inputs: list[str], output: Path, kind: str, vocab_size: int, eos_token
     """
     if output.exists():
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
-    output.mkdir(parents=True)
     texts = texts_of(inputs, most_bytes=sample_bytes)
-    if kind == "sentencepiece":
-        import sentencepiece
-
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
-            model_prefix=str(output / "tokenizer"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity",
-            max_sentence_length=1 << 20, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            add_dummy_prefix=False,
-        )  # fmt: skip
-        (output / "tokenizer.vocab").unlink()
-        config = {
-            "tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True,
-            "add_prefix_space": False, "legacy": False,
-        }  # fmt: skip
-    else:
-        from tokenizers import Tokenizer as Fast
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-
-        fast = Fast(models.BPE())
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        fast.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[eos_token], initial_alphabet=alphabet, show_progress=False
-        )
-        fast.train_from_iterator(texts, trainer)
-        fast.save(str(output / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
-    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    with new_folder(output) as partial:
+        train_one = _train_sentencepiece if kind == "sentencepiece" else _train_bpe
+        config = train_one(texts, partial, vocab_size, eos_token)
+        write_atomically(partial / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
     return Tokenizer(output).vocab_size
+
+
+def _train_sentencepiece(texts: Iterator[str], output: Path, vocab_size: int, eos_token: str) -> dict[str, Any]:
+    """Writes tokenizer.model. Returns what tokenizer_config.json says; the end-of-text token is Llama 2's."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
+        model_prefix=str(output / "tokenizer"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity",
+        max_sentence_length=1 << 20, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        add_dummy_prefix=False,
+    )  # fmt: skip
+    (output / "tokenizer.vocab").unlink()
+    return {
+        "tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True,
+        "add_prefix_space": False, "legacy": False,
+    }  # fmt: skip
+
+
+def _train_bpe(texts: Iterator[str], output: Path, vocab_size: int, eos_token: str) -> dict[str, Any]:
+    """Writes tokenizer.json. Returns what tokenizer_config.json says."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[eos_token], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    fast.save(str(output / "tokenizer.json"))
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
 
 
 def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, int]:

@@ -1,15 +1,18 @@
 """Gates: what a stage must show before the next begins. Measured on all ranks under the layout that trains; numbers are rounded before they
 decide, so that every layout decides alike."""
 
+import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from megacpt.config.decisions import Decision
-from megacpt.config.layout import token_unit
+from megacpt.config.decisions import Baseline
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import ForgettingGate, Gate, NeedleGate, Stage
+from megacpt.config.sections.gates import ForgettingGate, Gate, NeedleGate
+from megacpt.config.sections.stage import Stage
+from megacpt.data.domain import DomainData
 from megacpt.data.loader import selection_of
-from megacpt.data.packing import DomainData, open_index
+from megacpt.data.packing import open_index
 from megacpt.data.questions import read_task
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.choices import accuracy
@@ -37,30 +40,37 @@ def needle_lengths(gate: NeedleGate, seq_len: int) -> list[int]:
     return [n for n in gate.lengths if n <= seq_len] if gate.lengths else [seq_len // n for n in (8, 4, 2, 1)]
 
 
-class Examiner:
+class GateRunner:
     """Measures a model for the gates of a recipe.
 
     Args:
         pad_id: what fills rows.
+        tokenizer: folder of the model's.
+        micro_batch_tokens: at once.
     """
 
-    def __init__(self, recipe: Recipe, domains: dict[str, DomainData], pad_id: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        domains: dict[str, DomainData],
+        pad_id: int,
+        tokenizer: str | Path,
+        micro_batch_tokens: int,
+    ):
         self.recipe, self.domains, self.pad_id = recipe, domains, pad_id
-        self.tokenizer = Tokenizer(recipe.model.tokenizer or recipe.model.pretrained)
+        self.tokenizer, self.micro_batch_tokens = Tokenizer(tokenizer), micro_batch_tokens
 
-    def baseline(self, model: Decoder, stage: Stage) -> Decision | None:
+    def baseline(self, model: Decoder) -> Baseline | None:
         """What recovery and forgetting compare with, measured before the first step; None if no stage asks them."""
-        asked = {name for s in self.recipe.stages for name in s.gates}
+        asked = {name for stage in self.recipe.stages for name in stage.gates}
         gates = [gate for name, gate in self.recipe.gates.items() if name in asked and not isinstance(gate, NeedleGate)]
         if not gates:
             return None
         domains = sorted({domain for gate in gates for domain in gate.domains})
-        return {
-            "kind": "baseline",
-            **self._measure(model, stage, domains, sorted({t for gate in gates for t in gate.tasks})),
-        }
+        measured = self._measure(model, domains, sorted({task for gate in gates for task in gate.tasks}))
+        return Baseline(**{kind: _finite(values) for kind, values in measured.items()})
 
-    def ask(self, model: Decoder, stage: Stage, baseline: Decision | None) -> list[Outcome]:
+    def evaluate(self, model: Decoder, stage: Stage, baseline: Baseline | None) -> list[Outcome]:
         """Every gate of a stage."""
         outcomes = []
         for name in stage.gates:
@@ -73,16 +83,15 @@ class Examiner:
                 numbers = {"recall": mean, "by_length": dict(by_length)}
                 outcomes.append(Outcome(name, not complaints, numbers, complaints, grid))
             else:
-                now = self._measure(model, stage, gate.domains, gate.tasks)
+                now = self._measure(model, gate.domains, gate.tasks)
                 complaints = compare(gate, baseline, now)
                 outcomes.append(Outcome(name, not complaints, now, complaints))
         return outcomes
 
-    def _measure(self, model: Decoder, stage: Stage, domains: list[str], tasks: list[str]) -> Decision:
+    def _measure(self, model: Decoder, domains: list[str], tasks: list[str]) -> dict[str, dict[str, float]]:
         """Losses in rows of the first stage's seq_len, and accuracies."""
-        seq_len, micro = self.recipe.stages[0].seq_len, self.recipe.parallel_of(stage).micro_batch_tokens
-        layout = model.mesh.layout
-        rows = rows_at_once(micro, seq_len, token_unit(layout.tensor, layout.context))
+        seq_len, micro = self.recipe.stages[0].seq_len, self.micro_batch_tokens
+        rows = rows_at_once(micro, seq_len, model.mesh.layout)
         sets = ValidationSets(self.recipe, seq_len, self.domains, domains)
         losses = validate(model, sets, rows, self.pad_id)
         scores = {task: accuracy(model, read_task(task), self.tokenizer, seq_len, micro) for task in tasks}
@@ -96,26 +105,31 @@ class Examiner:
         selection = selection_of(self.recipe, gate.haystack, stage.seq_len, held_out)
         index = open_index(self.domains[gate.haystack], selection, self.recipe.packing.directory)
         lengths = needle_lengths(gate, stage.seq_len)
-        micro = self.recipe.parallel_of(stage).micro_batch_tokens
-        settings = (gate.depths, gate.inserted, gate.asked, micro, self.recipe.run.seed)
+        settings = (gate.depths, gate.inserted, gate.asked, self.micro_batch_tokens, self.recipe.run.seed)
         return run_needles(model, self.tokenizer, hay_of(index, max(lengths)), lengths, *settings)
 
 
-def compare(gate: Gate, baseline: Decision | None, now: Decision) -> list[str]:
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def compare(gate: Gate, baseline: Baseline | None, now: dict[str, dict[str, float]]) -> list[str]:
     """What of a recovery or forgetting gate is not as it must be, in words with the numbers."""
     complaints = []
     forgetting = isinstance(gate, ForgettingGate)
-    known = baseline or {"losses": {}, "accuracies": {}}
-    missing = [n for kind in ("losses", "accuracies") for n in now[kind] if known[kind].get(n) is None]
+    losses, accuracies = (baseline.losses, baseline.accuracies) if baseline else ({}, {})
+    missing = [n for n in now["losses"] if losses.get(n) is None] + [
+        n for n in now["accuracies"] if accuracies.get(n) is None
+    ]
     if missing:
         return [f"{', '.join(missing)} was not measured at the run's start: there is nothing to compare with"]
     for name, loss in now["losses"].items():
-        start = baseline["losses"][name]
+        start = losses[name]
         bound = start + gate.max_rise if forgetting else start * (1 + gate.tolerance)
         if not loss <= bound + 1e-9:  # nan is no loss
             complaints.append(f"loss of {name} is {loss}, at most {bound:.4f} (start {start})")
     for task, value in now["accuracies"].items():
-        start = baseline["accuracies"][task]
+        start = accuracies[task]
         bound = start - (gate.max_fall if forgetting else gate.tolerance)
         if value < bound - 1e-9:
             complaints.append(f"accuracy of {task} is {value}, at least {bound:.4f} (start {start})")

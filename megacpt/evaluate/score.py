@@ -1,6 +1,7 @@
 """Perplexity of every document with a model: one JSON object a document, documents as they were prepared.
 
-A document is scored alone, from its first token; one longer than a window is scored window by window, each alone.
+A document is scored alone, from its first token; one longer than a window is scored window by window, each alone. All labels count alike:
+PREFIX.weights is not read.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
 from megacpt.errors import DataError, NumbersError
 from megacpt.evaluate.sequences import score_sequences
-from megacpt.files import publish_file, remove_abandoned, temporary, write_atomically
+from megacpt.files import new_file, remove_abandoned, write_atomically
 from megacpt.log import info
 from megacpt.model.decoder import Decoder
 
@@ -64,12 +65,10 @@ def score(model: Decoder, prefix: str, output: Path, seq_len: int, micro_batch_t
         return data.num_documents
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(output.parent)
-    partial = temporary(output)
-    with open(partial, "w", encoding="utf-8") as file:
+    with new_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
         for document in range(data.num_documents):
             nll = float(sums[document] / counts[document]) if counts[document] else None
             file.write(json.dumps({"document": document, "tokens": int(data.lengths[document]), "nll": nll}) + "\n")
-    publish_file(partial, output)
     facts = {
         "model": model_dir,
         "model_sha256": model_hash(Path(model_dir)),
@@ -82,7 +81,8 @@ def score(model: Decoder, prefix: str, output: Path, seq_len: int, micro_batch_t
         "mean_nll": float(sums.sum() / max(1, counts.sum())),
     }
     write_atomically(str(output.with_suffix("")) + ".json", json.dumps(facts, indent=1) + "\n")
-    info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}")
+    alike = "; all labels count alike, whatever they weigh in a loss" if "weights" in manifest else ""
+    info(f"scored {data.num_documents} documents, mean loss {facts['mean_nll']:.4f}{alike}")
     return data.num_documents
 
 

@@ -4,10 +4,11 @@ What depends on a parameter's name anywhere else belongs into a column of this t
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megacpt.family.rope import RopeConfig, parse_rope, write_rope
 from megacpt.family.values import value_problems
@@ -69,6 +70,23 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor of a Hugging Face file: a parameter, or the rows of several, one below the other."""
+
+    name: str
+    parts: tuple[Parameter, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def rows(self, name: str) -> range:
+        """Those of a part."""
+        ends = itertools.accumulate(part.shape[0] for part in self.parts)
+        return next(range(end - p.shape[0], end) for p, end in zip(self.parts, ends, strict=True) if p.name == name)
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model, named by `model_type` in config.json.
 
@@ -78,14 +96,22 @@ class Family:
         defaults: what transformers' config class takes for keys that a file leaves out.
         only: keys that would change the computation, with the one value that is trained; null is taken as absent.
         windowed: whether `sliding_window` limits what a token sees.
+        fused: modules that lie in one tensor of a file, by the name that they have there together; its rows follow the table's order.
+        rope_types: scalings of the rotary embedding that transformers' class computes as we do.
+        head: the head's name, which a file of tied embeddings may still hold.
+        derived: ends of names of tensors that files of old versions hold and that follow from config.json.
     """
 
     model_type: str
     architecture: str
     parameters: "Callable[[ModelConfig], list[Parameter]]"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    only: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
     windowed: bool = False
+    fused: Mapping[str, Collection[str]] = field(default_factory=dict[str, Collection[str]])
+    rope_types: Collection[str] = ("default", "linear", "llama3", "yarn")
+    head: str = "lm_head.weight"
+    derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def complete(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A file's keys with the defaults of those that it leaves out."""
@@ -96,7 +122,7 @@ class Family:
         whole = self.complete(raw)
         problems = [*value_problems(whole), *self._refusals(raw)]
         given = whole.get("max_position_embeddings") or self.defaults["max_position_embeddings"]
-        rope, wrong = parse_rope(raw, given)
+        rope, wrong = parse_rope(raw, given, self.rope_types)
         if problems:
             return None, problems + wrong
         heads, hidden = whole["num_attention_heads"], whole["hidden_size"]
@@ -126,7 +152,7 @@ class Family:
         given = config.max_position_embeddings
         if "max_position_embeddings" in raw or given != self.defaults["max_position_embeddings"]:
             raw["max_position_embeddings"] = given
-        if parse_rope(raw, given)[0] != config.rope:
+        if parse_rope(raw, given, self.rope_types)[0] != config.rope:
             write_rope(raw, config.rope)
         return raw
 
@@ -138,7 +164,7 @@ class Family:
             if raw.get(key, only) not in (only, None)
         ]
         types = raw.get("layer_types")
-        other = sorted({str(kind) for kind in types} - {"full_attention"}) if isinstance(types, list) else types
+        other = sorted(set(map(str, cast(list[Any], types))) - {"full_attention"}) if isinstance(types, list) else types
         if other:
             found.append(f"layer_types: {other!r}: only layers of full attention are trained.")
         window = raw.get("sliding_window")
@@ -186,7 +212,7 @@ class ModelConfig:
     @property
     def eos_token_id(self) -> int | None:
         eos = self.raw.get("eos_token_id")
-        return eos[0] if isinstance(eos, list) else eos
+        return cast(list[int], eos)[0] if isinstance(eos, list) else eos
 
     @property
     def dtype(self) -> str | None:
@@ -200,7 +226,8 @@ class ModelConfig:
 
     def head_problems(self) -> list[str]:
         """Why the heads do not share out what they must."""
-        heads, kv_heads, problems = self.num_attention_heads, self.num_key_value_heads, []
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        problems: list[str] = []
         if heads % kv_heads:
             problems.append(f"num_key_value_heads = {kv_heads}: does not divide num_attention_heads = {heads}.")
         if not self.family.complete(self.raw).get("head_dim") and self.hidden_size % heads:
@@ -229,6 +256,22 @@ class ModelConfig:
     def embedding(self) -> str:
         """Name of the table that tokens are looked up in; the head's too, where they are tied."""
         return next(p.name for p in self.parameters if p.role == "lookup")
+
+    @functools.cached_property
+    def stored(self) -> tuple[Stored, ...]:
+        """The tensors of its file, in the order of the model."""
+        together = {module: name for name, modules in self.family.fused.items() for module in modules}
+        found: dict[str, list[Parameter]] = {}
+        for parameter in self.parameters:
+            *path, module, kind = parameter.name.split(".")
+            found.setdefault(".".join([*path, together.get(module, module), kind]), []).append(parameter)
+        return tuple(Stored(name, tuple(parts)) for name, parts in found.items())
+
+    def depth(self, parameter: Parameter) -> int:
+        """Where forward first meets a parameter: the embedding -1, a layer's its number, what follows the layers their count."""
+        if parameter.layer is not None:
+            return parameter.layer
+        return -1 if parameter.role == "lookup" else self.num_hidden_layers
 
     @property
     def has_head_norms(self) -> bool:

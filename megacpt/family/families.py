@@ -6,21 +6,26 @@ from megacpt.errors import ConfigError, nearest
 from megacpt.family.base import Family
 from megacpt.family.llama import LLAMA
 from megacpt.family.mistral import MISTRAL
+from megacpt.family.phi3 import PHI3
 from megacpt.family.qwen2 import QWEN2
 from megacpt.family.qwen3 import QWEN3
 
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL)}
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, PHI3)}
 _REFUSED = {
     "a mixture of experts": (
         "mixtral",
+        "phimoe",
         "qwen2_moe",
         "qwen3_moe",
         "qwen3_next",
         "deepseek_v2",
         "deepseek_v3",
         "gpt_oss",
+        "llama4",
+        "llama4_text",
     ),
     "layers with windows of their own": ("ministral", "ministral3", "gemma2", "gemma3", "gemma3_text", "cohere2"),
+    "norms and activations of its own": ("gemma",),
 }
 """Relatives that people try, by what they have and this trainer has not."""
 

@@ -1,6 +1,7 @@
 """Llama 2 and 3 (Touvron et al. 2023, arXiv 2307.09288; 2407.21783), and the table that its relatives share."""
 
 from collections.abc import Collection
+from typing import Any
 
 from megacpt.family.base import Family, ModelConfig, Parameter
 
@@ -19,29 +20,26 @@ def decoder(config: ModelConfig, biases: Collection[str] = (), head_norms: bool 
         table += _layer(config, layer, biases, head_norms)
     table.append(_norm("model.norm.weight", h, None))
     if not config.tie_word_embeddings:
-        table.append(Parameter("lm_head.weight", (config.vocab_size, h), "vocab", "matmul"))
+        table.append(Parameter(config.family.head, (config.vocab_size, h), "vocab", "matmul"))
     return table
 
 
 def _layer(config: ModelConfig, layer: int, biases: Collection[str], head_norms: bool) -> list[Parameter]:
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads = {"q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads"}
-    prefix, table = f"model.layers.{layer}.", []
+    prefix, table = f"model.layers.{layer}.", list[Parameter]()
     for letter, counted in heads.items():
         rows, name = getattr(config, counted) * d, f"{prefix}self_attn.{letter}_proj."
-        place = {"layer": layer, "unit": d, "counted": counted, "repeated": letter != "q"}
+        place: Any = {"layer": layer, "unit": d, "counted": counted, "repeated": letter != "q"}
         table.append(Parameter(name + "weight", (rows, h), "column", "matmul", **place))
         if letter in biases:
-            table.append(Parameter(name + "bias", (rows,), "column", "bias", "zeros", False, **place))
+            table.append(Parameter(name + "bias", (rows,), "column", "bias", "zeros", decay=False, **place))
     width = config.num_attention_heads * d
-    table.append(
-        Parameter(
-            prefix + "self_attn.o_proj.weight", (h, width), "row", "matmul", "residual", True, layer, d, heads["q"]
-        )
-    )
+    out: Any = {"layer": layer, "unit": d, "counted": heads["q"]}
+    table.append(Parameter(prefix + "self_attn.o_proj.weight", (h, width), "row", "matmul", "residual", **out))
     if head_norms:
         table += [_norm(f"{prefix}self_attn.{letter}_norm.weight", d, layer, heads[letter]) for letter in "qk"]
-    mlp = {"layer": layer, "counted": "intermediate_size"}
+    mlp: Any = {"layer": layer, "counted": "intermediate_size"}
     return [
         *table,
         Parameter(prefix + "mlp.gate_proj.weight", (f, h), "column", "matmul", **mlp),
@@ -53,7 +51,7 @@ def _layer(config: ModelConfig, layer: int, biases: Collection[str], head_norms:
 
 
 def _norm(name: str, width: int, layer: int | None, counted: str = "") -> Parameter:
-    return Parameter(name, (width,), "replicated", "norm", "ones", False, layer, counted=counted)
+    return Parameter(name, (width,), "replicated", "norm", "ones", decay=False, layer=layer, counted=counted)
 
 
 LLAMA = Family(

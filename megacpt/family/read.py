@@ -1,13 +1,13 @@
 """config.json of a model of any family: read, and written for an export."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
 from megacpt.family.families import family_of
+from megacpt.files import JsonError, read_object
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -18,15 +18,15 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_object(file)
     except FileNotFoundError:
         raise ConfigError([f"{file}: no such file. A Hugging Face directory holds config.json."], "the model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
-        raise ConfigError([f"{file}: not valid JSON: {error}"], "the model") from None
+    except (OSError, JsonError) as error:
+        raise ConfigError([f"{file}: cannot be read: {error}"], "the model") from None
     return parse_config(raw, str(file))
 
 
-def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
+def parse_config(raw: Any, source: str) -> ModelConfig:
     """As `read_config`, from the content.
 
     Raises:
@@ -34,7 +34,8 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """
     if not isinstance(raw, dict):
         raise ConfigError([f"{source}: is a {type(raw).__name__}, not an object."], "the model")
-    config, problems = family_of(raw, source).read(raw)
+    keys = cast(dict[str, Any], raw)
+    config, problems = family_of(keys, source).read(keys)
     if config is None:
         raise ConfigError(problems, source)
     return config

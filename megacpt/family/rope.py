@@ -6,7 +6,7 @@ the same, because readers differ in which one they believe.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,21 +85,22 @@ class RopeConfig:
     @property
     def longest(self) -> int | None:
         """The context length that the scaling is made for, None if it names none."""
-        match self.scaling:
-            case Llama3() | Yarn() as scaling:
-                return math.floor(scaling.original_max_position_embeddings * scaling.factor)
-        return None
+        if not isinstance(self.scaling, Llama3 | Yarn):
+            return None
+        return math.floor(self.scaling.original_max_position_embeddings * self.scaling.factor)
 
 
-def parse_rope(raw: Mapping[str, Any], longest: int) -> tuple[RopeConfig, list[str]]:
+def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> tuple[RopeConfig, list[str]]:
     """The embedding that a config.json names, in either spelling or both.
 
     Args:
         longest: the file's max_position_embeddings, which a YaRN without an original length stretches.
+        types: of scaling, those that the family has.
     Returns:
         It, and what is wrong with the file; with problems it is not the file's.
     """
-    spellings = {}
+    spellings: dict[str, Any] = {}
+    problems: list[str] = []
     if raw.get("rope_parameters") is not None:
         spellings["rope_parameters"] = raw["rope_parameters"]
     if raw.get("rope_scaling") is not None or not spellings:
@@ -107,10 +108,10 @@ def parse_rope(raw: Mapping[str, Any], longest: int) -> tuple[RopeConfig, list[s
     wrong = [name for name, given in spellings.items() if not isinstance(given, dict)]
     if wrong:
         return RopeConfig(), [f"{name} = {spellings[name]!r}: must be an object." for name in wrong]
-    theta, problems = raw.get("rope_theta"), []
+    theta = raw.get("rope_theta")
     if theta is None:
         theta = spellings.get("rope_parameters", {}).get("rope_theta")
-    found = [_parse_spelling(name, given, theta, longest, problems) for name, given in spellings.items()]
+    found = [_parse_spelling(name, given, theta, longest, types, problems) for name, given in spellings.items()]
     if not problems and any(other != found[0] for other in found):
         problems.append(
             f"rope_parameters {raw['rope_parameters']} and rope_theta {raw.get('rope_theta')} with rope_scaling {raw['rope_scaling']} say "
@@ -124,7 +125,7 @@ def parse_rope(raw: Mapping[str, Any], longest: int) -> tuple[RopeConfig, list[s
 
 
 def _parse_spelling(
-    name: str, given: Mapping[str, Any], top_theta: Any, longest: int, problems: list[str]
+    name: str, given: Mapping[str, Any], top_theta: Any, longest: int, types: Collection[str], problems: list[str]
 ) -> RopeConfig:
     fields = {key: value for key, value in given.items() if value is not None}
     where, theta = f"{name}.rope_theta", fields.pop("rope_theta", None)
@@ -138,23 +139,23 @@ def _parse_spelling(
     if fields.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
     found = _number_problems({where: theta})
-    scaling, wrong = _parse_scaling(name, kinds[0] if kinds else "default", fields, longest)
+    scaling, wrong = _parse_scaling(name, kinds[0] if kinds else "default", fields, longest, types)
     problems += found + wrong
     return RopeConfig() if found else RopeConfig(float(theta), scaling)
 
 
 def _parse_scaling(
-    name: str, kind: Any, fields: Mapping[str, Any], longest: int
+    name: str, kind: Any, fields: Mapping[str, Any], longest: int, types: Collection[str]
 ) -> tuple[Linear | Llama3 | Yarn | None, list[str]]:
     if not isinstance(kind, str):
         return None, [f"{name}.rope_type = {kind!r}: must be a string."]
-    if kind not in ("default", *_TYPES):
+    if kind not in types:
         reason = (
             " Its frequencies depend on the length of the input, so packed training has no defined value for them."
-            if kind == "dynamic"
+            if kind in ("dynamic", "longrope", "su")
             else ""
         )
-        return None, [f"{name}.rope_type = {kind!r}: is not trained.{reason} {nearest(kind, ['default', *_TYPES])}"]
+        return None, [f"{name}.rope_type = {kind!r}: is not trained.{reason} {nearest(kind, list(types))}"]
     made = _TYPES.get(kind)
     if made is Yarn:
         fields = {"original_max_position_embeddings": longest, **fields}
@@ -182,14 +183,14 @@ def _parse_scaling(
 
 def _number_problems(values: Mapping[str, Any]) -> list[str]:
     """Values, by their place, that are of no use for the field of that name."""
-    problems = []
+    problems: list[str] = []
     for where, value in values.items():
-        low, high = _BETWEEN.get(where.rpartition(".")[2], (None, None))
-        if low is None:
+        bounds = _BETWEEN.get(where.rpartition(".")[2])
+        if bounds is None:
             if not isinstance(value, bool):
                 problems.append(f"{where} = {value!r}: must be true or false.")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            problems.append(f"{where} = {value!r}: must be a number from {low:g} to {high:g}.")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not bounds[0] <= value <= bounds[1]:
+            problems.append(f"{where} = {value!r}: must be a number from {bounds[0]:g} to {bounds[1]:g}.")
     return problems
 
 
@@ -241,7 +242,9 @@ def change_rope(
         return replace(config, rope=replace(config.rope, theta=theta_by_rule(rule, own, seq_len)))
     kind = type or config.rope.type
     kept = config.rope.fields if kind == config.rope.type else {}
-    scaling, problems = _parse_scaling("rope", kind, {**kept, **given}, config.max_position_embeddings)
+    scaling, problems = _parse_scaling(
+        "rope", kind, {**kept, **given}, config.max_position_embeddings, config.family.rope_types
+    )
     theta = config.rope.theta if theta is None else theta
     problems += _number_problems({"rope.rope_theta": theta})
     if problems:

@@ -77,8 +77,30 @@ _MISTRAL_7B = {
     "sliding_window": None,
 }
 
+_PHI_4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "hidden_act": "silu",
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 100257,
+    "eos_token_id": 100265,
+    "rope_theta": 250000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+}
+
 # Llama 3 paper, Table 3; scaling factors from the models' config.json (32 for 3.2; Llama 3 itself has none). Qwen2.5 (arXiv 2412.15115),
-# Qwen3 (2505.09388, table 1) and Mistral: as their config.json.
+# Qwen3 (2505.09388, table 1), Mistral and Phi-4 (2412.08905): as their config.json.
 ARCHITECTURES = {
     "llama3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
     "llama3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
@@ -90,4 +112,5 @@ ARCHITECTURES = {
     "qwen3-0.6b": _qwen(3, 1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True, attention_bias=False),
     "qwen3-8b": _qwen(3, 4096, 12288, 36, 32, 8, head_dim=128, attention_bias=False),
     "mistral-7b-v0.3": _MISTRAL_7B,
+    "phi-4": _PHI_4,
 }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _WHOLE = {
@@ -36,14 +36,14 @@ def value_problems(raw: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{key} = {value!r}: must be a positive integer, at most {most}.")
         elif key in _BETWEEN:
             low, high = _BETWEEN[key]
-            if type(value) not in (int, float) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 problems.append(f"{key} = {value!r}: must be a number from {low:g} to {high:g}.")
         elif key in _TYPES:
             kind, name = _TYPES[key]
             if not isinstance(value, kind):
                 problems.append(f"{key} = {value!r}: must be {name}.")
         elif key == "eos_token_id":
-            tokens = value if isinstance(value, list) else [value]
+            tokens = cast(list[Any], value) if isinstance(value, list) else [value]
             if not tokens or any(type(token) is not int or token < 0 for token in tokens):
                 problems.append(f"{key} = {value!r}: must be a token's id, or a list of at least one.")
     return problems
@@ -52,5 +52,9 @@ def value_problems(raw: Mapping[str, Any]) -> list[str]:
 def _not_finite(where: str, value: Any) -> list[str]:
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{where} = {value}: must be a finite number."]
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [problem for key, item in inside for problem in _not_finite(f"{where}.{key}", item)]
+    inside = dict(enumerate(cast(list[Any], value))) if isinstance(value, list) else value
+    if not isinstance(inside, dict):
+        return []
+    return [
+        problem for key, item in cast(dict[Any, Any], inside).items() for problem in _not_finite(f"{where}.{key}", item)
+    ]

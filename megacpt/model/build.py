@@ -1,17 +1,19 @@
 """A model on this rank: made on the meta device, sharded by FSDP2, then given memory. Weights come afterwards."""
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from megacpt_kernels.attention import resolve_backend
 from megacpt_kernels.backend import find_apex, use_triton
 
-from megacpt.config.recipe import Kernels
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.kernels import Kernels
+from megacpt.config.sections.parallel import Parallel
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
 from megacpt.model.decoder import Decoder, ModelOptions
 from megacpt.model.split import PipelinePlan, plan_pipeline
+from megacpt.parallel import fsdp
 from megacpt.parallel.fsdp import Sharding, shard
 from megacpt.parallel.mesh import Mesh, open_groups
 from megacpt.parallel.pipeline.runtime import connect
@@ -64,11 +66,13 @@ def build_model(
     options: ModelOptions,
     plan: PipelinePlan | None = None,
     sharding: Sharding | None = None,
+    without_master: Collection[str] = (),
 ) -> Decoder:
     """This rank's stages with uninitialised weights, computing in `compute` on masters of at least fp32.
 
     Args:
         plan: which stages are whose; default one stage.
+        without_master: names of parameters that are held in `compute` alone. They are not trained before `set_trainable` names them.
     """
     chosen_kernels(Kernels(attention=options.attention_backend, operations=options.operations), mesh.device, compute)
     if options.overlap == "symmetric_memory" and mesh.device.type != "cuda":
@@ -78,7 +82,7 @@ def build_model(
     plan, sharding = plan or plan_pipeline(config.num_hidden_layers, Parallel()), sharding or Sharding()
     master = master_dtype(compute)
     with torch.device("meta"):
-        model = Decoder(config, mesh, master, options, plan)
+        model = Decoder(config, mesh, lambda name: compute if name in without_master else master, options, plan)
     model.compute, model.sharding = compute, sharding
     shard(model, list(model.model.layers.values()), mesh, compute, master, sharding)
     with warnings.catch_warnings():
@@ -87,3 +91,16 @@ def build_model(
     open_groups(mesh)
     connect(plan.schedule(1), mesh)
     return model
+
+
+def set_trainable(model: Decoder, names: Collection[str]) -> None:
+    """These parameters of the whole model, and no others, are trained from now on. Between steps; the same on all ranks.
+
+    Nothing below the lowest of them has a backward: no block of a stage, and no pipeline stage.
+    """
+    lowest = min((p for p in model.config.parameters if p.name in names), key=model.config.depth)
+    blocks = {int(layer): block for layer, block in model.model.layers.items()}
+    fsdp.set_trainable(model, list(blocks.values()), names, master_dtype(model.compute))
+    model.first_trained = model.plan.stage_of(lowest)
+    has_backward = [block for layer, block in blocks.items() if layer >= model.config.depth(lowest)]
+    fsdp.prefetch_in_backward(has_backward, model.sharding)

@@ -5,6 +5,7 @@ Shapes: T tokens of a micro-batch on this cp rank (all rows one after another), 
 of this tp rank, d head_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,16 +68,26 @@ Rotary = tuple[Tensor, Tensor, Tensor]
 
 
 class Table:
-    """Makes the places of a model's parameters, as its family's table says."""
+    """Makes the places of a model's parameters, as its family's table says.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, vocab_multiple: int):
-        self.config, self.mesh, self.dtype, self.vocab_multiple = config, mesh.tensor, dtype, vocab_multiple
+    Attributes:
+        axis: the tensor axis that all of them are on.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype_of: Callable[[str], torch.dtype], options: ModelOptions):
+        self.config, self.mesh, self.dtype_of, self.vocab_multiple = (
+            config,
+            mesh.tensor,
+            dtype_of,
+            options.vocab_multiple,
+        )
+        self.axis = TensorAxis(mesh.tensor_group, options.overlap)
         self.parameters = {parameter.name: parameter for parameter in config.parameters}
 
     def place(self, module: str) -> Weight | None:
         """For `module`.weight and .bias; None if the table has no such weight."""
         weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
-        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype) if weight else None
+        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
 
 
 class Attention(nn.Module):
@@ -86,7 +97,7 @@ class Attention(nn.Module):
         self.o_proj = table.place(f"{name}.o_proj")
         self.q_norm, self.k_norm = table.place(f"{name}.q_norm"), table.place(f"{name}.k_norm")
         self.head_dim, self.eps, self.options = table.config.head_dim, table.config.rms_norm_eps, options
-        self.axis, self.context_group = TensorAxis(mesh.tensor_group, options.overlap), mesh.context_group
+        self.axis, self.context_group = table.axis, mesh.context_group
 
     @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
     def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
@@ -94,13 +105,12 @@ class Attention(nn.Module):
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
         rotated = lambda k: rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
         made = [self.k_proj, self.v_proj, self.q_proj]
-        weights, rows, biases = [w.weight for w in made], [w.rows for w in made], [w.bias for w in made]
         start = (2, lambda k, v: gather.start(heads(k), heads(v), rotated))  # travels while the queries are computed
-        k, v, q = map(heads, column_parallel(x, weights, self.axis, rows, later, start, biases, kept))
+        k, v, q = map(heads, column_parallel(x, made, self.axis, later, start, kept))
         q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k = rope_qk(q, k, *rotary, backend=options.operations)
         out = context_attention(q, k, v, gather, options.attention_backend, options.deterministic)
-        return row_parallel(out.flatten(1), self.o_proj.weight, self.axis, later, gather.start_again, kept)
+        return row_parallel(out.flatten(1), self.o_proj, self.axis, later, gather.start_again, kept)
 
     def _normed(self, heads: Tensor, norm: Weight | None) -> Tensor:
         """[T, heads, d], each head divided by its root mean square, times the weight that all heads and ranks share."""
@@ -111,16 +121,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, name: str, table: Table, mesh: Mesh, options: ModelOptions):
+    def __init__(self, name: str, table: Table, options: ModelOptions):
         super().__init__()
         self.gate_proj, self.up_proj = table.place(f"{name}.gate_proj"), table.place(f"{name}.up_proj")
         self.down_proj = table.place(f"{name}.down_proj")
-        self.axis, self.operations = TensorAxis(mesh.tensor_group, options.overlap), options.operations
+        self.axis, self.operations = table.axis, options.operations
 
     def forward(self, x: Tensor, kept: Kept, later: Later | None) -> Tensor:
-        gate, up = column_parallel(x, [self.gate_proj.weight, self.up_proj.weight], self.axis, None, later, kept=kept)
+        gate, up = column_parallel(x, [self.gate_proj, self.up_proj], self.axis, later, kept=kept)
         hidden = swiglu(gate, up, self.operations)
-        return row_parallel(hidden, self.down_proj.weight, self.axis, later, kept=kept, last=True)
+        return row_parallel(hidden, self.down_proj, self.axis, later, kept=kept, last=True)
 
 
 class Block(nn.Module):
@@ -131,7 +141,7 @@ class Block(nn.Module):
         self.input_layernorm = table.place(f"{name}.input_layernorm")
         self.self_attn = Attention(f"{name}.self_attn", table, mesh, options)
         self.post_attention_layernorm = table.place(f"{name}.post_attention_layernorm")
-        self.mlp = MLP(f"{name}.mlp", table, mesh, options)
+        self.mlp = MLP(f"{name}.mlp", table, options)
         self.eps, self.operations = table.config.rms_norm_eps, options.operations
         self.run = torch.compile(self._run) if options.compile else self._run
         self.recompute = "none"
@@ -166,19 +176,31 @@ class Decoder(nn.Module):
     """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
 
     Args:
-        dtype: of the parameters as made (the masters), not of the computation.
+        dtype_of: by name, of the parameters as made (masters and what needs none), not of the computation.
+
+    Attributes:
+        first_trained: the first pipeline stage that has a backward.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, options: ModelOptions, plan: PipelinePlan):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        dtype_of: Callable[[str], torch.dtype],
+        options: ModelOptions,
+        plan: PipelinePlan,
+    ):
         super().__init__()
         self.config, self.mesh, self.options, self.plan = config, mesh, options, plan
-        table = Table(config, mesh, dtype, options.vocab_multiple)
+        table = Table(config, mesh, dtype_of, options)
+        self.axis = table.axis
         self.model = Trunk(table, mesh, options, plan)
         self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
         built = {name for name, _ in self.named_parameters()}
         mine = {int(layer) for layer in self.model.layers}
         missing = [p.name for p in config.parameters if p.layer in mine and p.name not in built]
         assert not missing, f"the decoder has no place for {missing}"
+        self.first_trained = 0
         self.set_rope(config.rope)
 
     def set_rope(self, rope: RopeConfig) -> None:
@@ -222,20 +244,18 @@ class Decoder(nn.Module):
     def loss(self, x: Tensor, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
         """scale * sum of the token losses, each times its weight [T], a scalar, from the last stage's [t, h]. The last stage must have
         run."""
-        group, size = self.mesh.tensor_group, self.config.vocab_size
-        return linear_cross_entropy(
-            x, self._head(), inputs.labels, size, group, weights, scale, self.options.operations
-        )
+        size, operations = self.config.vocab_size, self.options.operations
+        return linear_cross_entropy(x, self.head, inputs.labels, size, self.axis, weights, scale, operations)
 
     def log_probs(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Log-probability of each label [T], 0 without one. No gradient."""
-        group, size = self.mesh.tensor_group, self.config.vocab_size
-        return log_probs(x, self._head(), inputs.labels, size, group, self.options.operations)
+        return log_probs(x, self.head, inputs.labels, self.config.vocab_size, self.axis, self.options.operations)
 
     def token_losses(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(loss of each token [T], 0 without label; whether its label is the most probable). No gradient."""
-        group, size = self.mesh.tensor_group, self.config.vocab_size
-        return token_losses(x, self._head(), inputs.labels, size, group, self.options.operations)
+        return token_losses(x, self.head, inputs.labels, self.config.vocab_size, self.axis, self.options.operations)
 
-    def _head(self) -> Tensor:
-        return (self.lm_head or self.model.embed_tokens).weight
+    @property
+    def head(self) -> Weight:
+        """The place of the head's weight, on the last stage: the embedding's where they are tied."""
+        return self.lm_head or self.model.embed_tokens

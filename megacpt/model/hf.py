@@ -1,13 +1,13 @@
 """Hugging Face directories in and out: safetensors, streamed. No pickle is ever read.
 
 Import reads from each file just the part that this rank holds. Export writes shard by shard into a folder of its own
-and renames it. Names are the model's own, so neither renames nor permutes.
+and renames it. Names are the model's own, so neither renames nor permutes; rows of several parameters may lie in one tensor of a file.
 """
 
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,23 +15,22 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.data.pieces import config_of_model
-from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
+from megacpt.data.tokenizer import TOKENIZER_FILES
 from megacpt.errors import CheckpointError, NumbersError
-from megacpt.family.base import ModelConfig, Parameter
+from megacpt.family.base import ModelConfig, Parameter, Stored
 from megacpt.family.read import exported_config
-from megacpt.files import new_folder, write_atomically
+from megacpt.files import new_folder, read_object, write_atomically
+from megacpt.model.base_files import KEPT_FILES, side_files
 from megacpt.parallel.finite import not_finite
+from megacpt.parallel.sharded import global_offset, local_part
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-MODEL_FILES = ("config.json", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-class Weights:
+class SafetensorsReader:
     """The tensors of a Hugging Face directory. One file is open at a time, so that what was read can leave memory.
 
     Raises:
@@ -47,10 +46,10 @@ class Weights:
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         if index.is_file():
             try:
-                mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                mapping = read_object(index, 1 << 28)["weight_map"]
                 if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
                     raise TypeError("its weight_map is no object of file names")
-            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{index}: not an index of safetensors ({error}).") from None
             for file in set(mapping.values()):
                 if Path(file).name != file or file in ("", ".", ".."):
@@ -104,43 +103,60 @@ class Weights:
         return self._slice(name)[box]
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def check_names(weights: Weights, config: ModelConfig) -> None:
-    """All of the model's tensors are there with their shapes, and nothing that would be lost.
+class PretrainedReader:
+    """A Hugging Face directory as the parameters of a model, whatever its file holds together.
 
     Raises:
-        CheckpointError: with every difference.
+        CheckpointError: with every tensor that is missing, of another shape, or would be lost.
     """
-    expected, problems = config.shapes(), []
-    for name, shape in expected.items():
-        if name not in weights.file_of:
-            problems.append(f"{name} {list(shape)} is missing")
-        elif weights.shape(name) != shape:
-            problems.append(f"{name} is {list(weights.shape(name))}, config.json asks for {list(shape)}")
-    for name in weights.file_of:
-        if name in expected or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if config.tie_word_embeddings and name == HEAD:
-            if not _same(weights, HEAD, EMBEDDING):
-                problems.append(
-                    f"{HEAD} is not {EMBEDDING}, but config.json says that they are tied. To train the head as it is (as transformers "
-                    'does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
+
+    def __init__(self, directory: str | Path, config: ModelConfig):
+        self.file = SafetensorsReader(directory)
+        self.stored_in = {part.name: stored for stored in config.stored for part in stored.parts}
+        if problems := [*self._wrong_tensors(config), *self._unknown_tensors(config)]:
+            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise CheckpointError(f"{self.file.directory}:\n  " + "\n  ".join(problems[:20]) + more)
+
+    def dtype(self, name: str) -> str:
+        return self.file.dtype(self.stored_in[name].name)
+
+    def source(self, name: str) -> str:
+        """The file that holds a parameter."""
+        return self.file.file_of[self.stored_in[name].name]
+
+    def read(self, name: str, box: tuple[slice, ...] = (slice(None),)) -> Tensor:
+        """A parameter, or a part of it."""
+        stored = self.stored_in[name]
+        rows = stored.rows(name)[box[0]]
+        return self.file.read(stored.name, (slice(rows.start, rows.stop), *box[1:]))
+
+    def _wrong_tensors(self, config: ModelConfig) -> Iterator[str]:
+        for stored in config.stored:
+            if stored.name not in self.file.file_of:
+                yield f"{stored.name} {list(stored.shape)} is missing"
+            elif self.file.shape(stored.name) != stored.shape:
+                yield f"{stored.name} is {list(self.file.shape(stored.name))}, config.json asks for {list(stored.shape)}"
+
+    def _unknown_tensors(self, config: ModelConfig) -> Iterator[str]:
+        known, family = {stored.name for stored in config.stored}, config.family
+        for name in self.file.file_of:
+            if name in known or name.endswith(family.derived):
+                continue
+            if name != family.head:
+                yield f"{name} {list(self.file.shape(name))} is no part of this model"
+            elif not _same(self.file, name, config.embedding):
+                yield (
+                    f"{name} is not {config.embedding}, but config.json says that they are tied. To train the head as it is (as "
+                    'transformers does), write "tie_word_embeddings": false into config.json; to drop it, remove it from the file'
                 )
-            continue
-        problems.append(f"{name} {list(weights.shape(name))} is no part of this model")
-    if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{weights.directory}:\n  " + "\n  ".join(problems[:20]) + more)
 
 
-def _same(weights: Weights, one: str, other: str, rows: int = 16384) -> bool:
+def _same(file: SafetensorsReader, one: str, other: str, rows: int = 16384) -> bool:
     """Whether two tensors hold the same values, some rows at a time."""
-    if other not in weights.file_of or weights.shape(one) != weights.shape(other):
+    if other not in file.file_of or file.shape(one) != file.shape(other):
         return False
-    parts = (slice(begin, begin + rows) for begin in range(0, weights.shape(one)[0], rows))
-    return all(torch.equal(weights.read(one, (part,)), weights.read(other, (part,))) for part in parts)
+    parts = (slice(begin, begin + rows) for begin in range(0, file.shape(one)[0], rows))
+    return all(torch.equal(file.read(one, (part,)), file.read(other, (part,))) for part in parts)
 
 
 @torch.no_grad()
@@ -148,42 +164,48 @@ def load_pretrained(model: nn.Module, config: ModelConfig, directory: str | Path
     """Fills the local shards of `model` from a Hugging Face directory. Padding rows of the vocabulary become zero. Collective.
 
     Returns:
-        The stored type of each tensor, for an export that gives it back.
+        The stored type of each parameter, for an export that gives it back.
     Raises:
         CheckpointError: if names, shapes or types are not the model's, or, on all ranks, if a value is not finite.
     """
-    weights = Weights(directory)
-    check_names(weights, config)
+    reader = PretrainedReader(directory, config)
     true_shapes = config.shapes()
     for name, parameter in model.named_parameters():
-        fill_shard(parameter, true_shapes[name], lambda box, name=name: weights.read(name, box))
+        fill_shard(parameter, true_shapes[name], lambda box, name=name: reader.read(name, box))
     if names := not_finite(dict(model.named_parameters())):
-        raise CheckpointError(_told_of_values(weights, names, next(model.parameters()).dtype))
-    return {name: weights.dtype(name) for name in true_shapes}
+        raise CheckpointError(_told_of_values(reader, names, next(model.parameters()).dtype))
+    return {name: reader.dtype(name) for name in true_shapes}
 
 
-def _told_of_values(weights: Weights, names: list[str], dtype: torch.dtype) -> str:
+def pretrained_dtypes(config: ModelConfig, directory: str | Path) -> dict[str, str]:
+    """The type of each tensor of a Hugging Face directory, for an export that gives it back.
+
+    Raises:
+        CheckpointError: if names or shapes are not the model's.
+    """
+    reader = PretrainedReader(directory, config)
+    return {name: reader.dtype(name) for name in config.shapes()}
+
+
+def _told_of_values(reader: PretrainedReader, names: list[str], dtype: torch.dtype) -> str:
     """File, tensor and how many of its values are not finite, counted by rank 0. Collective."""
     lines: list[str] = []
     if dist.get_rank() == 0:
         for name in names[:20]:
-            bad = int((~weights.read(name, (slice(None),)).to(dtype).isfinite()).sum())
-            lines.append(f"{weights.file_of[name]}: {name} holds {bad:,} values that are not finite in {dtype}")
+            bad = int((~reader.read(name).to(dtype).isfinite()).sum())
+            lines.append(f"{reader.source(name)}: {name} holds {bad:,} values that are not finite in {dtype}")
     told = ["\n  ".join(lines)]
     dist.broadcast_object_list(told, src=0)
     more = f"\n  … and {len(names) - 20} more tensors" if len(names) > 20 else ""
     return (
-        f"{weights.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
+        f"{reader.file.directory}: nothing can be trained from inf or nan:\n  {told[0]}{more}\n"
         "Download it again, or take an earlier checkpoint of that model."
     )
 
 
 def fill_shard(parameter: Tensor, true_shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> None:
     """Copies this rank's part of a tensor of `true_shape`; what lies beyond it (vocabulary padding) becomes zero."""
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-    offset: tuple[int, ...] = (0,) * local.ndim
-    if isinstance(parameter, DTensor):
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local, offset = local_part(parameter), global_offset(parameter)
     sizes = [max(0, min(size, true - at)) for size, true, at in zip(local.shape, true_shape, offset, strict=True)]
     local.zero_()
     if all(sizes):
@@ -219,16 +241,10 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
         model: a folder, or None. tokenizer: a folder, or the file in one that was chosen.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+    for name in KEPT_FILES:
         (target / name).unlink(missing_ok=True)
-    folder, chosen = Path(tokenizer), TOKENIZER_FILES
-    if folder.is_file():  # of any name
-        shutil.copyfile(folder, target / f"tokenizer{folder.suffix}")
-        folder, chosen = folder.parent, tuple(name for name in TOKENIZER_FILES if name not in VOCABULARIES)
-    for source, names in ((Path(model) if model else folder, MODEL_FILES), (folder, chosen)):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+    for name, source in side_files(model, tokenizer).items():
+        shutil.copyfile(source, target / name)
     have = {name for name in TOKENIZER_FILES if (target / name).is_file()}
     if "tokenizer.model" in have and not have & {"tokenizer.json", "tokenizer_config.json"}:
         _write_json(target / "tokenizer_config.json", config_of_model(target / "tokenizer.model"))
@@ -237,7 +253,7 @@ def copy_side_files(model: str | Path | None, tokenizer: str | Path, target: Pat
 def write_pretrained(
     output: str | Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
@@ -247,9 +263,9 @@ def write_pretrained(
     """Writes a complete Hugging Face directory; peak memory is one shard. Nothing is left of one that fails.
 
     Args:
-        side_files: folder with generation config and tokenizer files.
-        read: gives a whole tensor by name, with its true shape.
-        dtypes: type of each tensor by name.
+        side: folder with generation config and tokenizer files.
+        read: gives a whole parameter by name, with its true shape.
+        dtypes: type of each parameter by name.
         longest: the longest row that was trained.
         tokens: eos_token_id and bos_token_id of a tokenizer that is not the model's own; both configurations will say them.
     Raises:
@@ -260,20 +276,20 @@ def write_pretrained(
     if output.exists():
         raise CheckpointError(f"{output}: exists. Give another --output or remove it.")
     with new_folder(output) as partial:
-        _write_into(partial, config, side_files, read, dtypes, longest, max_shard_bytes, tokens or {})
+        _write_into(partial, config, side, read, dtypes, longest, max_shard_bytes, tokens or {})
 
 
 def _write_into(
     partial: Path,
     config: ModelConfig,
-    side_files: Path,
+    side: Path,
     read: Callable[[str], Tensor],
     dtypes: dict[str, str],
     longest: int,
     max_shard_bytes: int,
     tokens: dict[str, int],
 ) -> None:
-    copy_side_files(side_files, side_files, partial)
+    copy_side_files(side, side, partial)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     own = exported_config(config, common, longest)
     _write_json(partial / "config.json", own | _changed_ids(own, tokens))
@@ -282,17 +298,20 @@ def _write_into(
         ids = {k: config.raw[k] for k in ("bos_token_id", "eos_token_id") if config.raw.get(k) is not None}
         _write_json(generation, {"_from_model_config": True, **ids, **tokens})
     elif tokens:
-        own = json.loads(generation.read_text(encoding="utf-8"))
+        own = read_object(generation)
         _write_json(generation, own | _changed_ids(own, tokens))
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     weight_map, total, problems = {}, 0, []
-    for i, names in enumerate(shards):
+    for i, chosen in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name in names:
-            whole = read(name)
-            tensors[name] = whole.to(DTYPES[dtypes[name]]).contiguous()
-            problems += _not_written(name, whole, tensors[name])
+        for stored in chosen:
+            rows = []
+            for part in stored.parts:
+                whole = read(part.name)
+                rows.append(whole.to(DTYPES[dtypes[part.name]]).contiguous())
+                problems += _not_written(part.name, whole, rows[-1])
+            tensors[stored.name] = torch.cat(rows) if len(rows) > 1 else rows[0]
         if problems:  # all of them are told; nothing is written any more
             continue
         try:
@@ -301,7 +320,7 @@ def _write_into(
             raise CheckpointError(
                 f"{partial / file}: could not be written: {error}. Make room and try again."
             ) from None
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if problems:
         more = f"\n  … and {len(problems) - 20} more tensors" if len(problems) > 20 else ""
@@ -329,15 +348,15 @@ def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
     return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
 
 
-def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[Stored]]:
+    shards: list[list[Stored]] = [[]]
     filled = 0
-    for name, shape in config.shapes().items():
-        size = torch.Size(shape).numel() * DTYPES[dtypes[name]].itemsize
+    for stored in config.stored:
+        size = sum(part.size * DTYPES[dtypes[part.name]].itemsize for part in stored.parts)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
+        shards[-1].append(stored)
         filled += size
     return shards
 

@@ -21,6 +21,7 @@ from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.parallel import fsdp
 from megacpt.parallel.pipeline.runtime import execute
 from megacpt.parallel.pipeline.schedule import Action, Schedule
+from megacpt.parallel.sharded import local_part
 from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
 
 
@@ -38,7 +39,7 @@ def accumulate(
         counts: of the whole step over all ranks; each micro-batch's sums are divided by what the objective makes of them.
         reduce: "step" reduces gradients with a stage's last micro-batch, "micro_batch" with each.
     """
-    schedule = model.plan.schedule(len(micro_batches))
+    schedule = model.plan.schedule(len(micro_batches), model.first_trained)
     scale = 1.0 / objective.normalizer(counts)
     work = _Gradients(model, schedule, micro_batches, objective, scale, reduce == "micro_batch")
     execute(schedule, work, model.mesh)
@@ -66,8 +67,8 @@ def each_loss(
 def sum_tied_gradients(model: Decoder) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
     table = dict(model.named_parameters()).get(model.config.embedding)
-    if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None:
-        dist.all_reduce(table.grad._local_tensor, group=model.mesh.ends)
+    if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None and table.requires_grad:
+        dist.all_reduce(local_part(table.grad), group=model.mesh.ends)
 
 
 def _within_window(batch: Batch, config: ModelConfig) -> None:
@@ -120,6 +121,8 @@ class _Gradients(_Work):
         mine = schedule.ranks[model.mesh.pipeline_rank]
         self.split = any(action.kind == "W" for action in mine)
         self.left = Counter(action.stage for action in mine if action.kind in "BW")
+        self.first_trained = schedule.first_trained
+        self.forwards = Counter(action.stage for action in mine if action.kind == "F")
         self.objective, self.scale, self.every_micro_batch = objective, scale, every_micro_batch
         wide = torch.float64 if model.compute == torch.float64 else torch.float32
         self.total = torch.zeros(len(objective.sums), dtype=wide, device=model.mesh.device)
@@ -135,8 +138,10 @@ class _Gradients(_Work):
         return result
 
     def _forward(self, action: Action, received: Tensor | None) -> Tensor | None:
+        if action.stage < self.first_trained:
+            return self._forward_only(action, received)
         key = action.stage, action.micro_batch
-        x = None if received is None else received.detach().requires_grad_()
+        x = None if received is None else received.detach().requires_grad_(action.stage > self.first_trained)
         if self.split:
             self.later[key] = Later()
         out = self.model(action.stage, x, self.inputs_of(action.micro_batch), self.later.get(key))
@@ -145,6 +150,15 @@ class _Gradients(_Work):
             return None
         self.graphs[key] = x, get_gradient_edge(out)  # the graph without its output: that goes to the next stage
         return out.detach()
+
+    @torch.no_grad()
+    def _forward_only(self, action: Action, received: Tensor | None) -> Tensor:
+        """Of a stage below all that is trained: nothing waits for a backward, and its weights go with its last micro-batch."""
+        out = self.model(action.stage, received, self.inputs_of(action.micro_batch))
+        self.forwards[action.stage] -= 1
+        if not self.forwards[action.stage]:
+            fsdp.free_weights(self.model.blocks(action.stage))
+        return out
 
     def _backward(self, action: Action, received: Tensor | None) -> Tensor | None:
         """All gradients, or with a split backward those of the inputs. The last stage runs head and loss first."""

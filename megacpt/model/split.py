@@ -7,7 +7,8 @@ layer less), by weights that can be set.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
+from megacpt.family.base import Parameter
 from megacpt.parallel.pipeline.schedule import Schedule, looped, make_schedule, v_shape, virtual_stages_of
 
 
@@ -34,13 +35,23 @@ class PipelinePlan:
         """Whether the first and the last stage are on different ranks."""
         return self.placement[0] != self.placement[-1]
 
-    def schedule(self, micro_batches: int) -> Schedule:
-        return _schedule(self, micro_batches)
+    def stage_of(self, parameter: Parameter) -> int:
+        """The first stage that computes with a parameter."""
+        if parameter.layer is None:
+            return 0 if parameter.role == "lookup" else len(self.layers) - 1
+        return next(stage for stage, layers in enumerate(self.layers) if parameter.layer in layers)
+
+    def schedule(self, micro_batches: int, first_trained: int = 0) -> Schedule:
+        """Args:
+        first_trained: the first stage of which a parameter is trained.
+        """
+        return _schedule(self, micro_batches, first_trained)
 
 
 @lru_cache(64)
-def _schedule(plan: PipelinePlan, micro_batches: int) -> Schedule:
-    return make_schedule(plan.name, plan.ranks, plan.virtual, micro_batches, plan.contiguous, plan.max_in_flight)
+def _schedule(plan: PipelinePlan, micro_batches: int, first_trained: int) -> Schedule:
+    whole = make_schedule(plan.name, plan.ranks, plan.virtual, micro_batches, plan.contiguous, plan.max_in_flight)
+    return whole.trained_from(first_trained)
 
 
 def plan_pipeline(num_layers: int, parallel: Parallel) -> PipelinePlan:

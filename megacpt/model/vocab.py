@@ -12,7 +12,8 @@ from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.vocabulary import moved_ids
 from megacpt.errors import ConfigError
 from megacpt.family.read import read_config
-from megacpt.model.hf import Weights, check_names, write_pretrained
+from megacpt.files import write_atomically
+from megacpt.model.hf import PretrainedReader, write_pretrained
 
 
 def grown(rows: Tensor, spellings: Sequence[Sequence[int]], old: Tokenizer, init: str) -> Tensor:
@@ -35,8 +36,8 @@ def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, 
     Raises:
         ConfigError: if the new tokenizer does not hold the old one under the same ids.
     """
-    config, weights = read_config(model), Weights(model)
-    check_names(weights, config)
+    config = read_config(model)
+    weights = PretrainedReader(model, config)
     old, new = Tokenizer(model), Tokenizer(tokenizer)
     size = max(new.vocab_size, config.vocab_size)
     problems = []
@@ -52,12 +53,12 @@ def expand(model: Path, tokenizer: Path, output: Path, init: str) -> tuple[int, 
     by_token = {p.name for p in config.parameters if p.split == "vocab"}
 
     def read(name: str) -> Tensor:
-        whole = weights.read(name, (slice(None),))
+        whole = weights.read(name)
         return grown(whole[:first], spellings, old, init) if name in by_token else whole
 
     dtypes = {name: weights.dtype(name) for name in config.shapes()}
     write_pretrained(output, larger, tokenizer, read, dtypes, config.max_position_embeddings)
     generation = output / "generation_config.json"
     if (model / generation.name).is_file():
-        generation.write_bytes((model / generation.name).read_bytes())
+        write_atomically(generation, (model / generation.name).read_bytes())
     return config.vocab_size, size

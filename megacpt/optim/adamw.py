@@ -17,11 +17,8 @@ from megacpt_kernels import adamw_
 from megacpt_kernels.adamw import Place
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+from megacpt.parallel.sharded import global_offset, local_part
 
 
 def place_of(name: str, parameter: Tensor) -> Place:
@@ -29,22 +26,21 @@ def place_of(name: str, parameter: Tensor) -> Place:
     key = zlib.crc32(name.encode())
     if not isinstance(parameter, DTensor):
         return Place(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
-    whole, mesh = parameter.shape, parameter.device_mesh
-    _, offset = compute_local_shape_and_global_offset(whole, mesh, parameter.placements)
-    row = math.prod(whole[1:])
-    columns = math.prod(parameter._local_tensor.shape[1:])
+    whole, offset = parameter.shape, global_offset(parameter)
+    row, columns = math.prod(whole[1:]), math.prod(local_part(parameter).shape[1:])
     return Place(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
 
 
 class AdamW:
     """Args:
     parameters: by name.
-    decayed: names of those that weight decay acts on; default the matrices.
+    decayed: names of those that weight decay acts on.
     backend: of the update, `megacpt_kernels.adamw_`.
     state_dtype: of the moments, default the parameters'. bfloat16 is rounded stochastically, by `seed`.
+    held: names of parameters that have moments; default those that need a gradient.
 
     Attributes:
-        exp_avg, exp_avg_sq: moments by name.
+        exp_avg, exp_avg_sq: moments by name, of what is or was trained.
         num_updates: updates so far. missed: how many of them passed a parameter by, for those that any did; also for parameters of other
             pipeline ranks, so that every rank can save and any layout can load it.
     """
@@ -55,17 +51,25 @@ class AdamW:
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
-        decayed: Collection[str] | None = None,
+        decayed: Collection[str] = (),
+        held: Collection[str] | None = None,
     ):
         self.parameters, self.backend, self.seed = parameters, backend, seed
-        self.decayed = {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else set(decayed)
-        zeros = functools.partial(torch.zeros_like, requires_grad=False, dtype=state_dtype)
-        self.exp_avg = {name: zeros(p) for name, p in parameters.items()}
-        self.exp_avg_sq = {name: zeros(p) for name, p in parameters.items()}
+        self.decayed, self.state_dtype = set(decayed), state_dtype
+        self.exp_avg: dict[str, Tensor] = {}
+        self.exp_avg_sq: dict[str, Tensor] = {}
+        self.hold([name for name, p in parameters.items() if p.requires_grad] if held is None else held)
         self.places = {name: place_of(name, p) for name, p in parameters.items()}
         self.num_updates = 0
         self.missed: dict[str, int] = {}
         self._passed_by: frozenset[str] = frozenset()
+
+    def hold(self, names: Collection[str]) -> None:
+        """These parameters have moments from now on: zeros, where they had none."""
+        for name, parameter in self.parameters.items():  # in one order on all ranks
+            if name in names and name not in self.exp_avg:
+                zeros = functools.partial(torch.zeros_like, parameter, requires_grad=False, dtype=self.state_dtype)
+                self.exp_avg[name], self.exp_avg_sq[name] = zeros(), zeros()
 
     @torch.no_grad()
     def step(
@@ -87,9 +91,9 @@ class AdamW:
         self._passed_by = frozenset(frozen) | {name for name, p in self.parameters.items() if p.grad is None}
         self._count(1)
         for (decay, count), names in self._groups(weight_decay).items():
-            tensors = [[local(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
-            weights = [local(self.parameters[name]) for name in names]
-            grads = [local(self.parameters[name].grad) for name in names]
+            tensors = [[local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
+            weights = [local_part(self.parameters[name]) for name in names]
+            grads = [local_part(self.parameters[name].grad) for name in names]
             places = [self.places[name] for name in names]
             settings = (lr, betas, eps, decay, count, inverse_clip)
             adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
@@ -118,7 +122,7 @@ class AdamW:
         what one call of a kernel takes."""
         groups: dict[tuple[float, int], list[str]] = {}
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and local(parameter).numel():
+            if parameter.grad is not None and local_part(parameter).numel():
                 decay = weight_decay if name in self.decayed else 0.0
                 groups.setdefault((decay, self.count_of(name)), []).append(name)
         return groups

@@ -6,8 +6,8 @@ import torch
 from megacpt_kernels import grad_norm as norm_of
 from torch import Tensor, nn
 
-from megacpt.optim.adamw import local
 from megacpt.parallel.mesh import Mesh
+from megacpt.parallel.sharded import is_replicated, local_part
 
 
 @torch.no_grad()
@@ -17,14 +17,10 @@ def grad_norm(parameters: list[nn.Parameter], mesh: Mesh, backend: str = "auto")
     Every tp rank holds the whole gradient of a parameter that tp replicates, so its square counts 1 / tp there.
     """
     held = [p for p in parameters if p.grad is not None]
-    weights = [1 / mesh.tensor.size() if _is_replicated(p) else 1.0 for p in held]
+    weights = [1 / mesh.tensor.size() if is_replicated(p) else 1.0 for p in held]
 
     reduce = functools.partial(mesh.sum_over, ("dp_shard", "cp", "tp", "pp"))
-    return norm_of([local(p.grad) for p in held], weights, reduce, mesh.device, backend)
-
-
-def _is_replicated(parameter: nn.Parameter) -> bool:
-    return parameter.placements[-1].is_replicate()
+    return norm_of([local_part(p.grad) for p in held], weights, reduce, mesh.device, backend)
 
 
 def inverse_clip(norm: Tensor, clip_norm: float | None, skip: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ minimum exactly, whatever the batch ramp was. WSD: Hu et al. 2024 (arXiv 2404.06
 import math
 
 from megacpt.config.clock import Clock, Step
-from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
+from megacpt.config.resolve import Schedule
+from megacpt.config.sections.optimizer import LearningRate
 
 
 def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
@@ -39,9 +39,9 @@ def remaining(shape: str, passed: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * passed)) if shape == "cosine" else 1 - math.sqrt(passed)
 
 
-def rate_of_step(recipe: Recipe, clock: Clock, step: Step) -> float:
-    """The rate of a step, from the run's schedule or its stage's. In an extension it stays where the stage left it."""
+def rate_of_step(schedule: Schedule, clock: Clock, step: Step) -> float:
+    """The rate of a step under its stage's schedule. In an extension it stays where the stage left it."""
     in_stage, in_run = clock.planned_at(step)
-    if recipe.optimizer.lr:
-        return learning_rate(recipe.optimizer.lr, in_run, sum(clock.planned_tokens))
-    return learning_rate(recipe.stages[step.stage].lr, in_stage, clock.planned_tokens[step.stage])
+    if schedule.over_run:
+        return learning_rate(schedule.lr, in_run, sum(clock.planned_tokens))
+    return learning_rate(schedule.lr, in_stage, clock.planned_tokens[step.stage])

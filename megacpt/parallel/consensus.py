@@ -1,34 +1,59 @@
-"""Before the first step: do all ranks have the same recipe, data and checkpoint? A rank that read an old copy is named."""
+"""What all ranks know alike: do they have the same recipe, data and checkpoint (a rank that read an old copy is named), and what one of
+them found."""
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megacpt.errors import ConfigError
 
+Value = TypeVar("Value")
 
-def agree(facts: dict[str, str]) -> None:
-    """Compares named facts over all ranks. Collective.
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, by rank. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
+
+
+def ask_rank_0(function: Callable[[], Value]) -> Value:
+    """What rank 0's call returns, on all ranks; what it raises is raised on all. Collective."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def agree(facts: dict[str, str] | None) -> None:
+    """Compares named facts over the ranks that give any. Collective.
 
     Raises:
         ConfigError: on every rank, naming for each fact the ranks that differ from the majority.
     """
-    digests = {name: hashlib.sha256(fact.encode()).hexdigest()[:12] for name, fact in facts.items()}
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, digests)
+    digests = facts and {name: hashlib.sha256(fact.encode()).hexdigest()[:12] for name, fact in facts.items()}
+    everyone = gather(digests)
     problems = disagreements(everyone)
     if problems:
         raise ConfigError(problems, f"what {len(everyone)} ranks were started with")
 
 
-def disagreements(everyone: list[dict[str, str]]) -> list[str]:
-    """One line for each fact on which ranks differ."""
+def disagreements(everyone: Sequence[dict[str, str] | None]) -> list[str]:
+    """One line for each fact on which ranks differ. None: of a rank that was not asked."""
     problems = []
-    for name in sorted({name for facts in everyone for name in facts}):
-        found = [facts.get(name, "nothing") for facts in everyone]
-        common = Counter(found).most_common(1)[0][0]
-        odd = [rank for rank, digest in enumerate(found) if digest != common]
+    for name in sorted({name for facts in everyone if facts for name in facts}):
+        found = {rank: facts.get(name, "nothing") for rank, facts in enumerate(everyone) if facts is not None}
+        common = Counter(found.values()).most_common(1)[0][0]
+        odd = [rank for rank, digest in found.items() if digest != common]
         if odd:
             shown = ", ".join(f"rank {rank} has {found[rank]}" for rank in odd[:8]) + (" …" if odd[8:] else "")
             problems.append(

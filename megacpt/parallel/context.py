@@ -215,7 +215,7 @@ class _ContextAttention(torch.autograd.Function):
             return attention_forward(q, *keys, gather.plan.documents, **how)
 
         out, lse = gather.kept.once(attend)
-        if gather.kept.backward_is_next:
+        if gather.kept.backward_is_next and any(ctx.needs_input_grad):
             gather.local = k.detach(), v.detach()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.gather, ctx.how = gather, how

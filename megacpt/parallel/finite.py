@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megacpt.parallel.sharded import local_part
+
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -15,7 +17,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     Args:
         tensors: this rank's, DTensors or plain ones; other ranks may have others.
     """
-    parts = {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in tensors.items()}
+    parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     held, fine = [], []
     for dtype in sorted({part.dtype for part in parts.values()}, key=str):
         names = [name for name, part in parts.items() if part.dtype == dtype and part.numel()]

@@ -1,16 +1,17 @@
-"""FSDP2: what is sharded how, and when gradients are reduced. Everything that needs its insides stands here.
+"""FSDP2: what is sharded how, and when gradients are reduced. What its insides are called stands in compat.py.
 
 Autograd's own end of backward never ends a step: with a pipeline many backwards run, and with a split backward the last
 gradients come outside autograd. `take_gradients` and `finish` do it by hand, as torch's pipelining does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from megacpt.compat import end_fsdp_backward, fsdp_groups, reread_fsdp_parameters
 from megacpt.parallel.mesh import Mesh
 
 
@@ -30,7 +31,8 @@ def shard(
 ) -> None:
     """Shards each block and what else `root` holds. The root's own weights stay gathered during a step.
 
-    Gradients are sums over ranks, reduced in `master`.
+    Gradients are sums over ranks, reduced in `master`. FSDP2 takes parameters that are not trained in the same groups, also in the type of
+    the computation: types are asked of those that are trained.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == master else compute, reduce_dtype=master, cast_forward_inputs=False
@@ -46,7 +48,28 @@ def shard(
     root.set_is_last_backward(False)
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + how.prefetch])
-        block.set_modules_to_backward_prefetch(blocks[max(0, i - how.prefetch) : i][::-1])
+    prefetch_in_backward(blocks, how)
+
+
+def prefetch_in_backward(blocks: list[nn.Module], how: Sharding) -> None:
+    """Backward gathers the weights of some of these blocks ahead, and of no other."""
+    for i, block in enumerate(blocks):
+        ahead = blocks[max(0, i - how.prefetch) : i][::-1]
+        block.set_modules_to_backward_prefetch(ahead or [block])  # with none named FSDP takes the one that ran before
+
+
+@torch.no_grad()
+def set_trainable(root: nn.Module, blocks: list[nn.Module], names: Collection[str], master: torch.dtype) -> None:
+    """The named parameters, and no others, get gradients from now on. One that was held in a narrower type gets a master. Between steps."""
+    modules = dict(root.named_modules())
+    for name, parameter in list(root.named_parameters()):
+        place, _, own = name.rpartition(".")
+        if name in names and parameter.dtype != master:
+            setattr(modules[place], own, nn.Parameter(parameter.detach().to(master)))
+        else:
+            parameter.requires_grad_(name in names)
+    for module in [*blocks, root]:
+        reread_fsdp_parameters(module)
 
 
 def sync_gradients(modules: Iterable[FSDPModule], on: bool) -> None:
@@ -64,7 +87,7 @@ def free_after_backward(modules: Iterable[FSDPModule]) -> None:
 def take_gradients(modules: Iterable[FSDPModule]) -> None:
     """Accumulates, and reduces if `sync_gradients` said so, gradients that came outside autograd."""
     for module in modules:
-        for group in _groups(module):
+        for group in fsdp_groups(module):
             group.post_backward()
 
 
@@ -73,7 +96,7 @@ def finish(root: FSDPModule, blocks: list[FSDPModule], how: Sharding) -> None:
     sync_gradients([*blocks, root], True)
     free_after_backward([*blocks, root])
     root.set_is_last_backward(True)
-    root._get_fsdp_state()._root_post_backward_final_callback()
+    end_fsdp_backward(root)
     root.set_is_last_backward(False)
     for module in [*blocks, root]:
         module.set_requires_gradient_sync(False, recurse=False)
@@ -84,11 +107,3 @@ def free_weights(modules: Iterable[FSDPModule]) -> None:
     """After a forward without backward."""
     for module in modules:
         module.reshard()
-
-
-def _groups(module: FSDPModule) -> list:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch 2.11
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return groups

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from megacpt import compat
 from megacpt.config.layout import Layout
 from megacpt.errors import ConfigError
 
@@ -151,7 +152,7 @@ def raise_file_limit(world_size: int) -> int:
 
 def share(name: str, text: str) -> str:
     """Rank 0's text, on all ranks, by the rendezvous that they met at. Once for each name."""
-    store = dist.distributed_c10d._get_default_store()
+    store = compat.default_store()
     if dist.get_rank() == 0:
         store.set(f"megacpt/{name}", text)
     return store.get(f"megacpt/{name}").decode()
@@ -163,7 +164,7 @@ def restart_process_group(device: torch.device, generation: str, timeout_seconds
     A plain initialisation would meet the old group's keys and hang under torchrun: each generation has its own prefix, inside the one
     before.
     """
-    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    store, rank, size = compat.default_store(), dist.get_rank(), dist.get_world_size()
     meet(device)
     dist.destroy_process_group()
     dist.init_process_group(
@@ -256,11 +257,9 @@ def _own_group(
         return dist.group.WORLD
     key = (*ranks, "high" if high else axis if apart else "")
     if key not in made:
-        timeout, options = _timeout(), None
+        timeout, options = compat.timeout_of(dist.group.WORLD), None
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high)
-            if timeout is not None:  # what they hold is taken, with a warning if the argument differs
-                options._timeout = timeout
+            options = compat.nccl_options(high, timeout)
         made[key] = dist.new_group(
             ranks, timeout, pg_options=options, use_local_synchronization=True, group_desc=f"mesh_{axis}"
         )
@@ -283,20 +282,13 @@ def object_group() -> dist.ProcessGroup:
     Collectives over all ranks that hold a tensor, or few bytes, take the default group.
     """
     name = f"objects of group {dist.group.WORLD.group_name}"  # not of one that this process has inherited by a fork
-    for group in dist.distributed_c10d._world.pg_map:
+    for group in compat.process_groups():
         if group.group_desc == name:
             return group
-    return dist.new_group(timeout=_timeout(), backend="gloo", group_desc=name)
-
-
-def _timeout() -> timedelta | None:
-    """What collectives wait now; a group that is made later waits as long. None where a backend has no timeouts."""
-    group = dist.group.WORLD
-    options = getattr(group._get_backend(group._device_types[0]), "options", None)
-    return getattr(options, "_timeout", None)
+    return dist.new_group(timeout=compat.timeout_of(dist.group.WORLD), backend="gloo", group_desc=name)
 
 
 def set_timeout(seconds: float) -> None:
     """How long a collective of any group may wait for its ranks, from now on, in groups that are made later, too."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    for group in compat.process_groups():
+        compat.set_timeout(group, timedelta(seconds=seconds))

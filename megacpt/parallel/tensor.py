@@ -8,17 +8,16 @@ gradient with the parameter's spec: no DTensor dispatch in between. With one ran
 
 Backward gathers again instead of saving, while it computes the input's gradient, and sums that over the ranks while it
 computes the weights' gradients. With a `Later` the weights' gradients are left there to be computed (zero-bubble
-pipelines): `drain` does it.
+pipelines): `drain` does it. What needs no gradient gets none, and nothing is kept or gathered for it.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megacpt_kernels import embedding as rows_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,30 +25,45 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megacpt.family.base import Parameter
 from megacpt.parallel.collectives import gather_tokens, scatter_sum_tokens, start_gather, start_scatter_sum
+from megacpt.parallel.gemm import PLAIN, Gemm, Operand
 from megacpt.parallel.recompute import KEEP_ALL, Kept
+from megacpt.parallel.sharded import Placing, is_replicated, local_part, placing_of
 
 
 class Weight(nn.Module):
     """A named place for a weight, and its bias where it has one, so that their full names are Hugging Face's. Has no forward: the
-    functions below take the parameters.
+    functions below take it, or its parameters.
 
     Attributes:
+        name: of the place in the model.
         rows: of the local tensors, those that this rank uses: all, or one head of a parameter that has fewer heads than there are ranks.
     """
 
     def __init__(
-        self, weight: Parameter, bias: Parameter | None, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype
+        self,
+        weight: Parameter,
+        bias: Parameter | None,
+        vocab_multiple: int,
+        mesh: DeviceMesh,
+        dtype_of: Callable[[str], torch.dtype],
     ):
         super().__init__()
-        self.rows = slice(None)
+        self.name, self.rows = weight.name.removesuffix(".weight"), slice(None)
         if weight.repeated and weight.is_whole(mesh.size()):
             unit = mesh.get_local_rank() // (mesh.size() // weight.units) * weight.unit
             self.rows = slice(unit, unit + weight.unit)
-        self.weight = _empty(weight, vocab_multiple, mesh, dtype)
-        self.register_parameter("bias", None if bias is None else _empty(bias, vocab_multiple, mesh, dtype))
+        empty = partial(_empty, vocab_multiple=vocab_multiple, mesh=mesh, dtype_of=dtype_of)
+        self.weight = empty(weight)
+        self.register_parameter("bias", None if bias is None else empty(bias))
+
+    def parts(self) -> list[tuple[DTensor, slice]]:
+        """What a `Gemm` multiplies by, and the rows of each local tensor that this rank uses."""
+        return [(self.weight, self.rows)]
 
 
-def _empty(parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Parameter:
+def _empty(
+    parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype_of: Callable[[str], torch.dtype]
+) -> nn.Parameter:
     """On the meta device, placed as the table says."""
     local, size = list(parameter.padded(vocab_multiple)), mesh.size()
     placement: Placement = Replicate()
@@ -57,15 +71,16 @@ def _empty(parameter: Parameter, vocab_multiple: int, mesh: DeviceMesh, dtype: t
         placement = Shard(1 if parameter.split == "row" else 0)
         assert local[placement.dim] % size == 0, f"{parameter.name} {local} on {size} tp ranks"
         local[placement.dim] //= size
-    empty = torch.empty(local, dtype=dtype, device="meta")
+    empty = torch.empty(local, dtype=dtype_of(parameter.name), device="meta")
     return nn.Parameter(DTensor.from_local(empty, mesh, [placement], run_check=False))
 
 
 @dataclass(frozen=True)
 class TensorAxis:
-    """The ranks that share matrices, and how forward hides its collectives.
+    """The ranks that share matrices, who multiplies, and how forward hides its collectives.
 
     Attributes:
+        gemm: every product of this rank's is one of it.
         overlap: none; chunked, a part of the tokens travels while another is multiplied; symmetric_memory, torch's fused
             products over NVLink.
         chunks: parts of `chunked`.
@@ -74,44 +89,43 @@ class TensorAxis:
     group: dist.ProcessGroup
     overlap: str = "none"
     chunks: int = 4
+    gemm: Gemm = PLAIN
 
 
 class Later:
-    """Weights and what computes their gradients. (No list: FSDP would copy it on the way into a module.)"""
+    """Parameters of a linear and what computes their gradients, None for one that needs none. (No list: FSDP would copy it on the way
+    into a module.)"""
 
     def __init__(self) -> None:
-        self.queue: list[tuple[DTensor, Callable[[], DTensor]]] = []
+        self.queue: list[tuple[list[DTensor], Callable[[], list[DTensor | None]]]] = []
 
 
 @torch.compiler.disable
 def column_parallel(
     x: Tensor,
-    weights: list[DTensor],
+    places: Sequence[Weight],
     axis: TensorAxis,
-    rows: list[slice] | None = None,
     later: Later | None = None,
     between: tuple[int, Callable[..., None]] | None = None,
-    biases: list[DTensor | None] | None = None,
     kept: Kept = KEEP_ALL,
 ) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight in turn.
 
     Args:
-        x: [t, h]. weights: each [f, h], this rank's rows.
-        rows: of each weight's local tensor, those that this rank uses (key heads that tp replicates); default all.
+        x: [t, h]. places: of weights [f, h], this rank's rows, and biases [f].
         between: (n, function): is called with the first n products before the others are computed.
-        biases: each [f], this rank's rows, or None. kept: of the block that this is in.
+        kept: of the block that this is in.
     Returns:
         [T, f] for each weight.
     """
-    biases = biases or [None] * len(weights)
-    return _Column.apply(axis, x, rows or [slice(None)] * len(weights), later, between, kept, *weights, *biases)
+    linears, biases = _Linears(places), [place.bias for place in places]
+    return _Column.apply(axis, x, linears, later, between, kept, *linears.parameters(places), *biases)
 
 
 @torch.compiler.disable
 def row_parallel(
     x: Tensor,
-    weight: DTensor,
+    place: Weight,
     axis: TensorAxis,
     later: Later | None = None,
     before: Callable[[], None] | None = None,
@@ -121,22 +135,45 @@ def row_parallel(
     """Multiplies, sums over ranks, keeps this rank's tokens.
 
     Args:
-        x: [T, f]. weight: [h, f], this rank's columns.
-        before: is called before the gradients are computed.
+        x: [T, f]. place: of a weight [h, f], this rank's columns.
+        before: is called before the gradients are computed, if x has one.
         kept: of the block that this is in. last: no gradient of the block needs the result, so its repetition leaves it out.
     Returns:
         [t, h].
     """
-    return _Row.apply(axis, x, weight, later, before, kept, last)
+    linears = _Linears([place])
+    return _Row.apply(axis, x, linears, later, before, kept, last, *linears.parameters([place]))
 
 
 @torch.no_grad()
 def drain(later: Later) -> None:
     """Computes the gradients that were left for later and adds them to the weights'."""
-    for weight, compute in later.queue:
-        grad = compute()
-        weight.grad = grad if weight.grad is None else weight.grad + grad
+    for parameters, compute in later.queue:
+        for parameter, grad in zip(parameters, compute(), strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
     later.queue.clear()
+
+
+class _Linears:
+    """The linears of one call as they stand, tensor after tensor, in the arguments of its Function."""
+
+    def __init__(self, places: Sequence[Weight]):
+        parts = [place.parts() for place in places]
+        self.names, self.counts = [place.name for place in places], [len(some) for some in parts]
+        self.rows = [rows for some in parts for _, rows in some]
+
+    def parameters(self, places: Sequence[Weight]) -> list[DTensor]:
+        return [parameter for place in places for parameter, _ in place.parts()]
+
+    def operands(self, tensors: Sequence[Tensor]) -> list[Operand]:
+        """Of what this rank uses of each tensor."""
+        return [Operand(name, tuple(some)) for name, some in zip(self.names, self.split(tensors), strict=True)]
+
+    def split(self, values: Sequence) -> list[list]:
+        """One value a tensor -> a list for each linear."""
+        rest = iter(values)
+        return [list(islice(rest, count)) for count in self.counts]
 
 
 def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: str = "auto") -> Tensor:
@@ -147,7 +184,7 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     Returns:
         [t, h].
     """
-    rows = rows_of(ids, replicated(weight), group.rank() * weight._local_tensor.shape[0], backend=backend)
+    rows = rows_of(ids, replicated(weight), group.rank() * local_part(weight).shape[0], backend=backend)
     return _ScatterSum.apply(rows, group)
 
 
@@ -157,136 +194,170 @@ def replicated(weight: DTensor) -> Tensor:
     return _Local.apply(weight)
 
 
-@functools.cache
-def _fused(name: str) -> Callable:
-    """An operation of torch's symmetric memory. torch 2.11 registers them with their module, which nothing else imports."""
-    importlib.import_module("torch.distributed._symmetric_memory")
-    return getattr(torch.ops.symm_mem, name)
-
-
 def _products(
-    x: Tensor, local: list[Tensor], biases: list[Tensor | None], axis: TensorAxis, between
+    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis, between
 ) -> tuple[Tensor, ...]:
     """gather(x) times each matrix, plus its bias."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = _fused("fused_all_gather_matmul")
-        out = fused(x.contiguous(), [w.t() for w in local], 0, axis.group.group_name, return_A=False)[1]
-        return tuple(y if bias is None else y + bias for y, bias in zip(out, biases, strict=True))
+        return axis.gemm.gathered_forward(x, operands, biases, axis.group)
     if axis.overlap == "chunked" and axis.group.size() > 1:
-        return _chunked_products(x, local, biases, axis)
+        return _chunked_products(x, operands, biases, axis)
     tokens, out = gather_tokens(x, axis.group), []
-    for i, weight in enumerate(local):
+    for i, (operand, bias) in enumerate(zip(operands, biases, strict=True)):
         if between and i == between[0]:
             between[1](*out)
-        out.append(F.linear(tokens, weight, biases[i]))
+        out.append(axis.gemm.forward(tokens, operand, bias))
     return tuple(out)
 
 
 def _chunked_products(
-    x: Tensor, local: list[Tensor], biases: list[Tensor | None], axis: TensorAxis
+    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis
 ) -> tuple[Tensor, ...]:
     size, parts = axis.group.size(), x.tensor_split(min(axis.chunks, x.shape[0]))
     pending = [start_gather(part, axis.group) for part in parts]
-    out = [x.new_empty((size, x.shape[0], weight.shape[0])) for weight in local]
+    widths = [operand.parts[0].shape[0] for operand in operands]
+    out = [x.new_empty((size, x.shape[0], width)) for width in widths]
     begin = 0
     for part, gathered in zip(parts, pending, strict=True):
         tokens, end = gathered.wait(), begin + part.shape[0]
-        for product, weight, bias in zip(out, local, biases, strict=True):
-            product[:, begin:end] = F.linear(tokens, weight, bias).view(size, -1, weight.shape[0])
+        for product, operand, bias, width in zip(out, operands, biases, widths, strict=True):
+            product[:, begin:end] = axis.gemm.forward(tokens, operand, bias).view(size, -1, width)
         begin = end
     return tuple(product.flatten(0, 1) for product in out)
 
 
-def _summed_product(x: Tensor, weight: Tensor, axis: TensorAxis) -> Tensor:
+def _summed_product(x: Tensor, operand: Operand, axis: TensorAxis) -> Tensor:
     """This rank's tokens of the sum over ranks of x times a matrix."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
-        fused = _fused("fused_matmul_reduce_scatter")
-        return fused(x.contiguous(), weight.t(), "sum", 0, axis.group.group_name)
+        return axis.gemm.summed_forward(x, operand, axis.group)
     if axis.overlap == "chunked" and axis.group.size() > 1:
         by_rank = x.unflatten(0, (axis.group.size(), -1))
         parts = by_rank.tensor_split(min(axis.chunks, by_rank.shape[1]), dim=1)
-        pending = [start_scatter_sum(F.linear(part.flatten(0, 1), weight), axis.group) for part in parts]
+        pending = [start_scatter_sum(axis.gemm.forward(part.flatten(0, 1), operand), axis.group) for part in parts]
         return torch.cat([part.wait() for part in pending])
-    return scatter_sum_tokens(F.linear(x, weight), axis.group)
+    return scatter_sum_tokens(axis.gemm.forward(x, operand), axis.group)
 
 
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, axis: TensorAxis, x: Tensor, rows: list[slice], later: Later | None, between, kept: Kept, *parameters
+        ctx, axis: TensorAxis, x: Tensor, linears: _Linears, later: Later | None, between, kept: Kept, *tensors
     ):
-        weights, biases = parameters[: len(rows)], parameters[len(rows) :]
-        local = [weight._local_tensor[part] for weight, part in zip(weights, rows, strict=True)]
-        shifts = [None if bias is None else bias._local_tensor[part] for bias, part in zip(biases, rows, strict=True)]
-        ctx.biases = [None if bias is None else (bias._spec, bias._local_tensor.shape) for bias in biases]
-        ctx.group, ctx.rows, ctx.later, ctx.weights = axis.group, rows, later, weights if later is not None else None
-        ctx.specs = [(weight._spec, weight._local_tensor.shape) for weight in weights]
-        ctx.save_for_backward(x, *local)
-        return kept.once(lambda: _products(x, local, shifts, axis, between))
+        count = sum(linears.counts)
+        weights, biases = tensors[:count], tensors[count:]
+        rows_of = zip(biases, linears.split(linears.rows), strict=True)
+        local = [local_part(weight)[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
+        shifts = [None if bias is None else local_part(bias)[rows[0]] for bias, rows in rows_of]
+        ctx.wanted = linears.split(ctx.needs_input_grad[6 : 6 + count])
+        ctx.bias_places = [
+            placing_of(bias) if wanted else None
+            for bias, wanted in zip(biases, ctx.needs_input_grad[6 + count :], strict=True)
+        ]
+        ctx.places = [placing_of(weight) for weight in weights]
+        ctx.axis, ctx.linears, ctx.later = axis, linears, later
+        ctx.weights = weights if later is not None else None
+        ctx.save_for_backward(x if _any(ctx.wanted) else None, *local)
+        return kept.once(lambda: _products(x, linears.operands(local), shifts, axis, between))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, *local = ctx.saved_tensors
-        gathered = start_gather(x, ctx.group) if ctx.later is None else None
-        dx = grads[0] @ local[0]
-        for grad, weight in zip(grads[1:], local[1:], strict=True):
-            dx.addmm_(grad, weight)
-        dx = start_scatter_sum(dx, ctx.group)
-        shifts = zip(grads, ctx.rows, ctx.biases, strict=True)
-        dbiases = [placed and _placed(grad.sum(0), part, placed) for grad, part, placed in shifts]
-        if ctx.later is None:
+        linears, gemm, group = ctx.linears, ctx.axis.gemm, ctx.axis.group
+        operands, wants_weights = linears.operands(local), _any(ctx.wanted)
+        gathered = start_gather(x, group) if wants_weights and ctx.later is None else None
+        summed = None
+        if ctx.needs_input_grad[1]:
+            dx = gemm.input_gradient(grads[0], operands[0])
+            for grad, operand in zip(grads[1:], operands[1:], strict=True):
+                dx = gemm.input_gradient(grad, operand, dx)
+            summed = start_scatter_sum(dx, group)
+            del dx
+        rows, places = linears.split(linears.rows), linears.split(ctx.places)
+        dbiases = [
+            place and _placed(grad.sum(0), some[0], place)
+            for grad, some, place in zip(grads, rows, ctx.bias_places, strict=True)
+        ]
+        each = list(zip(grads, operands, ctx.wanted, rows, places, strict=True))
+        dweights: list[DTensor | None] = [None] * len(local)
+        if wants_weights and ctx.later is None:
             tokens = gathered.wait()
-            dweights = [_weight_gradient(*each, tokens) for each in zip(grads, ctx.rows, ctx.specs, strict=True)]
-            return None, dx.wait(), None, None, None, None, *dweights, *dbiases
-        shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
+            dweights = [grad for one in each for grad in _weight_gradients(gemm, tokens, *one)]
+        elif wants_weights:
+            shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
+            waiting = [(own, one) for own, one in zip(linears.split(ctx.weights), each, strict=True) if any(one[2])]
 
-        def compute(grad: Tensor, part: slice, spec, last: bool, group=ctx.group) -> DTensor:
-            if not shared:
-                shared.append(gather_tokens(x, group))
-            return _weight_gradient(grad, part, spec, shared.pop() if last else shared[0])
+            def compute(one: tuple, last: bool) -> list[DTensor | None]:
+                if not shared:
+                    shared.append(gather_tokens(x, group))
+                return _weight_gradients(gemm, shared.pop() if last else shared[0], *one)
 
-        for i, (weight, *each) in enumerate(zip(ctx.weights, grads, ctx.rows, ctx.specs, strict=True)):
-            last = i == len(grads) - 1
-            ctx.later.queue.append((weight, lambda each=each, last=last: compute(*each, last)))
-        return None, dx.wait(), *[None] * (4 + len(grads)), *dbiases
-
-
-def _weight_gradient(grad: Tensor, part: slice, spec, tokens: Tensor) -> DTensor:
-    return _placed(grad.t() @ tokens, part, spec)
+            for i, (own, one) in enumerate(waiting, 1):
+                ctx.later.queue.append((own, partial(compute, one, i == len(waiting))))
+        return None, summed and summed.wait(), None, None, None, None, *dweights, *dbiases
 
 
-def _placed(gradient: Tensor, part: slice, spec) -> DTensor:
+def _any(wanted: Sequence[Sequence[bool]]) -> bool:
+    return any(any(some) for some in wanted)
+
+
+def _weight_gradients(
+    gemm: Gemm, x: Tensor, dy: Tensor, operand: Operand, wanted: list[bool], rows: list[slice], places: list[Placing]
+) -> list[DTensor | None]:
+    """Of each part of a linear, as that of the parameter."""
+    gradients = gemm.weight_gradient(dy, x, operand, wanted) if any(wanted) else [None] * len(rows)
+    return [
+        None if gradient is None else _placed(gradient, some, place)
+        for gradient, some, place in zip(gradients, rows, places, strict=True)
+    ]
+
+
+def _placed(gradient: Tensor, part: slice, place: Placing) -> DTensor:
     """The gradient of the rows `part` as that of the parameter."""
-    placed, shape = spec
-    if gradient.shape != shape:  # rows of other ranks: their gradients come from there
-        gradient, used = gradient.new_zeros(shape), gradient
+    if gradient.shape != place.local_shape:  # rows of other ranks: their gradients come from there
+        gradient, used = gradient.new_zeros(place.local_shape), gradient
         gradient[part] = used
-    return DTensor(gradient, placed, requires_grad=False)
+    return place.wrap(gradient)
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, axis: TensorAxis, x: Tensor, weight: DTensor, later: Later | None, before, kept: Kept, last: bool):
-        local = weight._local_tensor
-        ctx.group, ctx.spec, ctx.later, ctx.before = axis.group, weight._spec, later, before
-        ctx.weight = weight if later is not None else None
-        ctx.save_for_backward(x, local)
+    def forward(
+        ctx,
+        axis: TensorAxis,
+        x: Tensor,
+        linears: _Linears,
+        later: Later | None,
+        before,
+        kept: Kept,
+        last: bool,
+        *weights,
+    ):
+        local = [local_part(weight)[rows] for weight, rows in zip(weights, linears.rows, strict=True)]
+        ctx.places = [placing_of(weight) for weight in weights]
+        ctx.axis, ctx.linears, ctx.later, ctx.before = axis, linears, later, before
+        ctx.weights, ctx.wanted = weights if later is not None else None, ctx.needs_input_grad[7:]
+        ctx.save_for_backward(x if any(ctx.wanted) else None, *local)
         if last and kept.again:
-            return x.new_empty((x.shape[0] // axis.group.size(), local.shape[0]))
-        compute = lambda: _summed_product(x, local, axis)
+            return x.new_empty((x.shape[0] // axis.group.size(), local[0].shape[0]))
+        compute = lambda: _summed_product(x, linears.operands(local)[0], axis)
         return compute() if last else kept.once(compute)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if ctx.before:
+        wants_dx = ctx.needs_input_grad[1]
+        if ctx.before and wants_dx:
             ctx.before()
-        x, weight = ctx.saved_tensors
-        grad, spec = gather_tokens(grad, ctx.group), ctx.spec
-        compute = lambda: DTensor(grad.t() @ x, spec, requires_grad=False)
-        if ctx.later is None:
-            return None, grad @ weight, compute(), *[None] * 4
-        ctx.later.queue.append((ctx.weight, compute))
-        return None, grad @ weight, *[None] * 5
+        x, *local = ctx.saved_tensors
+        linears, gemm = ctx.linears, ctx.axis.gemm
+        (operand,), grad = linears.operands(local), gather_tokens(grad, ctx.axis.group)
+        compute = lambda: _weight_gradients(gemm, x, grad, operand, ctx.wanted, linears.rows, ctx.places)
+        dweights: list[DTensor | None] = [None] * len(local)
+        dx = gemm.input_gradient(grad, operand) if wants_dx else None
+        if any(ctx.wanted) and ctx.later is None:
+            dweights = compute()
+        elif any(ctx.wanted):
+            ctx.later.queue.append((list(ctx.weights), compute))
+        return None, dx, *[None] * 5, *dweights
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -304,19 +375,19 @@ class _ScatterSum(torch.autograd.Function):
 class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: DTensor):
-        ctx.spec = weight._spec
-        return weight._local_tensor.view_as(weight._local_tensor)
+        ctx.place, local = placing_of(weight), local_part(weight)
+        return local.view_as(local)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+        return ctx.place.wrap(grad.contiguous())
 
 
 def sum_replicated_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sums over tp the gradients of parameters that tp replicates: after FSDP's reduction, once a step, in one bucket."""
     if group.size() == 1:
         return
-    grads = [p.grad._local_tensor for p in parameters if p.grad is not None and p.placements[-1].is_replicate()]
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None and is_replicated(p)]
     if grads:
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat, group=group)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
+from megacpt.config.run_layout import EVENTS, STATUS
+from megacpt.config.sections.optimizer import LearningRate
 from megacpt.errors import ConfigError
 
 CONTROL = "default"
@@ -95,13 +96,13 @@ def assess(
 
 def _status(run: Path) -> str | None:
     try:
-        return json.loads((run / "run.json").read_text())["status"]
+        return json.loads((run / STATUS).read_text())["status"]
     except (OSError, json.JSONDecodeError, KeyError):
         return None
 
 
 def _events(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / EVENTS).read_text(encoding="utf-8").splitlines()]
 
 
 def table(trials: list[Trial]) -> list[str]:

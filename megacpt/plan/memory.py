@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from megacpt.config.layout import Layout, token_unit
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.family.base import ModelConfig
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule

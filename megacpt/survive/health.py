@@ -3,30 +3,36 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacpt.config.recipe import Health
+from megacpt.config.sections.health import Health
 from megacpt.errors import NumbersError, ReplicaError
 from megacpt.model.decoder import Decoder
-from megacpt.optim.adamw import AdamW, local
+from megacpt.optim.adamw import AdamW
 from megacpt.parallel.finite import not_finite
 from megacpt.parallel.mesh import Mesh
-
-Measured = tuple[float, float]
-"""Loss and gradient norm of an accepted step."""
+from megacpt.parallel.sharded import is_replicated, local_part
 
 
-def limits(accepted: Sequence[Measured], rules: Health) -> Measured:
-    """(largest loss, largest norm) of an update that is made: median + spike_mads · 1.4826 · MAD of the steps accepted last. A step that
+@dataclass(frozen=True)
+class StepStats:
+    """What spikes are seen by."""
+
+    loss: float
+    grad_norm: float
+
+
+def spike_thresholds(accepted: Sequence[tuple[float, float]], rules: Health) -> StepStats:
+    """The largest loss and norm of an update that is made: median + spike_mads · 1.4826 · MAD of the steps accepted last. A step that
     was skipped is not among them, so a spike does not raise its own limit."""
     if rules.spike_mads is None or len(accepted) < rules.spike_window // 4:
-        return float("inf"), float("inf")
-    loss, norm = (_limit(values, rules.spike_mads) for values in zip(*accepted, strict=True))
-    return loss, norm
+        return StepStats(float("inf"), float("inf"))
+    return StepStats(*(_limit(values, rules.spike_mads) for values in zip(*accepted, strict=True)))
 
 
 def _limit(values: Sequence[float], mads: float) -> float:
@@ -35,11 +41,13 @@ def _limit(values: Sequence[float], mads: float) -> float:
     return middle + mads * max(spread, 1e-3 * abs(middle))
 
 
-def remember(accepted: list[Measured], loss: float, norm: float, rules: Health) -> None:
-    """Adds a step, in four digits, so that all layouts remember the same."""
-    if rules.spike_mads is not None:
-        accepted.append((float(f"{loss:.3e}"), float(f"{norm:.3e}")))
-        del accepted[: -rules.spike_window]
+def add_accepted_step(
+    accepted: Sequence[tuple[float, float]], stats: StepStats, rules: Health
+) -> list[tuple[float, float]]:
+    """(loss, norm) of the steps accepted last with one more, in four digits, so that all layouts remember the same."""
+    if rules.spike_mads is None:
+        return list(accepted)
+    return [*accepted, (float(f"{stats.loss:.3e}"), float(f"{stats.grad_norm:.3e}"))][-rules.spike_window :]
 
 
 def check_finite(optimizer: AdamW, step: int) -> None:
@@ -61,7 +69,7 @@ def check_finite(optimizer: AdamW, step: int) -> None:
 
 def weight_sums(optimizer: AdamW) -> dict[str, Tensor]:
     """By name of each tensor that this rank holds a part of: a checksum of its bits, int64 scalars on the device."""
-    return {name: checksum(local(tensor).detach()) for name, tensor in named_tensors(optimizer).items()}
+    return {name: checksum(local_part(tensor).detach()) for name, tensor in named_tensors(optimizer).items()}
 
 
 def named_tensors(optimizer: AdamW) -> dict[str, Tensor]:
@@ -94,7 +102,7 @@ def check_replicas(optimizer: AdamW, model: Decoder, step: int) -> None:
         ReplicaError: on all ranks, naming tensors and the ranks that differ from the others.
     """
     mesh, sums = model.mesh, weight_sums(optimizer)
-    replicated = [name for name in sums if _is_replicated(optimizer, name)]
+    replicated = [name for name in sums if is_replicated(optimizer.parameters[name.partition(".")[2]])]
     tied = [name for name in sums if name.partition(".")[2] == model.config.embedding]
     shared = [(mesh.groups["dp_replicate"], list(sums)), (mesh.groups["tp"], replicated)]
     if mesh.ends is not None and model.config.tie_word_embeddings and model.plan.splits_ends and tied:
@@ -134,11 +142,6 @@ def _any(flag: bool, mesh: Mesh) -> bool:
     found = torch.tensor(float(flag), device=mesh.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
-
-
-def _is_replicated(optimizer: AdamW, name: str) -> bool:
-    """Whether every tp rank holds the whole of a tensor."""
-    return optimizer.parameters[name.partition(".")[2]].placements[-1].is_replicate()
 
 
 class Stragglers:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from megacpt import log
+from megacpt.config.run_layout import LEASE, STOP_REQUEST
 from megacpt.errors import LeaseError
 
-FOLDER, STOP_REQUEST, ATTEMPT = "lease", "stop-request", "MEGACPT_ATTEMPT"
+ATTEMPT = "MEGACPT_ATTEMPT"
 REPEAT_SECONDS = 10.0
 """Signals that ask for a stop and come closer together are one request, delivered by two ways."""
 LOOK_SECONDS, BEAT_SECONDS, TRUST_SECONDS = 1.0, 5.0, 10.0
@@ -165,7 +166,7 @@ class Lease:
     """
 
     def __init__(self, run: Path, attempt: str):
-        self.run, self.attempt, self.folder = run, attempt, run / FOLDER
+        self.run, self.attempt, self.folder = run, attempt, run / LEASE
         self.number, self.lost, self._file, self._checked = 0, False, -1, 0.0
 
     def take(self) -> None:
@@ -303,13 +304,13 @@ def current_owner(run: Path) -> Owner | None:
     """Who has the lease of a run directory, or had it last."""
     while True:
         try:
-            number = max(_numbers(run / FOLDER), default=0)
+            number = max(_numbers(run / LEASE), default=0)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not number:
             return None
         try:
-            with open(run / FOLDER / f"{number:08d}.json", encoding="utf-8", errors="replace") as file:
+            with open(run / LEASE / f"{number:08d}.json", encoding="utf-8", errors="replace") as file:
                 first, *rest = file.read().split("\n")
                 info = os.fstat(file.fileno())
             break

@@ -1,5 +1,6 @@
 """What a run leaves behind: recipe.toml, run.json, metrics.jsonl, events.jsonl, tb/. Only rank 0 writes."""
 
+import contextlib
 import json
 import math
 import time
@@ -8,10 +9,20 @@ from typing import Any
 
 import megacpt
 from megacpt import log
-from megacpt.config.load import plain, save_recipe
+from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
+from megacpt.config.run_layout import CHECKPOINTS, EVENTS, METRICS, RECIPE, STATUS, misplaced
 from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
-from megacpt.files import Journal, disk_told, remove_abandoned, write_atomically
+from megacpt.files import (
+    Journal,
+    JsonError,
+    Record,
+    disk_told,
+    read_object,
+    read_records,
+    remove_abandoned,
+    write_atomically,
+)
 from megacpt.survive.lease import Lease
 
 
@@ -26,7 +37,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, write: bool, attempt: str = ""):
         self.path, self.write, self.attempt = Path(path), write, attempt
         self.lease: Lease | None = None
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.facts: dict[str, Any] = {}
         self.useful_seconds = 0.0
         """Of steps whose updates the weights hold."""
@@ -40,14 +51,11 @@ class RunDirectory:
         """Makes the folder and becomes its owner.
 
         Raises:
-            LeaseError: if another job trains in it. ConfigError: if a folder lies where a file belongs. OSError.
+            LeaseError: if another job trains in it. ConfigError: if a name in it is taken by something of another kind. OSError.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        files = ("recipe.toml", "run.json", "metrics.jsonl", "events.jsonl", "ledger.jsonl")
-        if folders := [name for name in files if (self.path / name).is_dir()]:
-            raise ConfigError(
-                [f"{self.path / name}: a folder lies where a file belongs. Move it away." for name in folders]
-            )
+        if problems := misplaced(self.path):
+            raise ConfigError(problems)
         lease = Lease(self.path, self.attempt)
         lease.take()
         self.lease = lease
@@ -76,7 +84,7 @@ class RunDirectory:
         if not self.write:
             return
         before = read_status(self.path)
-        save_recipe(recipe, self.path / "recipe.toml")
+        save_recipe(recipe, self.path / RECIPE)
         self.facts = {
             "megacpt": megacpt.__version__,
             "attempt": before.get("attempt", 0) + 1,
@@ -85,6 +93,12 @@ class RunDirectory:
             **facts,
         }
         self.status("running")
+
+    def change_facts(self, **facts: Any) -> None:
+        """What has become different since the start, in run.json and in the manifests."""
+        if self.facts:
+            self.facts |= facts
+            self.status("running")
 
     def effective(self, seconds: float) -> float | None:
         """Effective training time with one more step: useful seconds over all since the run was first started, by the clock on the wall."""
@@ -106,19 +120,19 @@ class RunDirectory:
             f"{len(j.waiting)} of {j.path.name}" for j in self.journals.values() if j.waiting and status != "running"
         ]:
             log.warn(f"{self.path}: lines that could not be written are lost: {', '.join(waiting)}")
-        disk = {name: why for name, why in self.disk.items() if name != "run.json"}
+        disk = {name: why for name, why in self.disk.items() if name != STATUS}
         content = {"status": status, "exit_code": exit_code, **more, **self.facts, **({"disk": disk} if disk else {})}
         try:
             write_status(self.path, content)
         except OSError as error:
-            told = disk_told(error, self.path / "run.json")
+            told = disk_told(error, self.path / STATUS)
             if exit_code == 0:
                 raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
-            if "run.json" not in self.disk:
+            if STATUS not in self.disk:
                 log.warn(told)
-            self.disk["run.json"] = error.strerror or str(error)
+            self.disk[STATUS] = error.strerror or str(error)
         else:
-            self.disk.pop("run.json", None)
+            self.disk.pop(STATUS, None)
 
     def flush(self) -> None:
         """Tries again to write what waits; nothing any more once another job has the directory."""
@@ -146,16 +160,14 @@ class RunDirectory:
 
     def event(self, kind: str, step: int, tokens: int, **more: Any) -> None:
         if self._writes():
-            self._append(
-                "events.jsonl", {"time": round(time.time(), 3), "step": step, "tokens": tokens, "kind": kind, **more}
-            )
+            self._append(EVENTS, {"time": round(time.time(), 3), "step": step, "tokens": tokens, "kind": kind, **more})
 
     def metrics(self, row: dict[str, Any]) -> None:
         if self._writes():
             self._at = row["step"], row.get("tokens", 0)
-            self._append("metrics.jsonl", row)
+            self._append(METRICS, row)
             self.flush()
-            if "run.json" in self.disk:
+            if STATUS in self.disk:
                 self.status("running")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -167,21 +179,32 @@ class RunDirectory:
             self.journals[name] = Journal(self.path / name, self._told)
         return self.journals[name]
 
+    def has_rows(self) -> bool:
+        """Whether a step of the run has been trained."""
+        try:
+            return any(_is_row(record) for record in read_records(self.path / METRICS))
+        except (OSError, JsonError):
+            return False
+
     def cut_metrics(self, step: int) -> None:
         """Keeps the last row of each step up to `step`. A row that cannot be read is told; a last line that a kill left unfinished is
         not."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if self.write:
             self.journal(path.name).flush()  # a run that goes back may hold rows that are to be dropped
         if not self.write or not path.exists():
             return
-        rows, damaged = _rows(path)
+        kept, damaged = {}, []
+        for record in read_records(path):
+            if not _is_row(record):
+                damaged.append(record.number)
+            elif record.row["step"] <= step:
+                kept[record.row["step"]] = record.line + b"\n"
         for line in damaged:
             log.warn(f"{path}: line {line} is damaged and was left out")
         if damaged:
             self.event("damaged_rows", step, 0, file=path.name, lines=damaged)
-        kept = {row["step"]: line + "\n" for row, line in rows if row["step"] <= step}
-        write_atomically(path, "".join(kept[number] for number in sorted(kept)))
+        write_atomically(path, b"".join(kept[number] for number in sorted(kept)))
         self.useful_seconds = useful_seconds(self.path)
 
 
@@ -194,116 +217,59 @@ def plain_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rows(path: Path) -> tuple[list[tuple[dict[str, Any], str]], list[int]]:
-    """([(row, line)], numbers of damaged lines) of metrics.jsonl. What a kill left unfinished at the end is neither."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return [], []
-    found, damaged = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode())
-            whole = isinstance(row, dict) and _is_number(row.get("step"), int)
-        except (ValueError, RecursionError):
-            whole = False
-        if whole:
-            found.append((row, line.decode()))
-        elif line and number < len(lines):
-            damaged.append(number)
-    return found, damaged
-
-
-def _is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def useful_seconds(directory: Path) -> float:
     """Of the steps in metrics.jsonl whose updates were made; a step that stands there twice counts once."""
-    rows = {row["step"]: row for row, _ in _rows(directory / "metrics.jsonl")[0] if _is_number(row.get("step_s"))}
-    return sum(row["step_s"] for row in rows.values() if not row.get("skipped"))
+    seconds: dict[int, float] = {}
+    with contextlib.suppress(OSError, JsonError):
+        for record in read_records(directory / METRICS):
+            if _is_row(record) and _fits("step_s", record.row.get("step_s")):
+                seconds[record.row["step"]] = 0.0 if record.row.get("skipped") else record.row["step_s"]
+    return math.fsum(seconds.values())
 
 
-_KINDS: dict[str, type | tuple] = {
+def _is_row(record: Record) -> bool:
+    return record.row is not None and _fits("step", record.row.get("step"))
+
+
+YEAR = 366 * 86400.0
+_NUMBERS: dict[str, tuple[type | tuple, float, float]] = {
+    "step": (int, 1, 2**53),
+    "step_s": ((int, float), 0.0, YEAR),
+    "attempt": (int, 0, 10**9),
+    "first_started": ((int, float), 1.0, math.inf),
+    "exit_code": (int, -255, 255),
+}
+_OTHERS: dict[str, type | tuple] = {
     "status": str,
-    "attempt": int,
     "attempt_id": str,
-    "first_started": (int, float),
-    "exit_code": (int, type(None)),
     "signal": (str, type(None)),
     "reason": (str, type(None)),
     "suspects": (list, type(None)),
 }
-"""Of what is read back from run.json."""
+"""What is read back from run.json and metrics.jsonl: the kind of each field, and the range of what counts or measures."""
 
 
 def read_status(directory: Path) -> dict[str, Any]:
     """run.json, without fields that are not what they must be; nothing if there is none."""
     try:
-        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_object(directory / STATUS)
+    except (OSError, JsonError):
         return {}
-    return {key: value for key, value in content.items() if _fits(key, value)} if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if _fits(key, value)}
 
 
 def _fits(key: str, value: Any) -> bool:
-    kind = _KINDS.get(key, object)
-    return isinstance(value, kind) and (kind is object or not isinstance(value, int | float) or _is_number(value))
+    if key in _NUMBERS:
+        kind, low, high = _NUMBERS[key]
+        if key == "first_started":
+            high = time.time() + 86400  # another machine's clock may be ahead
+        elif key == "exit_code" and value is None:
+            return True
+        return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, _OTHERS.get(key, object))
 
 
 def write_status(directory: Path, content: dict[str, Any]) -> None:
     """run.json, in one act."""
     text = json.dumps(plain_numbers({"time": time.time(), **content}), indent=1, allow_nan=False)
-    write_atomically(directory / "run.json", text + "\n")
-
-
-FREE_SECTIONS = ("parallel", "kernels", "log", "checkpoint", "health", "profile", "gates")
-FREE_OF_CURRENT_STAGE = (
-    "parallel",
-    "tokens",
-    "lr",
-    "betas",
-    "weight_decay",
-    "clip_norm",
-    "gates",
-    "on_fail",
-    "average",
-)
-
-
-def changes_on_resume(before: Recipe, now: Recipe, current: str) -> list[str]:
-    """What differs between the recipe of a run and the one it is resumed with, as `key: old -> new`.
-
-    Free to change: `FREE_SECTIONS`, `run` but its seed, stages that have not begun, and of the stage in which the
-    checkpoint stands (`current`) its length, rates and layout.
-
-    Raises:
-        ConfigError: if something else differs: data order, seed, model, finished stages.
-    """
-    old, new = plain(before), plain(now)
-    changed, frozen = [], _differing(old["run"]["seed"], new["run"]["seed"], "run.seed")
-    for section in sorted((set(old) | set(new)) - {"run", "stages"}):
-        differing = _differing(old.get(section), new.get(section), section)
-        (changed if section in FREE_SECTIONS else frozen).extend(differing)
-    names = [stage["name"] for stage in old["stages"]]
-    begun = names.index(current) + 1 if current in names else 0
-    for i, stage in enumerate(old["stages"][:begun]):
-        later = new["stages"][i] if i < len(new["stages"]) else {}
-        for key in sorted(set(stage) | set(later)):
-            free = key == "parallel" or (i == begun - 1 and key in FREE_OF_CURRENT_STAGE)
-            differing = _differing(stage.get(key), later.get(key), f"stages.{names[i]}.{key}")
-            (changed if free else frozen).extend(differing)
-    changed += _differing(old["stages"][begun:], new["stages"][begun:], f"stages after {current}")
-    if frozen:
-        raise ConfigError(
-            [f"{line}. It is frozen once the run has begun." for line in frozen]
-            + ["Take the old values, or start a new run under another run.name."],
-            "the recipe of the resumed run",
-        )
-    return changed
-
-
-def _differing(old: Any, new: Any, name: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in {**old, **new} for d in _differing(old.get(key), new.get(key), f"{name}.{key}")]
-    return [] if old == new else [f"{name}: {old} -> {new}"]
+    write_atomically(directory / STATUS, text + "\n")

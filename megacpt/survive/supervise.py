@@ -25,13 +25,13 @@ from megacpt.checkpoint.manifest import MANIFEST, directory_name, list_steps, re
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
+from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
 from megacpt.files import Journal
-from megacpt.survive.lease import REPEAT_SECONDS, STOP_REQUEST, Supervised, new_attempt, process_of, request_stop
+from megacpt.survive.lease import REPEAT_SECONDS, Supervised, new_attempt, process_of, request_stop
 from megacpt.survive.run_directory import read_status, useful_seconds
 from megacpt.survive.watchdog import told_by_ranks
 
-LEDGER = "ledger.jsonl"
 ILL = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
 """Beginnings of the states in which Slurm's sinfo shows a node that cannot be used; a star behind one: it does not answer."""
 
@@ -79,7 +79,7 @@ def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
     run, barren, attempt = Path(recipe.directory), 0, 0
-    checkpoints, unfinished = run / "checkpoints", UNFINISHED if _requires_the_end(command) else 0
+    checkpoints, unfinished = run / CHECKPOINTS, UNFINISHED if _requires_the_end(command) else 0
     stop, ledger = _Stop(), Journal(run / LEDGER, _told)
     while True:
         attempt += 1

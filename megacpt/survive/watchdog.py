@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from megacpt import heartbeat, log
+from megacpt.config.run_layout import INCIDENTS, STATUS, incident_folder
 from megacpt.errors import ConfigError, LeaseError, MegacptError
 from megacpt.files import disk_told, write_atomically
 from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
 from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
-INCIDENTS = "incidents"
 LOOK_SECONDS, SHARED_LOOK_SECONDS, GRACE_SECONDS, REPORT_SECONDS = 0.3, 2.0, 5.0, 10.0
 LEAVE_SECONDS = 60.0
 """For a rank that has said why it leaves, or that it is done: it takes its own exit code with it, however slow the machine is."""
@@ -52,9 +52,7 @@ class Watch:
         """All ranks have met, and share a name for this attempt."""
         self.attempt = attempt
         if self.folder:
-            partial = self.folder / f"attempt.{self.rank}"
-            partial.write_text(attempt)
-            os.replace(partial, self.folder / "attempt")
+            write_atomically(self.folder / "attempt", attempt)
 
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks, so that none waits for this one, and the supervisor, which sees only torchrun's exit code."""
@@ -145,7 +143,7 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def _incident(run: Path, attempt: str) -> Path:
-    path = run / INCIDENTS / attempt
+    path = incident_folder(run, attempt)
     with contextlib.suppress(OSError):  # what is written there tells
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -219,7 +217,7 @@ class Watchdog:
             return "orphaned"
         if time.monotonic() - self.shared_look > SHARED_LOOK_SECONDS and self.world_size > self.size:
             self.shared_look = time.monotonic()
-            for path in (self.run / INCIDENTS / self._attempt()).glob("node-*.json"):
+            for path in incident_folder(self.run, self._attempt()).glob("node-*.json"):
                 return _read(path).get("kind")
         return None
 
@@ -326,7 +324,7 @@ class Watchdog:
         try:
             write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
         except OSError as error:
-            log.say(f"megacpt watchdog: {disk_told(error, self.run / 'run.json')}")
+            log.say(f"megacpt watchdog: {disk_told(error, self.run / STATUS)}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
 
     def _may_say(self, run: dict[str, Any]) -> bool:

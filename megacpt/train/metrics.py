@@ -6,6 +6,7 @@ import resource
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megacpt.family.base import ModelConfig
 from megacpt.files import Journal
 from megacpt.log import duration, short_number
 from megacpt.model.flops import PEAK_FLOPS, step_flops
+from megacpt.survive.health import StepStats
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float | None, str]:
@@ -52,52 +54,62 @@ def resident_gib() -> float:
     return pages * resource.getpagesize() / 2**30
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What was measured of a step.
+
+    Attributes:
+        pairs: of query and key that see each other, of the whole step.
+        domain_tokens: of each domain, that the run has trained up to the step.
+        skipped: why the update was not made, or None.
+        effective_time: seconds of steps whose updates the weights hold, over all since the run was first started.
+    """
+
+    stage: str
+    stats: StepStats
+    lr: float
+    pairs: int
+    domain_tokens: dict[str, int]
+    seconds: float
+    data_seconds: float
+    memory_gib: float
+    skipped: str | None
+    effective_time: float | None
+
+
 class StepMetrics:
     """Turns what a step measured into its row. attended_tokens: keys that a query sees, in the mean; attended_share: over those it would
-    see if each row were one document, the part of the length that documents really use. skipped: why the update was not made, or null.
-    effective_time: seconds of steps whose updates the weights hold, over all since the run was first started."""
+    see if each row were one document, the part of the length that documents really use."""
 
     def __init__(self, config: ModelConfig, world_size: int, peak: float | None):
         self.config, self.world_size, self.peak = config, world_size, peak
 
-    def row(
-        self,
-        step: Step,
-        stage: str,
-        loss: float,
-        norm: float,
-        lr: float,
-        pairs: int,
-        domain_tokens: dict[str, int],
-        step_seconds: float,
-        data_seconds: float,
-        memory: float,
-        skipped: str | None,
-        effective: float | None,
-    ) -> dict[str, Any]:
-        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, pairs)
-        share = lambda flops: round(flops / (self.peak * self.world_size * step_seconds), 4) if self.peak else None
+    def row(self, step: Step, facts: StepFacts) -> dict[str, Any]:
+        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, facts.pairs)
         return {
             "step": step.number,
             "tokens": step.tokens_after,
-            "stage": stage,
-            "loss": _number(loss),
-            "grad_norm": _number(norm),
-            "lr": lr,
+            "stage": facts.stage,
+            "loss": _number(facts.stats.loss),
+            "grad_norm": _number(facts.stats.grad_norm),
+            "lr": facts.lr,
             "batch_tokens": step.batch_tokens,
             "seq_len": step.seq_len,
-            "domain_tokens": domain_tokens,
-            "attended_tokens": round(pairs / step.batch_tokens, 1),
-            "attended_share": round(2 * pairs / (step.batch_tokens * (step.seq_len + 1)), 4),
-            "tokens_per_second": round(step.batch_tokens / step_seconds, 1),
-            "mfu": share(dense),
-            "mfu_exact": share(exact),
-            "step_s": round(step_seconds, 4),
-            "data_s": round(data_seconds, 4),
-            "memory_gib": round(memory, 3),
-            "skipped": skipped,
-            "effective_time": effective,
+            "domain_tokens": facts.domain_tokens,
+            "attended_tokens": round(facts.pairs / step.batch_tokens, 1),
+            "attended_share": round(2 * facts.pairs / (step.batch_tokens * (step.seq_len + 1)), 4),
+            "tokens_per_second": round(step.batch_tokens / facts.seconds, 1),
+            "mfu": self._share(dense, facts.seconds),
+            "mfu_exact": self._share(exact, facts.seconds),
+            "step_s": round(facts.seconds, 4),
+            "data_s": round(facts.data_seconds, 4),
+            "memory_gib": round(facts.memory_gib, 3),
+            "skipped": facts.skipped,
+            "effective_time": facts.effective_time,
         }
+
+    def _share(self, flops: float, seconds: float) -> float | None:
+        return round(flops / (self.peak * self.world_size * seconds), 4) if self.peak else None
 
 
 def _number(value: float) -> float | None:
@@ -191,20 +203,23 @@ class _Collected:
 class Console:
     """One line a step (or every few), with the time that is left at the recent rate."""
 
-    def __init__(self, clock: Clock, every_steps: int):
-        self.clock, self.every, self.rate = clock, every_steps, None
+    def __init__(self, every_steps: int):
+        self.every, self.rate = every_steps, None
 
-    def line(self, row: dict[str, Any]) -> str | None:
+    def line(self, row: dict[str, Any], clock: Clock) -> str | None:
         rate = row["tokens_per_second"]
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
-        if row["step"] % self.every and row["step"] != self.clock.num_steps:
+        if row["step"] % self.every and row["step"] != clock.num_steps:
             return None
         mfu = f"MFU {100 * row['mfu']:.1f} % ({100 * row['mfu_exact']:.1f} % exact)  " if row["mfu"] is not None else ""
-        shown = lambda value, digits: "not finite" if value is None else f"{value:.{digits}f}"
-        left = duration((self.clock.num_tokens - row["tokens"]) / self.rate)
+        left = duration((clock.num_tokens - row["tokens"]) / self.rate)
         return (
-            f"{row['stage']} step {row['step']}/{self.clock.num_steps}  tokens {short_number(row['tokens'])}  "
-            f"loss {shown(row['loss'], 4)}  grad {shown(row['grad_norm'], 3)}  lr {row['lr']:.2e}  "
+            f"{row['stage']} step {row['step']}/{clock.num_steps}  tokens {short_number(row['tokens'])}  "
+            f"loss {_shown(row['loss'], 4)}  grad {_shown(row['grad_norm'], 3)}  lr {row['lr']:.2e}  "
             f"{short_number(row['tokens_per_second'])} tok/s  {mfu}"
             f"{row['memory_gib']:.2f} GiB  ETA {left}"
         )
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megacpt.config.recipe import Profile
+from megacpt.compat import dump_memory, record_memory
+from megacpt.config.sections.profile import Profile
 from megacpt.files import disk_told
 from megacpt.log import info, warn
 
@@ -22,7 +23,7 @@ class Profiler:
     def before(self, step: int) -> None:
         if self.window and step == self.window[0]:
             if self.memory:
-                torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+                record_memory(True)
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self.running = torch.profiler.profile(activities=activities, profile_memory=self.memory)
@@ -43,7 +44,7 @@ class Profiler:
             self.directory.mkdir(parents=True, exist_ok=True)
             _export(running, file)
             if self.memory:
-                torch.cuda.memory._dump_snapshot(str(file.with_name(f"{file.stem}-memory.pickle")))
+                dump_memory(str(file.with_name(f"{file.stem}-memory.pickle")))
         except (OSError, RuntimeError) as error:  # a profile is not worth a run
             warn(
                 disk_told(error, file)
@@ -54,7 +55,7 @@ class Profiler:
             info(f"profile written to {file} (open in ui.perfetto.dev)")
         finally:
             if self.memory:
-                torch.cuda.memory._record_memory_history(enabled=None)
+                record_memory(False)
 
 
 def _export(profile: torch.profiler.profile, file: Path) -> None:

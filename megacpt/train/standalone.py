@@ -6,17 +6,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megacpt.checkpoint.export import HUGGING_FACE, find_checkpoint, run_config
+from megacpt.checkpoint.export import find_checkpoint
 from megacpt.checkpoint.load import load
 from megacpt.checkpoint.manifest import read_manifest
 from megacpt.checkpoint.save import tensors_of
-from megacpt.config.layout import resolve_layout, token_unit
+from megacpt.config.layout import resolve_layout
+from megacpt.config.merge import parallel_in
 from megacpt.config.model import shape_problems
+from megacpt.config.plan_file import load_plan
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Parallel
+from megacpt.config.run_layout import HUGGING_FACE
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import ConfigError
-from megacpt.evaluate.gates import Examiner
+from megacpt.evaluate.gates import GateRunner
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
 from megacpt.family.read import read_config
 from megacpt.model.build import build_model, sharding_of
@@ -32,25 +35,27 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
     device = device_of_process()
     start_process_group(device)
     path, world_size = Path(source), dist.get_world_size()
-    directory, stage = None, None
-    if (path / HUGGING_FACE).is_dir():
-        directory, _ = find_checkpoint(path, step)
-        stage = read_manifest(directory).state.stage
-        config, _ = run_config(path, stage)
+    directory, vocab_multiple = None, 128
+    if is_run(path):
+        plan, (directory, _) = load_plan(path), find_checkpoint(path, step)
+        config, vocab_multiple = (
+            plan.stage(read_manifest(directory).state.stage).model,
+            plan.recipe.model.vocab_multiple,
+        )
     else:
         config = read_config(path)
     problems = []
     try:
         layout = resolve_layout(parallel, world_size)
-        plan = plan_pipeline(config.num_hidden_layers, parallel)
+        pipeline = plan_pipeline(config.num_hidden_layers, parallel)
     except ValueError as error:
         problems.append(f"parallel: {error}")
-    options = ModelOptions(run_vocab_multiple(path) if directory else 128, overlap=parallel.overlap)
+    options = ModelOptions(vocab_multiple, overlap=parallel.overlap)
     problems += shape_problems(config, parallel, options.vocab_multiple)
     if problems:
         raise ConfigError(problems, "the layout")
     mesh, compute = build_mesh(layout, device), compute_dtype(dtype, device)
-    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
+    model = build_model(config, mesh, compute, options, pipeline, sharding_of(parallel))
     if directory:
         load(directory, tensors_of(dict(model.named_parameters()), None))
     else:
@@ -58,29 +63,33 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
     return model
 
 
-def run_vocab_multiple(run_directory: Path) -> int:
-    from megacpt.config.load import load_recipe
-
-    return load_recipe(str(run_directory / "recipe.toml")).model.vocab_multiple
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory, and not a Hugging Face directory."""
+    return (path / HUGGING_FACE).is_dir()
 
 
 def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = None) -> dict[str, Any]:
     """{domain: {"loss", "perplexity"}} of a model on the recipe's held-out documents, in rows of its last stage; and under "gates" what
     each gate of the recipe measures: needle recall, accuracies, losses. Nothing is compared with a start."""
     model = open_model(source, dtype, recipe.parallel, step)
-    stage, layout = recipe.stages[-1], model.mesh.layout
+    stage = recipe.stages[-1]
+    micro = parallel_in(recipe, stage).micro_batch_tokens
     domains = open_domains(recipe, list(recipe.data))
     pad = pad_token(domains, model.config.eos_token_id)
     results: dict[str, Any] = {}
     if recipe.validation:
         sets = ValidationSets(recipe, stage.seq_len, domains)
-        micro = recipe.parallel_of(stage).micro_batch_tokens
-        rows = rows_at_once(micro, stage.seq_len, token_unit(layout.tensor, layout.context))
+        rows = rows_at_once(micro, stage.seq_len, model.mesh.layout)
         losses = validate(model, sets, rows, pad)
-        perplexity = lambda loss: math.exp(loss) if loss < 700 else math.inf  # float64 ends there
-        results = {name: {"loss": loss.mean, "perplexity": perplexity(loss.mean)} for name, loss in losses.items()}
+        results = {name: {"loss": loss.mean, "perplexity": _perplexity(loss.mean)} for name, loss in losses.items()}
     if recipe.gates:
         asked = stage.model_copy(update={"gates": list(recipe.gates)})
-        outcomes = Examiner(recipe, domains, pad).ask(model, asked, None)
+        path = Path(source)
+        tokenizer = path / HUGGING_FACE if is_run(path) else recipe.model.tokenizer or recipe.model.pretrained
+        outcomes = GateRunner(recipe, domains, pad, tokenizer, micro).evaluate(model, asked, None)
         results["gates"] = {outcome.gate: outcome.numbers for outcome in outcomes}
     return results
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # float64 ends there

@@ -1,206 +1,240 @@
 """How a run begins: from scratch, from a pretrained model, or from its newest checkpoint that is whole; never guessed beyond what the
-recipe says, and the same on all ranks."""
+recipe says, and the same on all ranks.
+
+    choose_start -> resolve_run -> agree -> keep_base -> build -> fill -> announce
+"""
 
 import gc
 import hashlib
 import json
+import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megacpt import log
-from megacpt.checkpoint.export import HUGGING_FACE
-from megacpt.checkpoint.load import load
-from megacpt.checkpoint.manifest import State, newest_sound
-from megacpt.checkpoint.save import tensors_of
+from megacpt.checkpoint.load import load_training
+from megacpt.checkpoint.manifest import RunState, newest_sound
 from megacpt.config.clock import Clock
-from megacpt.config.decisions import Decision, extensions_of
-from megacpt.config.layout import resolve_layout
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.model import load_model_config, with_rope
+from megacpt.config.model import load_base_config, with_rope
+from megacpt.config.plan_file import read_plan, save_plan
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import Stage
+from megacpt.config.resolve import RunPlan, resolve
+from megacpt.config.resume import changes_on_resume
+from megacpt.config.run_layout import DTYPES, HUGGING_FACE, PROFILE, RECIPE, TENSORBOARD
+from megacpt.config.sections.model import Model
+from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
 from megacpt.family.base import ModelConfig
 from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
-from megacpt.model.build import build_model, chosen_kernels, sharding_of
-from megacpt.model.decoder import Decoder, ModelOptions
-from megacpt.model.hf import copy_side_files, initialize, load_pretrained
-from megacpt.model.split import plan_pipeline
+from megacpt.model.base_files import (
+    NO_IDS,
+    digests,
+    sampled_digest,
+    share_of_digests,
+    side_files,
+    weight_files,
+)
+from megacpt.model.build import chosen_kernels
+from megacpt.model.decoder import Decoder
+from megacpt.model.hf import copy_side_files, initialize, load_pretrained, pretrained_dtypes
 from megacpt.optim.adamw import AdamW
-from megacpt.parallel.consensus import agree
+from megacpt.parallel.consensus import agree, ask_rank_0, gather
 from megacpt.parallel.finite import not_finite
-from megacpt.parallel.mesh import build_mesh, picture
-from megacpt.survive.health import named_tensors
-from megacpt.survive.run_directory import RunDirectory, changes_on_resume
-from megacpt.train.job import Run, StopRequest
-from megacpt.train.metrics import TensorBoard, event_file, peak_flops
+from megacpt.parallel.mesh import picture
+from megacpt.survive.health import Stragglers, named_tensors
+from megacpt.survive.run_directory import RunDirectory
+from megacpt.train.build import build, held_exactly, set_up_stage
+from megacpt.train.metrics import StepMetrics, TensorBoard, event_file, peak_flops
+from megacpt.train.profile import Profiler
+from megacpt.train.session import Session
 from megacpt.train.step import compute_dtype
+from megacpt.train.stop import StopRequest
+
+Mode = Literal["scratch", "pretrained", "resume"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Attributes:
-    mode: scratch, pretrained or resume.
-    path, state: the checkpoint that is resumed.
+    """Where a run begins.
+
+    Attributes:
+        path, state: the checkpoint that is resumed.
+        complaints: what is wrong with newer ones.
     """
 
-    mode: str
+    mode: Mode
     path: Path | None = None
-    state: State | None = None
+    state: RunState | None = None
+    complaints: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
         return self.state.step if self.state else 0
 
-    @property
-    def decisions(self) -> list[Decision]:
-        return list(self.state.decisions) if self.state else []
 
-
-def open_run(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest, again: bool) -> Run:
+def open_session(
+    recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest, again: bool
+) -> Session:
     """Everything that a run needs, with weights and moments as they stand. Collective.
 
     Args:
         again: the run goes back to a checkpoint of its own, whatever `run.start` says.
     """
-    config = load_model_config(recipe.model)
-    domains = open_domains(recipe, list(recipe.data))
-    fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
     compute = compute_dtype(recipe.precision.compute, device)
     kernels = chosen_kernels(recipe.kernels, device, compute)
     torch.use_deterministic_algorithms(recipe.kernels.deterministic)
+    domains = open_domains(recipe, list(recipe.data))
+    fingerprints = {name: domain.fingerprint() for name, domain in domains.items()}
     damaged: set[int] = set()
     while True:
-        start = _find_start(recipe, directory, damaged, again)
-        clock = Clock(recipe, extensions_of(start.decisions))
-        changes = _check_resume(recipe, clock, directory, start.state, fingerprints) if start.state else []
-        agree(
-            {
-                "recipe": json.dumps(plain(recipe), sort_keys=True),
-                "checkpoint": f"{start.mode} {start.step}",
-                **{f"data of {name}": digest for name, digest in fingerprints.items()},
-                **{f"{key} of config.json": json.dumps(value) for key, value in what_matters(config).items()},
-            }
-        )
-        if start.state:
-            _check_config(recipe, directory, config)
-        first = recipe.stages[clock.step(min(clock.num_steps, start.step + 1)).stage]
-        model, optimizer = build(recipe, first, config, compute, device)
+        start = choose_start(recipe, directory, damaged, again)
+        plan, changes = resolve_run(recipe, directory, start, fingerprints)
+        state = start.state or RunState(0, 0, 0, recipe.stages[0].name, fingerprints=fingerprints)
+        clock = Clock(recipe, state.decisions.extensions())
+        following = next(timeline(recipe, clock, state.position), None)
+        stage = plan.stages[following.stage if following else -1]
+        keep_base(plan, directory, start.mode, compute)
+        model = optimizer = None
         try:
-            _fill(recipe, directory, model, optimizer, config, compute, start)
+            exact = held_exactly(plan, start.path, compute)
+            model, optimizer = build(plan, stage, compute, device, exact)
+            fill(plan, directory, model, optimizer, start)
             break
         except CheckpointError as error:  # on all ranks, whoever read what is damaged
             if not start.state:
                 raise
             log.warn(f"skipped a damaged checkpoint: {error}")
             damaged.add(start.step)
-            model = optimizer = None
+            del model, optimizer
             gc.collect()
-    layout = model.mesh.layout
-    peak, peak_source = peak_flops(device, recipe.log.peak_tflops)
-    facts = {
-        "start": start.mode,
-        "started_at_step": start.step,
-        "layout": str(layout),
-        "world_size": layout.world_size,
-        "compute": str(compute).removeprefix("torch."),
-        "device": _device_name(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "recipe": hashlib.sha256(json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest(),
-        "kernels": kernels,
-        "peak_flops": peak,
-        "peak_flops_source": peak_source,
-    }
-    directory.cut_metrics(start.step)
-    directory.begin(recipe, facts)
-    directory.event("start", start.step, clock.tokens_at(start.step), mode=start.mode, changes=changes)
-    for step in sorted(damaged):
-        directory.event("damaged", step, clock.tokens_at(step))
-    for change in changes:
-        log.info(f"changed since the run was started: {change}")
-    log.info(
-        f"{directory.path}: {start.mode}" + (f" from step {start.step}" if start.step else "") + f", {layout}, "
-        f"{facts['compute']} on {facts['device']}, {log.short_number(config.num_parameters())} parameters, "
-        f"{clock.num_steps} steps, {log.short_number(clock.num_tokens)} tokens"
-    )
-    if layout.world_size > 1:
-        log.info(picture(layout))
-    log.info("kernels: " + ", ".join(f"{what} {name}" for what, name in kernels.items()))
-    log.info(
-        f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({peak_source})" if peak else f"no MFU: peak {peak_source}"
-    )
-    pad = pad_token(domains, config.eos_token_id)
-    run = Run(recipe, model, optimizer, directory, fingerprints, facts, domains, pad, stop, start.decisions, start.step)
-    if start.state:
-        run.saved_at, run.saved_decisions = start.step, len(start.decisions)
-        run.accepted = [tuple(pair) for pair in start.state.accepted]
-        run.skipped_in_row = start.state.skipped_in_row
+    set_up_stage(model, optimizer, stage)
+    facts = facts_of(plan, start, model, kernels)
+    announce(plan, directory, start, clock, facts, changes, sorted(damaged))
+    board = None
     if recipe.log.tensorboard and directory.write:
-        journal = directory.journal(f"tb/{event_file()}")
-        run.board = TensorBoard(journal, layout.world_size, start.step + 1 if start.step else None)
-    return run
-
-
-def _find_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], again: bool) -> Start:
-    found = newest_sound(directory.checkpoints, damaged)
-    mode = "resume" if again and found else _start_mode(recipe, found is not None)
-    if mode != "resume":
-        return Start(mode)
-    for complaint in found[2] if not damaged else ():
-        log.warn(f"skipped a damaged checkpoint: {complaint}")
-    return Start(mode, *found[:2])
-
-
-def build(
-    recipe: Recipe, stage: Stage, config: ModelConfig, compute: torch.dtype, device: torch.device
-) -> tuple[Decoder, AdamW]:
-    """Model and optimizer for a stage's layout, without values."""
-    parallel = recipe.layout_of(stage)
-    mesh = build_mesh(resolve_layout(parallel, dist.get_world_size()), device)
-    kernels = recipe.kernels
-    options = ModelOptions(
-        recipe.model.vocab_multiple,
-        kernels.attention,
-        kernels.deterministic,
-        parallel.overlap,
-        kernels.operations,
-        kernels.compile,
+        journal = directory.journal(f"{TENSORBOARD}/{event_file()}")
+        board = TensorBoard(journal, plan.world_size, start.step + 1 if start.step else None)
+    return Session(
+        plan=plan,
+        state=state,
+        directory=directory,
+        stop=stop,
+        domains=domains,
+        base=directory.path / HUGGING_FACE,
+        pad_id=pad_token(domains, plan.model.eos_token_id),
+        model=model,
+        optimizer=optimizer,
+        stage=stage,
+        metrics=StepMetrics(plan.model, plan.world_size, facts["peak_flops"]),
+        board=board,
+        profiler=Profiler(recipe.profile, directory.path / PROFILE, dist.get_rank()),
+        stragglers=Stragglers(device),
+        saved=start.state,
     )
-    plan = plan_pipeline(config.num_hidden_layers, parallel)
-    model = build_model(config, mesh, compute, options, plan, sharding_of(parallel))
-    rounded = recipe.optimizer.state_dtype == "bfloat16" and compute != torch.float64
-    state = torch.bfloat16 if rounded else None
-    decayed = [p.name for p in config.parameters if p.decay]
-    return model, AdamW(dict(model.named_parameters()), kernels.optimizer, state, recipe.run.seed, decayed)
 
 
-def _start_mode(recipe: Recipe, has_checkpoint: bool) -> str:
+def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], again: bool) -> Start:
     """scratch, pretrained or resume; never guessed beyond what `run.start` says."""
-    asked = recipe.run.start
-    if asked == "resume" and not has_checkpoint:
-        raise ConfigError([f'run.start = "resume": {recipe.directory}/checkpoints holds no checkpoint.'])
-    if asked in ("scratch", "pretrained") and has_checkpoint:
+    found, asked = newest_sound(directory.checkpoints, damaged), recipe.run.start
+    if again and found:
+        asked = "resume"
+    if asked == "resume" and not found:
+        raise ConfigError([f'run.start = "resume": {directory.checkpoints} holds no checkpoint.'])
+    if asked in ("scratch", "pretrained") and found:
         raise ConfigError(
             [
-                f'run.start = "{asked}": {recipe.directory}/checkpoints holds checkpoints, which would be lost. '
+                f'run.start = "{asked}": {directory.checkpoints} holds checkpoints, which would be lost. '
                 'Take start = "auto" to go on, or another run.name.'
             ]
         )
-    if asked != "auto":
-        return asked
-    return "resume" if has_checkpoint else "pretrained" if recipe.model.pretrained else "scratch"
+    if not found:
+        return Start(asked if asked != "auto" else "pretrained" if recipe.model.pretrained else "scratch")
+    path, state, complaints = found
+    for complaint in complaints if not damaged else ():
+        log.warn(f"skipped a damaged checkpoint: {complaint}")
+    return Start("resume", path, state, tuple(complaints))
 
 
-def _check_resume(
-    recipe: Recipe, clock: Clock, directory: RunDirectory, state: State, fingerprints: dict[str, str]
-) -> list[str]:
+def resolve_run(
+    recipe: Recipe, directory: RunDirectory, start: Start, fingerprints: dict[str, str]
+) -> tuple[RunPlan, list[str]]:
+    """The plan of the run that begins, on which all ranks agree, and what differs from the run that is resumed. Collective.
+
+    Raises:
+        ConfigError: naming each fact on which ranks differ, and what a resume may not change. DataError: for other data.
+    """
+    config, small = given_config(recipe, directory, start), digests(base_files(recipe.model))
+    weights = weight_files(recipe.model) if start.mode == "pretrained" else []
+    agree(
+        {
+            "recipe": json.dumps(plain(recipe), sort_keys=True),
+            "checkpoint": f"{start.mode} {start.step}",
+            **{f"data of {name}": digest for name, digest in fingerprints.items()},
+            **{f"{key} of config.json": json.dumps(value) for key, value in what_matters(config).items()},
+        }
+    )
+    base_facts = {name: digest for name, digest in small.items() if name not in NO_IDS}
+    base_facts.pop("config.json", None)  # compared field by field
+    agree(base_facts if small else None)
+    first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    agree({"weights of the base model": sampled_digest(weights)} if weights and first_of_node else None)
+    before = ask_rank_0(lambda: kept_before(directory, small))
+    whole: dict[str, str] = {}
+    for part in gather(share_of_digests(weights, dist.get_rank(), dist.get_world_size())):
+        whole |= part
+    plan = resolve(recipe, config, dist.get_world_size(), small or before.files, whole or before.weights)
+    changes = check_resume(plan, directory, start.state, fingerprints) if start.state else []
+    if start.state or ask_rank_0(directory.has_rows):
+        ask_rank_0(lambda: check_base(plan, directory, before, bool(small)))
+    agree({"plan": plan.digest})
+    return plan, changes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run directory says of the base that it began with: SHA-256 by file name."""
+
+    files: dict[str, str]
+    weights: dict[str, str]
+
+
+def base_files(model: Model) -> dict[str, Path]:
+    tokenizer = model.tokenizer or model.pretrained
+    return side_files(model.pretrained, tokenizer) if tokenizer else {}
+
+
+def kept_before(directory: RunDirectory, now: Collection[str]) -> Kept:
+    """From plan.json; of a run that has none, from its copies.
+
+    Args:
+        now: the base's files.
+    """
+    content = read_plan(directory.path)
+    if content is not None:
+        return Kept(content["files"], content["weights"])
+    side = directory.path / HUGGING_FACE
+    copies = {path.name: path for path in side.iterdir() if path.name in now} if side.is_dir() else {}
+    return Kept(digests(copies), {})
+
+
+def given_config(recipe: Recipe, directory: RunDirectory, start: Start) -> ModelConfig:
+    """The base model's config.json; a run that is resumed has a copy of its own, should the base be gone."""
+    copy, given = directory.path / HUGGING_FACE / "config.json", recipe.model.pretrained or recipe.model.config
+    if start.state and given and not Path(given).exists() and copy.is_file():
+        return read_config(copy)
+    return load_base_config(recipe.model)
+
+
+def check_resume(plan: RunPlan, directory: RunDirectory, state: RunState, fingerprints: dict[str, str]) -> list[str]:
     """Differences that a resume may have. Data or steps that differ are errors."""
     for name, digest in state.fingerprints.items():
         if name in fingerprints and fingerprints[name] != digest:
@@ -208,8 +242,8 @@ def _check_resume(
                 f"domain {name}: the prepared data differs from that at step {state.step} (fingerprint {fingerprints[name][:12]}, "
                 f"was {digest[:12]}). Restore the data, or start a new run under another run.name."
             )
-    before = load_recipe(str(directory.path / "recipe.toml"))
-    changes = changes_on_resume(before, recipe, state.stage)
+    clock = Clock(plan.recipe, state.decisions.extensions())
+    changes = changes_on_resume(load_recipe(str(directory.path / RECIPE)), plan.recipe, state.stage)
     if state.step > clock.num_steps or clock.tokens_at(state.step) != state.tokens:
         raise ConfigError(
             [
@@ -220,70 +254,114 @@ def _check_resume(
     return changes
 
 
-def _check_config(recipe: Recipe, directory: RunDirectory, config: ModelConfig) -> None:
-    """The model's config.json is the one that the run began with, of which its folder holds a copy. A run that has none gets one now.
-    Collective: rank 0 looks.
+def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bool) -> None:
+    """The base is the one that the run began with.
 
+    Args:
+        present: whether the base is there, and not only the run's copy of it.
     Raises:
-        ConfigError: with every difference that matters.
+        ConfigError: with every field, file and both values.
     """
-    problems: list[list[str]] = [[]]
-    if directory.write:
-        copy = directory.path / HUGGING_FACE / "config.json"
-        try:
-            if copy.exists():
-                before = what_matters(with_rope(read_config(copy), recipe.model.rope))
-                now = what_matters(config)
-                keys = [key for key in now | before if now.get(key) != before.get(key)]
-                problems = [[f"{key} = {now.get(key)}: the run began with {before.get(key)}." for key in keys]]
-                if keys:
-                    problems[0].append(
-                        f"Put back the config.json that {copy} is a copy of, or begin a new run under another run.name."
-                    )
+    copy, problems = directory.path / HUGGING_FACE / "config.json", []
+    if copy.exists():
+        was = what_matters(with_rope(read_config(copy), plan.recipe.model.rope))
+        now = what_matters(plan.model)
+        keys = [key for key in now | was if now.get(key) != was.get(key)]
+        problems += [f"{key} = {now.get(key)}: the run began with {was.get(key)}." for key in keys]
+    for what, new, old in (("tokenizer", plan.files, before.files), ("weights", plan.weights, before.weights)):
+        names = sorted(name for name in new | old if name not in (*NO_IDS, "config.json")) if present and old else []
+        for name in names:
+            if new.get(name) != old.get(name):
+                known = [digest[:12] if digest else "nothing" for digest in (new.get(name), old.get(name))]
+                problems.append(f"{name} of the {what}: its SHA-256 is {known[0]}, the run began with {known[1]}.")
+    if problems:
+        problems.append(
+            f"Put back the config.json and the tokenizer of which {copy.parent} holds copies, and the weights, or begin a new "
+            "run under another run.name."
+        )
+        raise ConfigError(problems, "the base model")
+
+
+def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch.dtype) -> None:
+    """Writes plan.json and the run's own copy of the base's small files, before anything is trained. Collective; rank 0 writes."""
+
+    def keep() -> None:
+        side, model = directory.path / HUGGING_FACE, plan.recipe.model
+        side.mkdir(parents=True, exist_ok=True)
+        if mode != "resume":
+            copy_side_files(model.pretrained, model.tokenizer or model.pretrained, side)
+            if mode == "pretrained":
+                dtypes = pretrained_dtypes(plan.base, model.pretrained)
             else:
-                _keep_config(copy, config)
-        except ConfigError as error:
-            problems = [error.problems]
-        except OSError as error:
-            problems = [[f"{copy}: {error.strerror or error}"]]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0]:
-        raise ConfigError(problems[0], "config.json of the model")
+                name = "bfloat16" if compute == torch.bfloat16 else "float32"
+                dtypes = dict.fromkeys(plan.base.shapes(), name)
+            write_atomically(side / DTYPES, json.dumps(dtypes))
+        if mode != "resume" or not (side / "config.json").exists():
+            write_atomically(side / "config.json", json.dumps(plan.base.raw, indent=2) + "\n")
+        save_plan(plan, directory.path)
+
+    ask_rank_0(keep)
 
 
-def _keep_config(copy: Path, config: ModelConfig) -> None:
-    """The copy from which a run is resumed and exported."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(copy, json.dumps(config.raw, indent=2) + "\n")
-
-
-def _fill(
-    recipe: Recipe,
-    directory: RunDirectory,
-    model: Decoder,
-    optimizer: AdamW,
-    config: ModelConfig,
-    compute: torch.dtype,
-    start: Start,
-) -> None:
-    """Weights and moments."""
+def fill(plan: RunPlan, directory: RunDirectory, model: Decoder, optimizer: AdamW, start: Start) -> None:
+    """Weights and moments. Collective."""
     if start.state:
-        load(start.path, tensors_of(optimizer.parameters, optimizer))
+        load_training(start.path, optimizer, start.state.num_updates, start.state.missed)
         if names := not_finite(named_tensors(optimizer)):
             raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
-        optimizer.restore(start.state.num_updates, start.state.missed)
-        return
-    if start.mode == "pretrained":
-        dtypes = load_pretrained(model, config, recipe.model.pretrained)
+    elif start.mode == "pretrained":
+        load_pretrained(model, plan.model, plan.recipe.model.pretrained)
     else:
-        initialize(model, config, recipe.run.seed)
-        name = "bfloat16" if compute == torch.bfloat16 else "float32"
-        dtypes = dict.fromkeys(config.shapes(), name)
-    if directory.write:
-        side = directory.path / HUGGING_FACE
-        copy_side_files(recipe.model.pretrained, recipe.model.tokenizer or recipe.model.pretrained, side)
-        _keep_config(side / "config.json", config)
-        write_atomically(side / "dtypes.json", json.dumps(dtypes))
+        initialize(model, plan.model, plan.recipe.run.seed)
+
+
+def facts_of(plan: RunPlan, start: Start, model: Decoder, kernels: dict[str, str]) -> dict[str, Any]:
+    """What run.json and the manifests say of this start."""
+    peak, source = peak_flops(model.mesh.device, plan.recipe.log.peak_tflops)
+    return {
+        "start": start.mode,
+        "started_at_step": start.step,
+        "layout": str(model.mesh.layout),
+        "world_size": plan.world_size,
+        "compute": str(model.compute).removeprefix("torch."),
+        "device": _device_name(model.mesh.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "plan": plan.digest,
+        "recipe": hashlib.sha256(json.dumps(plain(plan.recipe), sort_keys=True).encode()).hexdigest(),
+        "kernels": kernels,
+        "peak_flops": peak,
+        "peak_flops_source": source,
+    }
+
+
+def announce(
+    plan: RunPlan,
+    directory: RunDirectory,
+    start: Start,
+    clock: Clock,
+    facts: dict[str, Any],
+    changes: list[str],
+    damaged: list[int],
+) -> None:
+    """Begins the run's records, and says on the console what begins."""
+    directory.cut_metrics(start.step)
+    directory.begin(plan.recipe, facts)
+    directory.event("start", start.step, clock.tokens_at(start.step), mode=start.mode, changes=changes)
+    for step in damaged:
+        directory.event("damaged", step, clock.tokens_at(step))
+    for change in changes:
+        log.info(f"changed since the run was started: {change}")
+    where, count = f" from step {start.step}" if start.step else "", log.short_number(plan.model.num_parameters())
+    log.info(
+        f"{directory.path}: {start.mode}{where}, {facts['layout']}, {facts['compute']} on {facts['device']}, {count} parameters, "
+        f"{clock.num_steps} steps, {log.short_number(clock.num_tokens)} tokens"
+    )
+    if plan.world_size > 1:
+        log.info(picture(plan.stages[clock.step(min(clock.num_steps, start.step + 1)).stage].layout(plan.world_size)))
+    log.info("kernels: " + ", ".join(f"{what} {name}" for what, name in facts["kernels"].items()))
+    peak, source = facts["peak_flops"], facts["peak_flops_source"]
+    log.info(f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({source})" if peak else f"no MFU: peak {source}")
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,19 +4,22 @@ An update whose loss or norm is not finite, or lies above a limit, is not made: 
 it with the loss.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megacpt import heartbeat
-from megacpt.data.loader import Batch, StepCounts
+from megacpt.data.loader import StepData
 from megacpt.model.decoder import Decoder
 from megacpt.model.run import accumulate
+from megacpt.objective.base import Objective
+from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.optim.adamw import AdamW
 from megacpt.optim.clip import grad_norm, inverse_clip
+from megacpt.parallel.sharded import local_part
+from megacpt.survive.health import StepStats
 
 
 @dataclass(frozen=True)
@@ -29,40 +32,68 @@ class Update:
     weight_decay: float
     clip_norm: float | None
     frozen: frozenset[str] = frozenset()
-    """Parameters that it leaves alone; their gradients do not count in the norm."""
-    most_loss: float = float("inf")
-    most_norm: float = float("inf")
+    """Parameters of the whole model that the stage does not train; none of them has a gradient."""
+    max_loss: float = float("inf")
+    max_grad_norm: float = float("inf")
     """Above one of these the update is skipped."""
+
+
+@dataclass(frozen=True)
+class StepSignals:
+    """What a rank has to tell the others with its step: it was asked to stop, it knows of a save that failed, the run directory is another
+    job's."""
+
+    stop: bool = False
+    save_failed: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step, alike on all ranks: loss and gradient norm before clipping, whether the update was skipped, and whether any rank
+    gave each of the signals."""
+
+    stats: StepStats
+    skipped: bool
+    stop: bool
+    save_failed: bool
+    lost: bool
+
+
+def read_result(measured: Tensor) -> StepResult:
+    """What `train_step` measured, on the host: the step's one wait for the device."""
+    loss, norm, *flags = measured.tolist()
+    return StepResult(StepStats(loss, norm), *(flag > 0 for flag in flags))
 
 
 def train_step(
     model: Decoder,
     optimizer: AdamW,
-    micro_batches: Sequence[Batch],
-    counts: StepCounts,
-    reduce: str,
+    batch: StepData,
+    reduction: str,
     update: Update,
-    asks: Sequence[bool] = (),
+    signals: StepSignals = StepSignals(),
+    objective: Objective = NEXT_TOKEN,
 ) -> Tensor:
-    """Returns float64 [2 + 1 + len(asks)] on the device, the same on all ranks: loss, gradient norm before clipping, whether the update was
-    skipped, and whether any rank asked each of the things it may ask.
+    """Returns float64 [6] on the device, the same on all ranks; `read_result` takes it apart.
 
     Args:
-        counts: of the whole step, over all ranks.
-        asks: this rank's.
+        batch: this rank's micro-batches, and the counts of the whole step.
+        reduction: "step" or "micro_batch", when gradients are reduced.
+        signals: this rank's.
+        objective: whose first sum is the loss.
     """
-    loss = accumulate(model, micro_batches, counts, reduce)[0]
-    for name in update.frozen & optimizer.parameters.keys():
-        optimizer.parameters[name].grad = None
+    loss = accumulate(model, batch.micro_batches, batch.counts, reduction, objective)[0]
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
-    fine = (loss <= update.most_loss) & (norm <= update.most_norm) & loss.isfinite()
+    fine = (loss <= update.max_loss) & (norm <= update.max_grad_norm) & loss.isfinite()
     fine &= (
         (norm / (update.clip_norm or 1.0)).float().isfinite()
     )  # kernels read it in fp32, and make no update where it is none
-    flags = torch.zeros(1 + len(asks), device=norm.device, dtype=norm.dtype)
+    asked = astuple(signals)
+    flags = torch.zeros(1 + len(asked), device=norm.device, dtype=norm.dtype)
     flags[0].copy_(~fine)
-    for i, ask in enumerate(asks, 1):
+    for i, ask in enumerate(asked, 1):
         if ask:  # filled there: a copy from the host would wait for all that is queued
             flags[i].fill_(1.0)
     if dist.get_world_size() > 1:  # one rank's doubt is everyone's
@@ -75,7 +106,7 @@ def train_step(
 
 def _first_gradient(optimizer: AdamW) -> Tensor:
     grads = (parameter.grad for parameter in optimizer.parameters.values() if parameter.grad is not None)
-    return next(local for grad in grads if (local := grad._local_tensor).numel())
+    return next((part for grad in grads if (part := local_part(grad)).numel()), torch.zeros(1))
 
 
 def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:

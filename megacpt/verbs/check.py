@@ -3,6 +3,7 @@
 import os
 from argparse import ArgumentParser, Namespace
 
+from megacpt.config.merge import layouts_of
 from megacpt.errors import ConfigError
 from megacpt.files import write_atomically
 from megacpt.verbs.common import add_recipe, load
@@ -30,7 +31,7 @@ def run(options: Namespace) -> None:
 
     recipe = load(options)
     launched = int(os.environ.get("WORLD_SIZE", "0"))
-    world_size = options.world_size or launched or least_world_size(recipe.layouts.values())
+    world_size = options.world_size or launched or least_world_size(layouts_of(recipe).values())
     report = check(recipe, world_size, not options.no_files, options.device_memory)
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from megacpt.config.run_layout import CHECKPOINTS
 from megacpt.errors import CheckpointError, ConfigError
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     from megacpt.checkpoint.manifest import directory_name, list_steps, verify
 
-    checkpoints, code = Path(options.run) / "checkpoints", 0
+    checkpoints, code = Path(options.run) / CHECKPOINTS, 0
     steps = list_steps(checkpoints)
     if not steps:
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")

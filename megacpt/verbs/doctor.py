@@ -24,7 +24,7 @@ def run(options: Namespace) -> None:
     if is_rank0():
         print("\n".join(report(options.world_size or size)))
     if size > 1:
-        from megacpt.config.stage import Parallel
+        from megacpt.config.sections.parallel import Parallel
 
         lines = axes(Parallel(**{axis: getattr(options, axis) for axis in AXES}))
         if is_rank0():

@@ -16,6 +16,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--part", metavar="I/N", help="prepare part I of N (from 0) into PREFIX-0000I")
     add("--text-field", default="text", help="field or column with the text (default: text)")
     add("--domain-field", metavar="FIELD", help="keep this field (a topic, a source) as each document's label")
+    add("--segments-field", metavar="FIELD", help='in place of the text: a list of {"text": ..., "weight": ...}')
+    add("--prompt-field", metavar="FIELD", help="in place of the text: a prompt, whose tokens weigh 0 in the loss, and")
+    add("--completion-field", metavar="FIELD", help="the completion behind the prompt, whose tokens weigh 1")
+    add(
+        "--item-field",
+        metavar="FIELD",
+        help="documents that follow one another with the same value here (a pair, a group) stay in one row",
+    )
     add("--format", choices=["auto", "jsonl", "parquet", "text"], default="auto", help="default: by suffix")
     add("--no-bos", action="store_true", help="do not prepend BOS where the tokenizer itself would")
     add("--no-eos", action="store_true", help="do not append the end-of-text token to each document")
@@ -74,6 +82,10 @@ def _prepare(options: Namespace) -> tuple[str, dict]:
         max_bad_lines=options.max_bad_lines,
         vocab_size=options.vocab_size,
         domain_field=options.domain_field,
+        segments_field=options.segments_field,
+        prompt_field=options.prompt_field,
+        completion_field=options.completion_field,
+        item_field=options.item_field,
     )
     manifest = prepare(options.inputs, options.output, settings, options.workers, part, options.overwrite)
     return options.output if part is None else f"{options.output}-{part[0]:05d}", manifest

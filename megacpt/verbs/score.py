@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
         )
     if problems:
         raise ConfigError(problems, "the arguments")
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.evaluate.score import score
     from megacpt.train.standalone import open_model
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from megacpt.checkpoint.background import Saver
-from megacpt.checkpoint.manifest import State, list_steps
+from megacpt.checkpoint.manifest import RunState, list_steps
 from megacpt.checkpoint.save import CheckedWriter, prune, tensors_of
 from megacpt.optim.adamw import AdamW
 
@@ -56,7 +56,7 @@ def saved_behind(mesh, folder) -> None:
     make = lambda: nn.Parameter(DTensor.from_local(torch.randn(512, 512), mesh.tensor, [Replicate()]))
     parameters = {f"w{i}": make() for i in range(8)}
     saver = Saver("rename", lambda: prune(folder, 1, None))
-    saver.start(folder, tensors_of(parameters, AdamW(parameters)), State(1, 1, 1, "s"), {})
+    saver.start(folder, tensors_of(parameters, AdamW(parameters)), RunState(1, 1, 1, "s"), {})
     saver.wait()
     saver.close()
     assert [outcome.error for outcome in saver.outcomes] == [None] and list_steps(folder) == [1]

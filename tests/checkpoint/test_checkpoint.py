@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
-from megacpt.checkpoint.manifest import State, list_steps, newest_sound, verify
-from megacpt.checkpoint.save import mend, prune, save, tensors_of
+from megacpt.checkpoint.manifest import RunState, list_steps, newest_sound, verify
+from megacpt.checkpoint.save import prune, recover_interrupted_saves, save, tensors_of
+from megacpt.config.decisions import Decisions
 from megacpt.errors import CheckpointError
 from megacpt.optim.adamw import AdamW
 
@@ -40,7 +41,7 @@ def saved(mesh, tmp_path):
         save(
             tmp_path,
             tensors_of(*tensors(mesh, step)),
-            State(step, step * 10, step, "s", [], {"a": "x"}),
+            RunState(step, step * 10, step, "s", Decisions(), {"a": "x"}),
             {"layout": "one"},
         )
     return tmp_path
@@ -102,7 +103,7 @@ def test_leftovers_do_not_count_and_do_not_block(saved, mesh):
     (saved / ".tmp-step-00000004/rubbish").write_text("x")
     (saved / "step-4").mkdir()
     assert list_steps(saved) == [1, 2, 3]
-    save(saved, tensors_of(*tensors(mesh, 4)), State(4, 40, 4, "s"), {})
+    save(saved, tensors_of(*tensors(mesh, 4)), RunState(4, 40, 4, "s"), {})
     assert newest_sound(saved)[1].step == 4 and not (saved / "step-00000004/rubbish").exists()
 
 
@@ -120,11 +121,11 @@ def test_what_a_kill_left_is_mended(saved):
     (saved / "step-00000003").rename(saved / ".tmp-old-step-00000003")
     (saved / ".tmp-step-00000007").mkdir()
     (saved / ".tmp-removed-step-00000001").mkdir()
-    mend(saved)
+    recover_interrupted_saves(saved)
     assert newest_sound(saved)[1].step == 3 == verify(saved / "step-00000003").step
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
     shutil.copytree(saved / "step-00000003", saved / ".tmp-old-step-00000003")
-    mend(saved)
+    recover_interrupted_saves(saved)
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
 
 

@@ -1,11 +1,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import rate_at
 
 from megacpt.config.clock import Clock
 from megacpt.config.recipe import Recipe
-from megacpt.config.stage import LearningRate
-from megacpt.optim.schedule import learning_rate, rate_of_step
+from megacpt.config.sections.optimizer import LearningRate
+from megacpt.optim.schedule import learning_rate
 
 
 def recipe(*stages, lr=None) -> Recipe:
@@ -102,7 +103,7 @@ def test_wsd_under_a_ramp_ends_at_its_minimum_at_the_last_token():
         lr={"shape": "wsd", "peak": 1e-3, "min": 1e-5, "warmup_tokens": 500, "decay_tokens": 2000, "tail": "1-sqrt"},
     )
     clock = Clock(r)
-    assert rate_of_step(r, clock, clock.step(clock.num_steps)) == pytest.approx(1e-5)
+    assert rate_at(r, clock, clock.num_steps) == pytest.approx(1e-5)
 
 
 def test_an_infinite_schedule_holds_its_constant_and_ends_at_its_minimum():
@@ -144,9 +145,9 @@ def test_an_extended_stage_waits_with_its_rate(tokens, first, second):
     assert longer.planned_tokens == plain.planned_tokens and longer.stage_tokens(1) == plain.stage_tokens(1)
     assert longer.stage_tokens(0) >= plain.stage_tokens(0)
     assert all(longer.step(k) == plain.step(k) for k in range(1, n + 1))
-    held = rate_of_step(r, plain, plain.step(n))
+    held = rate_at(r, plain, n)
     for k in range(n + 1, longer.stage_steps(0) + 1):
-        assert rate_of_step(r, longer, longer.step(k)) == held and longer.step(k).stage == 0
+        assert rate_at(r, longer, k) == held and longer.step(k).stage == 0
     shift = longer.stage_steps(0) - n
     for k in range(n + 1, plain.num_steps + 1):
-        assert rate_of_step(r, longer, longer.step(k + shift)) == rate_of_step(r, plain, plain.step(k))
+        assert rate_at(r, longer, k + shift) == rate_at(r, plain, k)

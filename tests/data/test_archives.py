@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 import megacpt.data.text as text_module
-from megacpt.data.text import BadLine, cut, find_files, read_piece
+from megacpt.data.records import BadLine, Fields
+from megacpt.data.text import cut, find_files, read_piece
 from megacpt.errors import DataError
 
 _random = random.Random(0)
@@ -24,9 +25,10 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"hello"
 
 
 def read(path, content: bytes) -> list:
-    """Every record of a file of these bytes."""
+    """Every record of a file of these bytes: its text, or what is wrong with it."""
     path.write_bytes(content)
-    return [r for piece in cut(find_files([str(path)], "auto")) for r, *_ in read_piece(piece, "text")]
+    records = [r for piece in cut(find_files([str(path)], "auto")) for r, _ in read_piece(piece, Fields())]
+    return [r if isinstance(r, BadLine) else r.text for r in records]
 
 
 def streamed(content: bytes, **parameters) -> bytes:

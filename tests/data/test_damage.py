@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 import megacpt.data.packing as packing
+from megacpt.data.beside import RUN, write_items, write_weights
+from megacpt.data.domain import DomainData
 from megacpt.data.indexed import CheckedFile, IndexedDataset
-from megacpt.data.manifest import crc32_of
-from megacpt.data.packing import FILES, DomainData, PackingIndex, Selection, Unsound, open_index
+from megacpt.data.loader import make_batch
+from megacpt.data.manifest import BESIDE, crc32_of, verify_data
+from megacpt.data.packing import FILES, ITEMS, SUMS, PackingIndex, Unsound, open_index
+from megacpt.data.select import Selection
 from megacpt.errors import DataError
 from megacpt.files import sealed, temporary, unsealed
 
@@ -127,6 +131,101 @@ def packing_name(domain, cache) -> str:
     name = folder_of(cache).name
     shutil.rmtree(cache / name)
     return name
+
+
+@pytest.fixture
+def beside(prepared, tmp_path):
+    """A function: a copy of set `a` with weights and items, opened. Every third document has runs; items are of two documents."""
+    for kind in ("bin", "idx", "json"):
+        shutil.copy(prepared / f"a.{kind}", tmp_path / f"a.{kind}")
+    lengths = IndexedDataset(tmp_path / "a").lengths
+    some = [i % 3 == 0 and n > 3 for i, n in enumerate(lengths)]
+    runs = [np.array([(n // 2, 0), (n, 1.5)] if has else [], RUN) for has, n in zip(some, lengths, strict=True)]
+    sizes = len(lengths), sum(map(len, runs))
+    write_weights(tmp_path / "a.weights", [np.array([len(each) for each in runs])], runs, sizes)
+    write_items(tmp_path / "a.items", np.arange(0, len(lengths), 2), len(lengths))
+    manifest = json.loads((tmp_path / "a.json").read_text())
+    for kind in BESIDE:
+        path = tmp_path / f"a.{kind}"
+        manifest[kind] = {"bytes": path.stat().st_size, "crc32": crc32_of(path), "longest_tokens": 700}
+    (tmp_path / "a.json").write_text(json.dumps(manifest))
+    return lambda: DomainData([str(tmp_path / "a")])
+
+
+def sums_of(index: PackingIndex) -> list:
+    return [(index.row(row), index.items(row), index.sums(row)) for row in range(index.num_rows)]
+
+
+@pytest.mark.parametrize("name", [*SUMS, *ITEMS])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_sums_of_rows_are_built_again(beside, tmp_path, name, damage, capsys):
+    whole = {n: sums_of(open_index(beside(), Selection(n), str(tmp_path / "cache"))) for n in (1024, 2048)}
+    DAMAGES[damage](folder_of(tmp_path / "cache", 1024) / name)
+    assert sums_of(open_index(beside(), Selection(1024), str(tmp_path / "cache"))) == whole[1024]
+    told = capsys.readouterr().err
+    assert "is built again" in told and name in told
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "another's"])
+def test_damaged_weights_and_items_are_an_error(beside, tmp_path, kind, damage):
+    DAMAGES[damage](tmp_path / f"a.{kind}")
+    with pytest.raises(DataError, match=rf"a\.{kind}"):
+        open_index(beside(), Selection(1024), str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"a\.{kind}"):
+        verify_data(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_every_byte_of_weights_and_items_counts(beside, tmp_path, kind):
+    raw = (tmp_path / f"a.{kind}").read_bytes()
+    for at in range(0, len(raw), 13):
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << at % 8
+        (tmp_path / f"a.{kind}").write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"a\.{kind}"):
+            beside().next_item(1)
+
+
+@pytest.mark.parametrize(
+    "kind, at, value, told",
+    [
+        ("weights", 0, b"MCPTITM", "begins with b'MCPTITM"),
+        ("weights", 8, b"\x02", "of version 2"),
+        ("weights", 16, b"\x01", "is of .* documents; its header asks for"),
+        ("items", 24, b"\x01", "its header asks for"),
+        ("weights", 32, b"\x01", "its runs do not go from 0"),
+        ("weights", 40, b"\xff", "the runs of document 1 do not cover it in order"),
+        ("weights", -1, b"\xbf", "or a weight is negative"),
+        ("weights", -2, b"\x80\x7f", "not finite"),
+        ("weights", -8, b"\x01", "do not cover it in order"),
+        ("items", 40, b"\x00", "do not part the"),
+        ("items", 32, b"\x01", "do not part the"),
+        ("items", -8, b"\x01", "do not part the"),
+    ],
+)
+def test_a_file_that_is_sound_by_its_checksum_and_wrong_is_an_error(beside, tmp_path, kind, at, value, told):
+    """As another program may write it: magic, version, sizes, and every number against the others."""
+    path = tmp_path / f"a.{kind}"
+    raw = bytearray(path.read_bytes())
+    raw[at % len(raw) : at % len(raw) + len(value)] = value
+    path.write_bytes(raw)
+    manifest = json.loads((tmp_path / "a.json").read_text())
+    manifest[kind]["crc32"] = crc32_of(path)
+    (tmp_path / "a.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"a\.{kind}: .*{told}"):
+        open_index(beside(), Selection(1024), str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("damage", ["cut by a byte", "empty", "zeros"])
+def test_weights_that_are_changed_under_a_run_are_an_error(beside, tmp_path, damage):
+    domain = beside()
+    index = open_index(domain, Selection(1024), str(tmp_path / "cache"))
+    whole = make_batch([(index, "a", 0)], 1024, 0, 401).weights
+    UNDER[damage](tmp_path / "a.weights")
+    with pytest.raises(DataError, match=r"a\.weights"):
+        assert (make_batch([(index, "a", 0)], 1024, 0, 401).weights == whole).all()
+        make_batch([(index, "a", row) for row in range(index.num_rows)], 1024, 0, 401)
 
 
 def test_an_index_that_cannot_be_built_is_an_error_of_ours(domain, cache, monkeypatch):
@@ -270,8 +369,11 @@ def test_an_intact_index_is_read_where_nothing_can_be_written(domain, cache, mon
     def refused(*_, **__):
         raise OSError(30, "Read-only file system")
 
+    def opened(path, flags, *rest, real=os.open, **more):
+        return refused() if flags & (os.O_WRONLY | os.O_RDWR) else real(path, flags, *rest, **more)
+
     monkeypatch.setattr(packing.Path, "mkdir", refused)
-    monkeypatch.setattr(packing.os, "open", refused)
+    monkeypatch.setattr(packing.os, "open", opened)
     assert open_index(domain, Selection(32), str(cache)).num_rows
     with pytest.raises(DataError, match="cannot be written: Read-only file system"):
         open_index(domain, Selection(64), str(cache))

@@ -68,8 +68,8 @@ def test_unknown_labels_and_sets_without_labels_are_named(labelled, recipe_file,
         "b": {"paths": [str(prepared / "b")], "labels": ["math"]},
     }
     problems = check(load_recipe(recipe_file(data=domains), ["--validation=[]"]), 1).problems
-    assert any("data.a.labels" in p and "Did you mean 'math'" in p for p in problems)
-    assert any("data.b.labels" in p and "was prepared without labels" in p for p in problems)
+    assert any("data.a.labels" in str(p) and "Did you mean 'math'" in str(p) for p in problems)
+    assert any("data.b.labels" in str(p) and "was prepared without labels" in str(p) for p in problems)
 
 
 def test_a_record_without_the_field_is_a_bad_line(tmp_path, tokenizer_dir):

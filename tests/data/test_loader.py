@@ -18,9 +18,9 @@ from megacpt.data.loader import (
     domain_tokens,
     load_step,
     make_batch,
-    mixtures,
     open_domains,
     prefetch,
+    stage_orders,
 )
 from megacpt.errors import DataError
 
@@ -32,7 +32,7 @@ def stage_data(recipe_file):
     recipe = load_recipe(recipe_file())
     clock = Clock(recipe)
     domains = open_domains(recipe, ["a", "b"])
-    return StageData(recipe, recipe.stages[0], mixtures(recipe, clock)[0], domains, PAD, 401)
+    return StageData(recipe, recipe.stages[0], stage_orders(recipe, clock)[0], domains, PAD, 401)
 
 
 def test_labels_never_cross_a_document_and_positions_restart(stage_data):
@@ -64,9 +64,11 @@ def test_counts_come_from_the_index_alone(stage_data):
     picks = stage_data.picks(0, 10)
     batch = stage_data.batch(picks)
     lengths = np.diff([*batch.document_starts, batch.tokens.size])
-    assert stage_data.count(picks) == ((batch.labels >= 0).sum(), (lengths * (lengths + 1) // 2).sum())
+    counts, labels = stage_data.count(picks), (batch.labels >= 0).sum()
+    assert stage_data.visible_pairs(picks) == (lengths * (lengths + 1) // 2).sum()
     documents = np.split(batch.labels.reshape(-1), batch.document_starts[1:])
-    assert stage_data.count_items(picks) == sum((labels >= 0).any() for labels in documents) < len(documents)
+    with_label = sum((labels >= 0).any() for labels in documents)
+    assert (counts.labels, counts.weight, counts.items) == (labels, labels, with_label) and with_label < len(documents)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
@@ -116,7 +118,7 @@ def test_a_domain_goes_on_in_the_next_stage_of_the_same_length(recipe_file):
     ]
     recipe = load_recipe(recipe_file(stages=stages))
     clock = Clock(recipe)
-    orders = mixtures(recipe, clock)
+    orders = stage_orders(recipe, clock)
     assert [order.mixtures[0].first.get("a") for order in orders] == [0, 10, 0]
     tokens = domain_tokens(recipe, clock, orders, clock.num_steps)
     assert tokens["a"] + tokens["b"] == clock.num_tokens and abs(tokens["b"] - 320) <= 64

@@ -5,18 +5,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import megacpt.data.packing as packing
+from megacpt.data.domain import DomainData
+from megacpt.data.fit import pack_best_fit, pack_concatenated, piece_lengths
 from megacpt.data.indexed import write_index
 from megacpt.data.manifest import crc32_of
-from megacpt.data.packing import (
-    DomainData,
-    Selection,
-    held_out,
-    open_index,
-    pack_best_fit,
-    pack_concatenated,
-    piece_lengths,
-)
+from megacpt.data.packing import open_index
 from megacpt.data.permutation import permute
+from megacpt.data.select import Selection, held_out
 from megacpt.errors import DataError
 
 LENGTHS = arrays(np.int32, st.integers(0, 200), elements=st.integers(0, 150))

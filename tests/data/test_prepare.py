@@ -315,7 +315,9 @@ def test_adopting_a_set_with_empty_documents(tmp_path, options, capsys):
     """Megatron writes an empty document for an empty text: it keeps its number, is counted, and no row holds it."""
     from test_indexed import index_of
 
-    from megacpt.data.packing import DomainData, Selection, open_index
+    from megacpt.data.domain import DomainData
+    from megacpt.data.packing import open_index
+    from megacpt.data.select import Selection
 
     ids = [[*Tokenizer(options.tokenizer).encode_batch([text])[0], 0] for text in TEXTS[:30]]
     lengths = [len(document) for document in ids]

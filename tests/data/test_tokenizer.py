@@ -213,7 +213,7 @@ def test_a_template_that_names_another_bos_is_refused(tmp_path):
     [
         (lambda p: (p / "added_tokens.json").write_text('{"<|x|>": 5}'), "has id 5, which is the piece"),
         (lambda p: (p / "added_tokens.json").write_text('{"<|x|>": "many"}'), "added tokens are not understood"),
-        (lambda p: (p / "added_tokens.json").write_text("[1]"), "holds no JSON object"),
+        (lambda p: (p / "added_tokens.json").write_text("[1]"), "it holds a list, not an object"),
         (lambda p: (p / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'), "T5Tokenizer is not read"),
         (lambda p: (p / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n"), "not a sentencepiece model"),
         (lambda p: pieces(p, model_type="unigram"), "is no BPE model"),

@@ -11,7 +11,8 @@ from samples import family_config, tiny_config, without_names
 
 from megacpt.config.load import load_recipe
 from megacpt.config.model import config_in_stage, shape_problems
-from megacpt.config.stage import Parallel, Stage
+from megacpt.config.sections.parallel import Parallel
+from megacpt.config.sections.stage import Stage
 from megacpt.errors import ConfigError
 from megacpt.family.families import FAMILIES
 from megacpt.family.read import exported_config, parse_config
@@ -33,7 +34,8 @@ def skeleton(raw: dict):
 def test_the_table_names_what_transformers_has(name, tied):
     raw = family_config(name, tie_word_embeddings=tied)
     theirs = {key: tuple(p.shape) for key, p in skeleton(raw).named_parameters()}
-    assert parse_config(raw, "t").shapes() == theirs
+    config = parse_config(raw, "t")
+    assert {stored.name: stored.shape for stored in config.stored} == theirs
 
 
 @pytest.mark.parametrize("name, tied", TIED)
@@ -60,7 +62,7 @@ def test_a_key_that_is_absent_means_what_the_class_means(name):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.window == (theirs.sliding_window if name == "mistral" else None)
+    assert ours.window == (theirs.sliding_window if name in ("mistral", "phi3") else None)
     assert {**ours.family.defaults, **raw} == ours.family.complete(raw)
     assert all(getattr(theirs, key) == value for key, value in ours.family.defaults.items())
 
@@ -104,6 +106,22 @@ def problems(raw: dict) -> str:
         ("mistral", {"sliding_window": "4096"}, "sliding_window = '4096': must be a positive integer, or null"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be a positive integer, or null"),
         ("mistral", {"num_local_experts": 8}, "num_local_experts = 8"),
+        ("phi3", {"sliding_window": -1}, "sliding_window = -1: must be a positive integer, or null"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop = 0.1: only 0 is trained in phi3 models"),
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75: only 1.0 is trained in phi3 models"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "long_factor": [1.0]}},
+            "'su': is not trained. Its frequencies depend on",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"}},
+            "'longrope': is not trained. Its frequencies depend on the length",
+        ),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn': is not trained. Possible: default."),
+        ("phimoe", {}, "'phimoe': is not trained here. It has a mixture of experts"),
+        ("gemma", {}, "'gemma': is not trained here. It has norms and activations of its own"),
         ("qwen3_moe", {}, "'qwen3_moe': is not trained here. It has a mixture of experts. Trained are llama, qwen2, "),
         ("qwen2_moe", {}, "'qwen2_moe': is not trained here. It has a mixture of experts"),
         ("mixtral", {}, "'mixtral': is not trained here. It has a mixture of experts"),
@@ -148,7 +166,7 @@ def test_check_says_which_stage_is_longer_than_the_window(recipe_file, tmp_path)
     path = recipe_file()
     (tmp_path / "config.json").write_text(json.dumps(family_config("mistral", sliding_window=48)))
     found = check(load_recipe(path, []), 1).problems
-    assert any(p.startswith("stages.s.seq_len = 64: the model's sliding_window is 48") for p in found), found
+    assert any(str(p).startswith("stages.s.seq_len = 64: the model's sliding_window is 48") for p in found), found
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -339,7 +339,7 @@ def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, 
 
 
 def test_a_profile_or_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
-    from megacpt.config.recipe import Profile
+    from megacpt.config.sections.profile import Profile
     from megacpt.train.profile import Profiler
 
     (tmp_path / "profile").write_text("in the way")

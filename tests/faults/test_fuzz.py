@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel
-from megacpt.checkpoint.manifest import State, newest_sound, read_manifest
+from megacpt.checkpoint.manifest import RunState, newest_sound, read_manifest
 from megacpt.checkpoint.save import save
+from megacpt.config.decisions import Baseline, Decisions
 from megacpt.config.load import load_recipe
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest as read_data_manifest
 from megacpt.errors import CheckpointError, ConfigError, DataError, MegacptError
-from megacpt.model.hf import Weights
+from megacpt.model.hf import SafetensorsReader
 
 EXAMPLES = 2000 if os.environ.get("MEGACPT_TEST_FULL") else 150
 fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,7 +120,12 @@ def test_manifests_of_data(data, changes):
 def checkpoint(mesh, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     weights = {"a.weight": torch.arange(15.0).view(5, 3), "b.weight": torch.ones(7)}
-    save(folder, {"model": weights}, State(1, 10, 1, "s", [{"kind": "baseline"}], {"a": "x"}), {})
+    save(
+        folder,
+        {"model": weights},
+        RunState(1, 10, 1, "s", Decisions((Baseline(losses={}, accuracies={}),)), {"a": "x"}),
+        {},
+    )
     return folder / "step-00000001"
 
 
@@ -258,7 +264,7 @@ def test_safetensors(hugging_face, changes, header):
     end = 8 + struct.unpack("<Q", raw[:8])[0]
     try:
         path.write_bytes(edited(raw[:end], changes) + raw[end:] if header else edited(raw, changes))
-        weights = Weights(hugging_face)
+        weights = SafetensorsReader(hugging_face)
         for name in list(weights.file_of):
             weights.dtype(name)
             part = weights.read(name, (slice(0, 1),))

@@ -66,9 +66,10 @@ def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_pat
     run, heard = tmp_path / "run", tmp_path / "heard"
 
     def slow():
-        from megacpt.train import job, loop
+        from megacpt.train.handlers import steps
+        from megacpt.train.stop import StopRequest
 
-        step, ask, calls = loop.train_step, job.StopRequest.ask, []
+        step, ask, calls = steps.train_step, StopRequest.ask, []
 
         def held(*args, **kwargs):
             calls.append(1)
@@ -82,7 +83,7 @@ def test_a_stop_request_is_heard_inside_a_collective(whole, recipe_file, tmp_pat
             ask(self, why)
             heard.touch()
 
-        loop.train_step, job.StopRequest.ask = held, told
+        steps.train_step, StopRequest.ask = held, told
 
     def request(pids):
         wait_until(lambda: all((tmp_path / f"in{rank}").exists() for rank in (0, 1)), alive=pids)
@@ -106,9 +107,9 @@ def test_a_second_stop_request_leaves_at_once(recipe_file, tmp_path):
     listened = tmp_path / "listened"
 
     def prepare():
-        from megacpt.train import job
+        from megacpt.train import stop
 
-        read, job.REPEAT_SECONDS = os.read, LONG_SECONDS  # the two are one request, however slow the machine is
+        read, stop.REPEAT_SECONDS = os.read, LONG_SECONDS  # the two are one request, however slow the machine is
 
         def noted(file, count):
             if os.environ["RANK"] == "0" and threading.current_thread().name == "signals":

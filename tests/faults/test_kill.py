@@ -67,9 +67,9 @@ def test_the_comparison_sees_a_lost_step(whole, recipe_file, tmp_path):
     part = tmp_path / "part"
 
     def twice():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, count = loop.train_step, []
+        step, count = steps.train_step, []
 
         def doubled(*args, **kwargs):
             count.append(1)
@@ -77,7 +77,7 @@ def test_the_comparison_sees_a_lost_step(whole, recipe_file, tmp_path):
                 step(*args, **kwargs)
             return step(*args, **kwargs)
 
-        loop.train_step = doubled
+        steps.train_step = doubled
 
     run_ranks(2, recipe_file(), [f"--run.directory={part}"], prepare=twice)
     assert weights(part, 8) != weights(whole, 8)

@@ -1,7 +1,10 @@
 """Promise 7: bad numbers never reach the weights."""
 
 import json
+import math
 import shutil
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +14,11 @@ from hypothesis import strategies as st
 
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import list_steps
-from megacpt.config.recipe import Health
-from megacpt.config.stage import ForgettingGate
+from megacpt.config.sections.gates import ForgettingGate
+from megacpt.config.sections.health import Health
+from megacpt.data.loader import StepData
 from megacpt.evaluate.gates import compare
-from megacpt.survive.health import checksum, limits, remember
+from megacpt.survive.health import StepStats, checksum, spike_thresholds
 from megacpt.survive.run_directory import RunDirectory, plain_numbers
 
 NAN = "nan:rank=1,point=before_update,step="
@@ -68,10 +72,11 @@ def unguarded():
 
 
 def blind():
-    from megacpt.train import job, loop
+    from megacpt.train import saving
+    from megacpt.train.handlers import steps
 
     unguarded()
-    job.check_finite = loop.check_finite = lambda *_: None
+    saving.check_finite = steps.check_finite = lambda *_: None
 
 
 def test_weights_that_are_none_are_not_saved(recipe_file, tmp_path):
@@ -146,7 +151,7 @@ def test_the_twin_of_retention_loses_it(recipe_file, tmp_path):
     """Retention that knows nothing of a streak."""
 
     def newest_alone():
-        from megacpt.train import job
+        from megacpt.train import session
 
         def prune(checkpoints, keep_last, keep_every_steps):
             gone = list_steps(checkpoints)[:-keep_last]
@@ -154,7 +159,7 @@ def test_the_twin_of_retention_loses_it(recipe_file, tmp_path):
                 shutil.rmtree(checkpoints / f"step-{step:08d}")
             return gone
 
-        job.prune = prune
+        session.prune = prune
 
     run = tmp_path / "run"
     flags = [f"--run.directory={run}", "--health.rollback_after=4", "--checkpoint.every_steps=1", *STREAK[0]]
@@ -177,9 +182,9 @@ def test_weights_that_are_ruined_just_before_a_save_are_left_behind(recipe_file,
     run = tmp_path / "run"
 
     def ruin():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, marker = loop.train_step, tmp_path / "ruined"
+        step, marker = steps.train_step, tmp_path / "ruined"
         calls = []
 
         def ruining(model, optimizer, *args, **kwargs):
@@ -192,7 +197,7 @@ def test_weights_that_are_ruined_just_before_a_save_are_left_behind(recipe_file,
                         parameter._local_tensor.mul_(1e30)
             return out
 
-        loop.train_step = ruining
+        steps.train_step = ruining
 
     flags = [f"--run.directory={run}", "--health.rollback_after=2", "--stages.s.average={last=3, every_tokens=512}"]
     codes, errors = run_ranks(1, recipe_file(), flags, prepare=ruin)
@@ -285,9 +290,20 @@ def test_it_goes_back_only_so_often(recipe_file, tmp_path):
 SCRIPT = [(3.0 + 0.01 * ((7 * i) % 5), 1.0 + 0.02 * ((3 * i) % 7)) for i in range(64)]
 
 
-def test_a_spike_of_six_steps_is_skipped_six_times():
-    """The measured failure of the rule with mean and deviation over all steps: it skips four of six, and 129 after one that is none."""
-    rules, accepted, skipped = Health(spike_mads=8.0, spike_window=32), [], []
+@dataclass(frozen=True)
+class State:
+    """What of a run's state the steps change."""
+
+    accepted: list = field(default_factory=list)
+    skipped_in_row: int = 0
+
+
+def test_a_spike_of_six_steps_is_skipped_six_times(mesh, monkeypatch):
+    """The measured failure of the rule with mean and deviation over all steps: it skips four of six, and 129 after one that is none. The
+    step, its thresholds and what is remembered of it are the run's own; losses and norms are a script."""
+    from megacpt.train import step as module
+    from megacpt.train.handlers import steps
+
     values = [
         *SCRIPT[:40],
         *[(3.9 - 0.1 * i, 6.0 - 0.5 * i) for i in range(6)],
@@ -295,22 +311,41 @@ def test_a_spike_of_six_steps_is_skipped_six_times():
         (float("nan"), 1.0),
         *SCRIPT[:20],
     ]
-    for i, (loss, norm) in enumerate(values):
-        most_loss, most_norm = limits(accepted, rules)
-        if loss <= most_loss and norm <= most_norm:
-            remember(accepted, loss, norm, rules)
-        else:
-            skipped.append(i)
-    assert skipped == [40, 41, 42, 43, 44, 45, 66]
+    losses, norms = (iter([pair[i] for pair in values]) for i in range(2))
+    double = lambda number: torch.tensor(number, dtype=torch.float64)
+    monkeypatch.setattr(module, "accumulate", lambda *_: [double(next(losses))])
+    monkeypatch.setattr(module, "grad_norm", lambda *_: double(next(norms)))
+    monkeypatch.setattr(steps, "rate_of_step", lambda *_: 1e-3)
+    model = SimpleNamespace(mesh=mesh, counted_parameters=list, options=SimpleNamespace(operations="torch"))
+    scales, skipped = [], []
+    nothing = lambda: None
+    optimizer = SimpleNamespace(
+        parameters={}, step=lambda *numbers: scales.append(numbers[4].item()), zero_grad=nothing, take_back=nothing
+    )
+    session = SimpleNamespace(
+        state=State(),
+        plan=SimpleNamespace(recipe=SimpleNamespace(health=Health(spike_mads=8.0, spike_window=32))),
+        stage=SimpleNamespace(schedule=None, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_norm=1.0, frozen=()),
+        clock=None,
+        optimizer=optimizer,
+        directory=SimpleNamespace(event=lambda kind, number, *_, why, **__: skipped.append((number, why))),
+    )
+    for number in range(len(values)):
+        step = SimpleNamespace(number=number, first_sequence=0, rows=1, tokens_after=1)
+        measured = module.train_step(model, optimizer, StepData([], None, 0), "step", steps.update_of(session, step))
+        steps.record_outcome(session, step, module.read_result(measured))
+    assert skipped == [*((number, "spike") for number in range(40, 46)), (66, "not finite")]
+    assert [i for i, scale in enumerate(scales) if not math.isfinite(scale)] == [number for number, _ in skipped]
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 20), st.floats(0.01, 100)), min_size=8, max_size=32))
 def test_limits_lie_above_the_median_and_are_the_same_for_any_order(accepted):
     rules = Health(spike_mads=6.0, spike_window=32)
-    assert limits(accepted, rules) == limits(sorted(accepted), rules)
+    assert spike_thresholds(accepted, rules) == spike_thresholds(sorted(accepted), rules)
     middle = sorted(loss for loss, _ in accepted)[len(accepted) // 2 - 1]
-    assert limits(accepted, rules)[0] >= middle
-    assert limits(accepted[:7], rules) == (float("inf"), float("inf")) == limits(accepted, Health())
+    assert spike_thresholds(accepted, rules).loss >= middle
+    none = StepStats(float("inf"), float("inf"))
+    assert spike_thresholds(accepted[:7], rules) == none == spike_thresholds(accepted, Health())
 
 
 def test_a_spike_is_skipped_in_a_run(recipe_file, tmp_path):
@@ -345,9 +380,9 @@ def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
         recipe_file = lambda: path
 
     def flip():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, calls = loop.train_step, []
+        step, calls = steps.train_step, []
 
         def flipped(model, optimizer, *args, **kwargs):
             calls.append(1)
@@ -356,7 +391,7 @@ def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
                     optimizer.parameters[name]._local_tensor.view(-1).view(torch.int32)[3] ^= 1
             return step(model, optimizer, *args, **kwargs)
 
-        loop.train_step = flipped
+        steps.train_step = flipped
 
     run = tmp_path / "run"
     codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={run}", layout], prepare=flip)
@@ -384,9 +419,9 @@ def test_a_checksum_sees_any_bit_and_any_exchange(data):
 
 def test_three_replicas_name_the_odd_one(recipe_file, tmp_path):
     def flip():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step = loop.train_step
+        step = steps.train_step
 
         def flipped(model, optimizer, *args, **kwargs):
             out = step(model, optimizer, *args, **kwargs)
@@ -394,7 +429,7 @@ def test_three_replicas_name_the_odd_one(recipe_file, tmp_path):
                 optimizer.exp_avg["model.norm.weight"]._local_tensor.view(torch.int32)[1] ^= 1 << 30
             return out
 
-        loop.train_step = flipped
+        steps.train_step = flipped
 
     flags = [f"--run.directory={tmp_path}/run", "--parallel.data_replicate=3", "--health.checksum_every_steps=1"]
     codes, errors = run_ranks(3, recipe_file(), flags, prepare=flip)
@@ -407,9 +442,9 @@ def test_stragglers_are_named(recipe_file, tmp_path):
     def slow():
         import time
 
-        from megacpt.train import loop
+        from megacpt.train import session
 
-        read, clock, late = loop.prefetch, time.monotonic, [0.0]
+        read, clock, late = session.prefetch, time.monotonic, [0.0]
         time.monotonic = lambda: clock() + late[0]
 
         def reading(make, numbers):
@@ -418,7 +453,7 @@ def test_stragglers_are_named(recipe_file, tmp_path):
                     late[0] += 1000.0
                 yield item
 
-        loop.prefetch = reading
+        session.prefetch = reading
 
     flags = [f"--run.directory={tmp_path}/run", "--health.straggler_every_steps=4"]
     run_ranks(2, recipe_file(), flags, prepare=slow)

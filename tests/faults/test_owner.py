@@ -15,9 +15,10 @@ from crash import PLAIN, QUICK, SUPERVISE, descendants, events, kill_agent, rows
 from shared import LONG_SECONDS, exit_code_of, wait_until
 
 from megacpt.checkpoint.manifest import list_steps
+from megacpt.config.run_layout import LEASE
 from megacpt.errors import LeaseError
 from megacpt.survive import lease as module
-from megacpt.survive.lease import FOLDER, Lease, current_owner, process_of, request_stop, stop_request
+from megacpt.survive.lease import Lease, current_owner, process_of, request_stop, stop_request
 
 LONG = ["--stages.s.tokens=1B", "--checkpoint.every_steps=1000000"]
 
@@ -28,8 +29,8 @@ def has_steps(run: Path, count: int):
 
 def owner_file(run: Path, number: int, **more) -> Path:
     """The lease of a job on another machine."""
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    path = run / FOLDER / f"{number:08d}.json"
+    (run / LEASE).mkdir(parents=True, exist_ok=True)
+    path = run / LEASE / f"{number:08d}.json"
     facts = {"attempt": "theirs", "host": "elsewhere", "since": "yesterday", "pid": 7, "start": 1, "machine": "another"}
     path.write_text(json.dumps(facts | more) + "\n")
     return path
@@ -60,7 +61,7 @@ def test_only_one_of_many_owns_it(tmp_path, monkeypatch):
                 os._exit(code)
         pids.append(pid)
     assert [exit_code_of(pid) for pid in pids] == [0] * 8
-    assert current_owner(tmp_path).number == 80 and len(list((tmp_path / FOLDER).iterdir())) == 1
+    assert current_owner(tmp_path).number == 80 and len(list((tmp_path / LEASE).iterdir())) == 1
 
 
 def test_a_second_job_names_the_first(tmp_path, monkeypatch):
@@ -140,7 +141,7 @@ def test_a_slow_one_does_not_come_between(tmp_path):
     owner_file(tmp_path, 3)
     slow = Lease(tmp_path, "slow")
     assert not slow._create(2) and current_owner(tmp_path).number == 3
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["00000003.json"]
+    assert [path.name for path in (tmp_path / LEASE).iterdir()] == ["00000003.json"]
 
 
 def test_the_owner_sees_that_it_is_none_any_more(tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_the_owner_sees_that_it_is_none_any_more(tmp_path, monkeypatch):
         lease.fence()
     removed = Lease(tmp_path / "b", "old")
     removed.take()
-    (tmp_path / "b" / FOLDER / "00000001.json").unlink()
+    (tmp_path / "b" / LEASE / "00000001.json").unlink()
     with pytest.raises(LeaseError, match="to nobody"):
         removed.fence()
 
@@ -204,16 +205,16 @@ def test_who_lost_the_directory_publishes_nothing(recipe_file, tmp_path, monkeyp
         (tmp_path / "go").touch()
 
     def slow():
-        from megacpt.train import loop
+        from megacpt.train.handlers import steps
 
-        step, count = loop.train_step, []
+        step, count = steps.train_step, []
 
         def held(*args, **kwargs):
             count.append(1)
             wait_until(lambda: len(count) != 6 or (tmp_path / "go").exists())
             return step(*args, **kwargs)
 
-        loop.train_step = held
+        steps.train_step = held
 
     flags = [f"--run.directory={run}", f"--health.watchdog={watchdog}", "--checkpoint.keep_last=2"]
     codes, errors = run_ranks(2, recipe_file(), flags, prepare=slow, during=take_over)

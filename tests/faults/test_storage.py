@@ -122,7 +122,7 @@ def test_fifty_saves_leave_memory_flat(mesh, tmp_path):
     from torch.distributed.tensor import DTensor, Replicate
 
     from megacpt.checkpoint.background import Saver
-    from megacpt.checkpoint.manifest import State
+    from megacpt.checkpoint.manifest import RunState
     from megacpt.checkpoint.save import prune, tensors_of
     from megacpt.optim.adamw import AdamW
     from megacpt.train.metrics import resident_gib
@@ -132,7 +132,7 @@ def test_fifty_saves_leave_memory_flat(mesh, tmp_path):
     optimizer = AdamW(parameters)
     saver, sizes = Saver("rename", lambda: prune(tmp_path, 1, None)), []
     for step in range(1, 51):
-        saver.start(tmp_path, tensors_of(parameters, optimizer), State(step, step, step, "s"), {})
+        saver.start(tmp_path, tensors_of(parameters, optimizer), RunState(step, step, step, "s"), {})
         saver.wait()
         sizes.append(resident_gib())
     saver.close()
@@ -180,19 +180,19 @@ def test_an_index_cut_under_a_run_is_an_error_with_its_name(recipe_file, prepare
     assert run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=2"])[0] == [0, 0]
 
     def cut():
-        from megacpt.train import loop
+        from megacpt.train.session import Session
 
-        rows_of = loop._rows
+        rows_of = Session._read_ahead
 
-        def rows(run, index, first, until):
+        def rows(session, first):
             files = [tmp_path / name] if name == "a.idx" else packing.glob(f"*/{name}")
-            waiting = rows_of(run, index, first, until)
+            waiting = rows_of(session, first)
             yield next(waiting)
             for file in files:
                 os.truncate(file, 10)
             yield from waiting
 
-        loop._rows = rows
+        Session._read_ahead = rows
 
     codes, errors = run_ranks(2, recipe_file(), flags, prepare=cut)
     assert 76 in codes and set(codes) <= {76, 75}, (codes, errors)

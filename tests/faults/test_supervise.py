@@ -14,9 +14,10 @@ from shared import LONG_SECONDS, wait_until
 
 from megacpt import cli
 from megacpt.config.load import load_recipe
+from megacpt.config.run_layout import LEDGER
 from megacpt.errors import ConfigError, SaveError
 from megacpt.survive import supervise as module
-from megacpt.survive.supervise import LEDGER, Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
+from megacpt.survive.supervise import Options, _choose_nodes, _filled, ill_nodes, judge, recipe_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -315,12 +315,13 @@ def test_the_comparison_sees_wrong_weights(broken, monkeypatch):
 
 def test_memory_of_the_loss_is_one_chunk_of_logits():
     """131,072 tokens x 128,256 entries x 4,096 hidden in bfloat16, on pretended tensors: beside inputs and both gradients, one chunk of
-    logits and an eighth (the partial product of the weight's gradient). The twin takes a chunk four times as large."""
+    logits and an eighth (the partial product of the weight's gradient). The twin takes a chunk four times as large. A gradient that is not
+    wanted has no room."""
     from memory import peak_of
 
-    def peak(chunk: int) -> int:
-        x = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    def peak(chunk: int, of_x: bool = True, of_weight: bool = True) -> int:
+        x = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta", requires_grad=of_x)
+        weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta", requires_grad=of_weight)
         target = torch.empty(131072, dtype=torch.int64, device="meta")
         weights = torch.empty(131072, device="meta")
         how = dict(chunk_logits=chunk, backend="triton")
@@ -330,6 +331,8 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
     gradients = 2 * 131072 * 4096 + 4 * 128256 * 4096
     allowed = gradients + 2 * chunk * 1.2
     assert gradients + 2 * chunk <= peak(chunk) <= allowed < peak(4 * chunk)
+    assert 2 * chunk <= peak(chunk, of_weight=False) <= allowed - 4 * 128256 * 4096
+    assert 2 * chunk <= peak(chunk, of_x=False) <= allowed - 2 * 131072 * 4096
 
 
 def test_weights_add_no_pass_over_the_logits():

@@ -3,19 +3,21 @@ gradient; and what each comparison must see."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from ranks import on_ranks
+from references import gradients_of, reference
 from samples import ROPE_YARN, family_config
-from test_parity import compare, losses_of, ours, packed, reference
+from test_parity import compare, losses_of, ours, packed
 from tolerances import PARITY, difference
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megacpt.config.layout import Layout
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import StepCounts
 from megacpt.errors import ConfigError
 from megacpt.family.base import ModelConfig
@@ -38,6 +40,7 @@ MODELS = {
     "qwen2 tied": family_config("qwen2", tie_word_embeddings=True, rope_scaling=ROPE_YARN),
     "qwen3": family_config("qwen3"),
     "mistral": family_config("mistral", head_dim=16),
+    "phi3": family_config("phi3", head_dim=16),
 }
 LAYOUTS = {
     "tp4": {"tensor": 4, "overlap": "chunked"},  # two ranks to a key head
@@ -69,7 +72,7 @@ def expected(tmp_path_factory):
             total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
             labels += int((targets >= 0).sum())
         (total / labels).backward()
-        gradients = {key: parameter.grad.detach() for key, parameter in model.named_parameters()}
+        gradients = gradients_of(raw, model)
         found[name] = str(folder), [each.detach() for each in scores], gradients
     return found
 
@@ -182,7 +185,12 @@ def test_the_comparison_sees_a_broken_layout(expected, breakage):
 
 def without_biases(monkeypatch) -> None:
     original = decoder.column_parallel
-    monkeypatch.setattr(decoder, "column_parallel", lambda *args, **more: original(*args[:6], **more))
+
+    def column_parallel(x, places, *args, **more):
+        bare = [SimpleNamespace(name=place.name, parts=place.parts, bias=None) for place in places]
+        return original(x, bare, *args, **more)
+
+    monkeypatch.setattr(decoder, "column_parallel", column_parallel)
 
 
 def without_head_norms(monkeypatch) -> None:
@@ -218,9 +226,10 @@ def losses_apart(raw: dict, mesh) -> float:
     return difference(got, -wanted[:, 0])
 
 
-def test_mistrals_window_is_what_transformers_masks(mesh):
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_is_what_transformers_masks(mesh, name):
     """The twin of the refusal: with documents longer than the window the two differ, with shorter ones they do not."""
-    raw = family_config("mistral", sliding_window=40)
+    raw = family_config(name, sliding_window=40)
     assert losses_apart(raw, mesh) < BOUND
     with pytest.raises(ConfigError, match="a document of 40 tokens: the model's sliding_window is 39"):
         losses_apart(raw | {"sliding_window": 39}, mesh)

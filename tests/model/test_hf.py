@@ -8,18 +8,20 @@ import sys
 import pytest
 import torch
 import transformers
+from references import as_ours
 from safetensors.torch import load_file, save_file
-from samples import ROPE_LLAMA3, ROPE_YARN, tiny_config, without_names
+from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config, without_names
 
 import megacpt.model.hf as hf
 from megacpt.config.model import with_rope
-from megacpt.config.stage import Rope
+from megacpt.config.sections.model import Rope
 from megacpt.errors import CheckpointError, ConfigError, NumbersError
+from megacpt.family.base import Stored
 from megacpt.family.read import exported_config, parse_config, read_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.build import build_model
 from megacpt.model.decoder import ModelOptions
-from megacpt.model.hf import Weights, check_names, load_pretrained
+from megacpt.model.hf import PretrainedReader, SafetensorsReader, load_pretrained
 
 
 def problems(raw) -> str:
@@ -166,6 +168,7 @@ def test_parameter_counts_of_the_named_shapes():
         "qwen3-0.6b": 596_049_920,
         "qwen3-8b": 8_190_735_360,
         "mistral-7b-v0.3": 7_248_023_552,
+        "phi-4": 14_659_507_200,
     }
 
 
@@ -210,7 +213,7 @@ def test_names_and_shapes_come_at_once(directory):
     del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     text = str(caught.value)
     assert (
         "lm_head.weight [401, 32] is missing" in text
@@ -223,10 +226,10 @@ def test_pickles_are_refused_with_the_way_out(directory):
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="holds no model.safetensors"):
-        Weights(directory)
+        SafetensorsReader(directory)
     torch.save({}, directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="a pickle, which can run code.*safe_serialization=True"):
-        Weights(directory)
+        SafetensorsReader(directory)
 
 
 def test_an_index_that_leaves_its_folder_or_names_what_is_missing_is_refused(directory):
@@ -236,10 +239,10 @@ def test_an_index_that_leaves_its_folder_or_names_what_is_missing_is_refused(dir
     for wrong, text in (("../x.safetensors", "not a file of its own folder"), ("none.safetensors", "is missing")):
         path.write_text(json.dumps({"weight_map": index["weight_map"] | {first: wrong}}))
         with pytest.raises(CheckpointError, match=text):
-            Weights(directory)
+            SafetensorsReader(directory)
     path.write_text("{")
     with pytest.raises(CheckpointError, match="not an index"):
-        Weights(directory)
+        SafetensorsReader(directory)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +262,7 @@ def test_an_index_that_says_what_is_not_so_is_an_error_of_ours(directory, weight
         weight_map = dict.fromkeys(tensors, "a.safetensors") | weight_map
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as error:
-        weights = Weights(directory)
-        check_names(weights, read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     assert text in str(error.value)
 
 
@@ -275,14 +277,14 @@ def test_a_head_beside_tied_embeddings(directory, mesh, differs):
         tensors["lm_head.weight"][-1, -1] += 1
     save_file(tensors, directory / "model.safetensors")
     if not differs:
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
         return
     with pytest.raises(
         CheckpointError, match=r'lm_head.weight is not model.embed_tokens.weight.*"tie_word_embeddings": false'
     ):
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    check_names(Weights(directory), read_config(directory))  # the way out
+    PretrainedReader(directory, read_config(directory))  # the way out
 
 
 def test_an_export_carries_the_tokenizer_that_was_trained_with(directory, tmp_path):
@@ -331,8 +333,8 @@ def test_an_export_with_another_tokenizer_names_its_eos_and_bos(directory, tmp_p
     (directory / "generation_config.json").unlink(missing_ok=True)
     if generation:
         (directory / "generation_config.json").write_text(json.dumps(generation))
-    config, weights = read_config(directory), Weights(directory)
-    read = lambda name: weights.read(name, (slice(None),))
+    config = read_config(directory)
+    read = PretrainedReader(directory, config).read
     dtypes = dict.fromkeys(config.shapes(), "float32")
     for name, tokens in (("own", None), ("other", {"eos_token_id": 9, "bos_token_id": 3})):
         hf.write_pretrained(tmp_path / name, config, directory, read, dtypes, 64, tokens=tokens)
@@ -348,7 +350,7 @@ def test_a_truncated_file_is_named(directory):
     file = sorted(directory.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
-        check_names(Weights(directory), read_config(directory))
+        PretrainedReader(directory, read_config(directory))
 
 
 def test_what_a_killed_export_leaves_is_removed_by_the_next(directory, tmp_path, monkeypatch):
@@ -445,7 +447,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_theta_by_rule_does_not_depend_on_the_number_of_steps():
     """ProLong's 8e6 at 64K from 5e5 at 8K (NTK rule twice, arXiv 2410.02660): in one jump and in three stages."""
     from megacpt.config.model import config_in_stage
-    from megacpt.config.stage import Stage
+    from megacpt.config.sections.stage import Stage
     from megacpt.errors import ConfigError
     from megacpt.family.rope import least_theta
 
@@ -589,3 +591,60 @@ def test_weights_that_are_not_finite_are_not_given_out(directory, tmp_path, valu
     with pytest.raises(NumbersError, match=f"{name}: {text}"):
         hf.write_pretrained(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"], "nothing is left"
+
+
+@pytest.fixture
+def fused(tmp_path):
+    """(what is in it, by transformers' names; config.json; folder) of a Phi-3 directory in several shards."""
+    torch.manual_seed(0)
+    raw = family_config("phi3", head_dim=16)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**without_names(raw)))
+    model.save_pretrained(tmp_path / "phi3", max_shard_size="40KB")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, raw, tmp_path / "phi3"
+
+
+def imported(raw: dict, folder, mesh) -> dict[str, torch.Tensor]:
+    config = read_config(folder)
+    model = build_model(config, mesh, torch.float32, ModelOptions())
+    load_pretrained(model, config, folder)
+    return {name: p._local_tensor[: config.shapes()[name][0]] for name, p in model.named_parameters()}
+
+
+def test_rows_of_several_parameters_in_one_tensor_come_apart_and_together_again(fused, mesh, tmp_path):
+    stored, raw, folder = fused
+    ours, wanted = imported(raw, folder, mesh), as_ours(raw, stored)
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert ours["model.layers.1.self_attn.k_proj.weight"].shape == (32, 32) and len(ours) > len(stored)
+    dtypes = dict.fromkeys(ours, "float32")
+    hf.write_pretrained(tmp_path / "out", read_config(folder), folder, ours.get, dtypes, 64, max_shard_bytes=1 << 14)
+    files = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    written = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(files) > 5 and written.keys() == stored.keys()
+    assert all(torch.equal(written[name], stored[name]) for name in stored)
+
+
+def test_the_comparison_sees_rows_of_a_neighbour(fused, mesh, monkeypatch):
+    """The twin: keys and values exchanged have the shapes of each other."""
+    stored, raw, folder = fused
+    own = Stored.rows
+    monkeypatch.setattr(Stored, "rows", lambda self, name: own(self, name.replace("k_proj", "v_proj")))
+    ours, wanted = imported(raw, folder, mesh), as_ours(raw, stored)
+    differ = {name for name in wanted if not torch.equal(ours[name], wanted[name])}
+    assert differ == {f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)}
+
+
+def test_what_is_wrong_with_a_file_is_told_by_the_names_that_it_has(fused, mesh):
+    """Its own tensors, with its own shapes; but values by parameter."""
+    _, raw, folder = fused
+    file = spoiled(folder, "model.layers.0.mlp.gate_up_proj.weight", float("nan"), 5)
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name}: model.layers.0.mlp.up_proj.weight holds 5 values"
+    ) as told:
+        imported(raw, folder, mesh)
+    assert "gate_proj" not in str(told.value)
+    config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"0.self_attn.qkv_proj.weight is \[128, 32\], config.json asks for \[192, 32\]"
+    ):
+        imported(raw, folder, mesh)

@@ -30,8 +30,8 @@ class Watch(TorchDispatchMode):
 def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
     """One whole step: forward, backward, norm, clip, update."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
-    from megacpt.data.loader import Batch, StepCounts
+    from megacpt.config.sections.parallel import Parallel
+    from megacpt.data.loader import Batch, StepCounts, StepData
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
@@ -61,8 +61,7 @@ def step_under_watch(operations: str, broken: bool, **degrees) -> bool:
         loss, *_ = train_step(
             model,
             optimizer,
-            [batch, batch],
-            StepCounts(2 * TOKENS, 2 * TOKENS, 6),
+            StepData([batch, batch], StepCounts(2 * TOKENS, 2 * TOKENS, 6), 0),
             "step",
             Update(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0),
         )

@@ -104,18 +104,21 @@ def test_a_run_makes_it_in_the_thread_that_reads(mesh, recipe_file, tmp_path, mo
     from megacpt.train import loop
 
     threads, kinds = set(), set()
-    ahead, step, destroy = loop.step_to_host, loop.train_step, loop.dist.destroy_process_group
+    from megacpt.train import session
+    from megacpt.train.handlers import steps
+
+    ahead, step, destroy = session.step_to_host, steps.train_step, loop.dist.destroy_process_group
 
     def watched(*args):
         threads.add(threading.current_thread().name)
         return ahead(*args)
 
-    def stepped(model, optimizer, micro_batches, *args):
-        kinds.update(type(batch) for batch in micro_batches)
-        return step(model, optimizer, micro_batches, *args)
+    def stepped(model, optimizer, batch, *args):
+        kinds.update(type(each) for each in batch.micro_batches)
+        return step(model, optimizer, batch, *args)
 
-    monkeypatch.setattr(loop, "step_to_host", watched)
-    monkeypatch.setattr(loop, "train_step", stepped)
+    monkeypatch.setattr(session, "step_to_host", watched)
+    monkeypatch.setattr(steps, "train_step", stepped)
     monkeypatch.setattr(loop.dist, "destroy_process_group", lambda group=None: destroy(group) if group else None)
     loop.train(load_recipe(recipe_file(), [f"--run.directory={tmp_path}/run", "--run.stop_at_step=2"]))
     assert threads == {"prefetch"} and kinds == {HostInputs}

@@ -37,7 +37,7 @@ def counts(micro_batches: int):
 def model_of(layers: int, operations: str = "torch", **degrees):
     """On its ranks."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
@@ -58,6 +58,7 @@ def model_of(layers: int, operations: str = "torch", **degrees):
 def alive_after_each_step(broken: bool, **degrees) -> dict[str, list[tuple]]:
     """By mode, after steps 2 and 3: bytes and number of storages, tensors that Python knows, and objects that belong to a step. Nothing is
     collected in between, as in a run."""
+    from megacpt.data.loader import StepData
     from megacpt.model.decoder import Inputs
     from megacpt.optim.adamw import AdamW
     from megacpt.parallel import context, recompute
@@ -80,7 +81,7 @@ def alive_after_each_step(broken: bool, **degrees) -> dict[str, list[tuple]]:
         optimizer, found[mode] = AdamW(dict(model.named_parameters()), "torch"), []
         with Alive() as alive:
             for number in range(3):
-                train_step(model, optimizer, [batch(0), batch(1)], counts(2), "step", update)
+                train_step(model, optimizer, StepData([batch(0), batch(1)], counts(2), 0), "step", update)
                 if number == 0:
                     gc.collect()
                     gc.disable()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from references import reference
+from references import as_ours, gradients_of, reference
 from samples import ROPE_LLAMA3, ROPE_YARN, family_config, tiny_config
 from tolerances import PARITY, difference
 
@@ -16,7 +16,9 @@ from megacpt.family.read import parse_config
 from megacpt.model.build import build_model
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
+from megacpt.model.inputs import to_inputs
 from megacpt.model.run import accumulate, each_loss
+from megacpt.parallel.gemm import PlainGemm
 
 VARIANTS = {
     "llama2": tiny_config(num_key_value_heads=4),
@@ -34,6 +36,8 @@ VARIANTS = {
     "qwen3-tied": family_config("qwen3", tie_word_embeddings=True, rope_theta=1000000.0),
     "mistral": family_config("mistral", head_dim=16, num_key_value_heads=4),
     "mistral-window": family_config("mistral", sliding_window=150),
+    "phi3": family_config("phi3", num_key_value_heads=4, rope_theta=250000.0),
+    "phi3-tied": family_config("phi3", tie_word_embeddings=True, head_dim=16, sliding_window=150),
 }
 LENGTHS = [150, 1, 37, 2]
 
@@ -41,7 +45,7 @@ LENGTHS = [150, 1, 37, 2]
 def ours(raw: dict, mesh, dtype: torch.dtype, source, options: ModelOptions | None = None):
     config = parse_config(raw, "test")
     model = build_model(config, mesh, dtype, options or ModelOptions())
-    weights = dict(source.named_parameters())
+    weights = as_ours(raw, dict(source.named_parameters()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill_shard(parameter, config.shapes()[name], lambda box, name=name: weights[name][box])
@@ -82,11 +86,11 @@ def compare(
     (expected.sum() / labels).backward()
     got = losses_of(model, change(batch))[torch.from_numpy(batch.labels[0]) >= 0]
     accumulate(model, [change(batch)], StepCounts(labels, labels, 1), "step")
-    gradients = dict(theirs.named_parameters())
+    gradients = gradients_of(raw, theirs)
     found = {"nll": difference(got, expected)}
     for name, parameter in model.named_parameters():
         grad = parameter.grad._local_tensor[: gradients[name].shape[0]]
-        found[name] = difference(grad, gradients[name].grad)
+        found[name] = difference(grad, gradients[name])
         assert not parameter.grad._local_tensor[gradients[name].shape[0] :].any(), (
             f"{name}: padding rows have a gradient"
         )
@@ -132,6 +136,20 @@ def test_the_comparison_sees_a_broken_model(mesh, broken):
     assert found["nll"] > 10 * PARITY[torch.float32]
 
 
+@pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
+def test_the_comparison_sees_each_product(mesh, monkeypatch, product):
+    """One of the three that all linears are made of is off by a thousandth."""
+    original = getattr(PlainGemm, product)
+
+    def off(self, *args, **more):
+        result = original(self, *args, **more)
+        scaled = lambda x: None if x is None else x * 1.001
+        return tuple(map(scaled, result)) if isinstance(result, tuple) else scaled(result)
+
+    monkeypatch.setattr(PlainGemm, product, off)
+    assert max(compare(VARIANTS["llama3"], mesh, torch.float64).values()) > 1e-5
+
+
 def test_logits_equal_transformers_beyond_the_original_context(mesh):
     """The full logits, not only the losses: the head applied to our final hidden states, at positions up to 149 > 64."""
     raw = VARIANTS["llama3.1"]
@@ -145,6 +163,21 @@ def test_logits_equal_transformers_beyond_the_original_context(mesh):
             break
     expected = theirs(documents[0][None]).logits[0].log_softmax(-1)[:, :41]
     assert difference(torch.stack(rows, 1), expected) < PARITY[torch.float64]
+
+
+@pytest.mark.parametrize("variant", ["llama3.1", "qwen2", "qwen2-tied-yarn", "qwen3", "qwen3-tied", "mistral", "phi3"])
+def test_all_logits_equal_transformers(mesh, variant):
+    """The head's weight times our last hidden states, of every document of a packed row and every entry of the vocabulary."""
+    raw = VARIANTS[variant]
+    theirs = reference(raw, torch.float64)
+    model = ours(raw, mesh, torch.float64, theirs)
+    batch, documents = packed(LENGTHS, raw["vocab_size"])
+    with torch.no_grad():
+        hidden = model(0, None, to_inputs(batch, mesh))
+        expected = torch.cat([theirs(document[None]).logits[0] for document in documents])
+    head = dict(model.named_parameters())[model.config.embedding if raw["tie_word_embeddings"] else "lm_head.weight"]
+    got = hidden @ head._local_tensor[: raw["vocab_size"]].T
+    assert got.shape == (sum(LENGTHS), 401) and difference(got, expected) < PARITY[torch.float64]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -22,7 +22,7 @@ def pair(mesh, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_updates_equal_torchs_with_decay_on_matrices_only(mesh, dtype):
     ours, plain = pair(mesh, dtype)
-    optimizer = AdamW(ours)
+    optimizer = AdamW(ours, decayed=["matrix"])
     groups = [{"params": [plain["matrix"]], "weight_decay": 0.3}, {"params": [plain["vector"]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-7)
     for step in range(5):
@@ -77,7 +77,7 @@ PLAN = [("matrix",), (), ("matrix", "vector"), ("vector",), (), ("matrix",)]
 def updated(mesh, dtype, backend, plan, optimizer=AdamW, skipped=()):
     """(ours, torch's) weights after the stages; updates in `skipped` are handed a clip coefficient of nan, and torch does not see them."""
     ours, plain = pair(mesh, dtype)
-    ours_too = optimizer(ours, backend)
+    ours_too = optimizer(ours, backend, decayed=["matrix"])
     groups = [{"params": [plain["matrix"]], "weight_decay": 0.3}, {"params": [plain["vector"]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-7)
     for number in range(3 * len(plan)):

@@ -1,5 +1,7 @@
 """Head and loss over ranks that share vocabulary and tokens: weighted losses and log-probabilities of one process, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import on_ranks
@@ -33,6 +35,7 @@ def head_and_loss(chunk: int, breakage: str) -> dict[str, torch.Tensor]:
 
     from megacpt.parallel.collectives import gather_tokens
     from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs
+    from megacpt.parallel.tensor import TensorAxis
 
     module = sys.modules["megacpt_kernels.linear_cross_entropy"]
     module._chunk = lambda weight, chunk_logits: chunk
@@ -46,8 +49,9 @@ def head_and_loss(chunk: int, breakage: str) -> dict[str, torch.Tensor]:
         weights = weights.nan_to_num(0.0).roll(1)
     if breakage == "differ":
         weights = weights * (1 + 1e-3 * rank)
-    log_p = log_probs(own, part, target, VOCAB, group)
-    loss = linear_cross_entropy(own, part, target, VOCAB, group, weights, 0.25)
+    axis, place = TensorAxis(group), SimpleNamespace(name="head", weight=part)
+    log_p = log_probs(own, place, target, VOCAB, axis)
+    loss = linear_cross_entropy(own, place, target, VOCAB, axis, weights, 0.25)
     loss.backward()
     gather = lambda local: gather_tokens(local.contiguous(), group)
     return {

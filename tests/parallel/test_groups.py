@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from megacpt import compat
 from megacpt.config.layout import Layout
 from megacpt.parallel import mesh as module
 from megacpt.parallel.mesh import (
@@ -113,7 +114,7 @@ def test_on_a_gpu_groups_that_compute_are_nccl_s(fake, monkeypatch):
             self.is_high_priority_stream = is_high_priority_stream
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", type("NCCL", (), {"Options": Options}), raising=False)
-    monkeypatch.setattr(module, "_timeout", lambda: timedelta(seconds=77))
+    monkeypatch.setattr(compat, "timeout_of", lambda group: timedelta(seconds=77))
     fake(3, 64)
     made = counted(monkeypatch)
     build_mesh(Layout(data_shard=4, pipeline=4, context=2, tensor=2), torch.device("cuda", 0))

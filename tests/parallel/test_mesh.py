@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from megacpt.config.layout import Layout, resolve_layout
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.parallel.mesh import picture, rank_grid
 
 

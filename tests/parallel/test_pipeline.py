@@ -34,7 +34,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.family.read import parse_config
     from megacpt.model import run
     from megacpt.model.build import build_model, sharding_of
@@ -129,7 +129,7 @@ def order_between_actions(name: str) -> list[str]:
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.model import run
 
     ranks = dist.get_world_size()
@@ -162,7 +162,7 @@ def connections() -> tuple[set, set]:
     import torch.distributed as dist
 
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.model import run
     from megacpt.optim.clip import grad_norm
     from megacpt.parallel import collectives

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacpt.config.stage import Parallel
+from megacpt.config.sections.parallel import Parallel
 from megacpt.model.split import plan_pipeline, split_layers
 from megacpt.parallel.pipeline.schedule import SCHEDULES, Action, Schedule, make_schedule, virtual_stages_of
 from megacpt.parallel.pipeline.simulate import Op, lower, made, needed, rendezvous, simulate

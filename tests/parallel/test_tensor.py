@@ -1,11 +1,26 @@
 """Column and row products under every overlap: the numbers of one process, and weight gradients that are computed later."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from ranks import on_ranks
 from tolerances import difference
 
 T, H, F = 24, 16, 12
+
+
+@dataclass
+class Place:
+    """A linear as layers have them (`tensor.Weight`), of any tensors."""
+
+    name: str
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None = None
+    more: tuple[torch.nn.Parameter, ...] = ()
+
+    def parts(self):
+        return [(part, slice(None)) for part in (self.weight, *self.more)]
 
 
 def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
@@ -38,8 +53,8 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
         library.impl("fused_all_gather_matmul", symmetric._fused_all_gather_matmul, "CPU")
         library.impl("fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter, "CPU")
     with stand_in:
-        first, second = column_parallel(x, [a, a], axis, later=queue, biases=[c, None])
-        out = row_parallel(torch.nn.functional.silu(first) * second, b, axis, queue)
+        first, second = column_parallel(x, [Place("first", a, c), Place("second", a)], axis, later=queue)
+        out = row_parallel(torch.nn.functional.silu(first) * second, Place("third", b), axis, queue)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
     if later:
         assert a.grad is None and b.grad is None
@@ -76,7 +91,7 @@ def test_the_fused_products_are_registered_before_they_are_used(monkeypatch):
     """torch 2.11 registers them when their module is imported, later versions sooner: here nothing is there before."""
     from types import SimpleNamespace
 
-    from megacpt.parallel import tensor
+    from megacpt import compat
 
     there = SimpleNamespace()
 
@@ -85,8 +100,8 @@ def test_the_fused_products_are_registered_before_they_are_used(monkeypatch):
         there.fused_all_gather_matmul = "the operation"
 
     monkeypatch.setattr(torch.ops, "symm_mem", there)
-    monkeypatch.setattr(tensor.importlib, "import_module", register)
-    assert tensor._fused.__wrapped__("fused_all_gather_matmul") == "the operation"
+    monkeypatch.setattr(compat.importlib, "import_module", register)
+    assert compat.symmetric_memory("fused_all_gather_matmul") == "the operation"
 
 
 def test_symmetric_memory_needs_gpus(mesh):

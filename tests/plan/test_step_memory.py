@@ -11,7 +11,8 @@ from tolerances import MEMORY_FORMULA
 from megacpt.cli import run
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import load_recipe
-from megacpt.config.stage import Parallel
+from megacpt.config.merge import parallel_in, reduction_under
+from megacpt.config.sections.parallel import Parallel
 from megacpt.family.read import parse_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.plan import memory
@@ -48,10 +49,10 @@ def job_of(recipe: str, mode: str, micro_batches: int) -> Job:
     model, world_size = WORLDS[recipe]
     loaded = load_recipe(str(RECIPES / f"{recipe}.toml"), [f"--parallel.activation_checkpointing={mode}"])
     stage = loaded.stages[0]
-    parallel = loaded.parallel_of(stage)
+    parallel = parallel_in(loaded, stage)
     config = parse_config(ARCHITECTURES[model], model)
     layout = resolve_layout(parallel, world_size)
-    return Job(config, parallel, layout, stage.seq_len, micro_batches, loaded.reduction(parallel))
+    return Job(config, parallel, layout, stage.seq_len, micro_batches, reduction_under(loaded, parallel))
 
 
 # GiB of the real train_step at true shapes under FakeTensorMode and the fake process group, Triton operations as fakes, every storage
@@ -128,8 +129,8 @@ def test_check_says_what_would_bring_a_stage_under_its_card():
         str(RECIPES / "llama31_405b_8192gpu.toml"), ["--parallel.activation_checkpointing=none"]
     )  # as it was shipped once
     (problem,) = check(recipe, 8192, files=False, card_gib=CARD_GIB).problems
-    assert problem.startswith("stages.train: pipeline rank 1 needs 90.1 GiB (activations 70.0, gradients 11.9")
-    assert 'It fits with activation_checkpointing = "selective" (67.2 GiB)' in problem
+    assert str(problem).startswith("stages.train: pipeline rank 1 needs 90.1 GiB (activations 70.0, gradients 11.9")
+    assert 'It fits with activation_checkpointing = "selective" (67.2 GiB)' in str(problem)
     assert not check(recipe, 8192, files=False, card_gib=139.8).problems  # an H200
     assert not check(recipe, 8192, files=False).problems
 

@@ -12,6 +12,7 @@ from megacpt.checkpoint.export import export
 from megacpt.config.load import load_recipe
 from megacpt.errors import ConfigError
 from megacpt.train import loop
+from megacpt.train.handlers import steps
 
 QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps=2"]
 
@@ -93,7 +94,7 @@ def test_a_run_without_a_copy_gets_one(begun):
 def test_a_damaged_copy_is_named(begun):
     path, run, _ = begun
     (run / "huggingface/config.json").write_text('{"vocab')
-    assert "huggingface/config.json: not valid JSON" in on_ranks(1, trained, path, [])[0]
+    assert "huggingface/config.json: cannot be read: it is" in on_ranks(1, trained, path, [])[0]
 
 
 def test_an_export_is_of_the_config_that_was_trained(begun, tmp_path):
@@ -105,7 +106,7 @@ def test_an_export_is_of_the_config_that_was_trained(begun, tmp_path):
 
 def changed_under_it(path: str, config: str) -> str:
     """Another config.json from step 2 on; the second stage begins at step 4."""
-    step, calls = loop.train_step, []
+    step, calls = steps.train_step, []
 
     def changing(*args, **kwargs):
         calls.append(1)
@@ -113,7 +114,7 @@ def changed_under_it(path: str, config: str) -> str:
             Path(config).write_text(json.dumps(tiny_config(rope_theta=5.0)))
         return step(*args, **kwargs)
 
-    loop.train_step = changing
+    steps.train_step = changing
     return trained(path, [])
 
 

@@ -175,7 +175,7 @@ def test_six_stages_of_context_extension(staged, recipe_file, tmp_path):
 
 
 def losses_at_length(directory: str, length: int) -> list[float]:
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.data.loader import Batch
     from megacpt.model.run import each_loss
     from megacpt.train.standalone import open_model

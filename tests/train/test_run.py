@@ -19,8 +19,8 @@ from tolerances import PARITY
 
 from megacpt.cli import run
 from megacpt.config.load import load_recipe
+from megacpt.config.resume import changes_on_resume
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.survive.run_directory import changes_on_resume
 
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len")
 
@@ -205,7 +205,9 @@ def test_import_then_export_is_bit_identical(train, tmp_path, tokenizer_dir, dty
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False)])
+@pytest.mark.parametrize(
+    "name, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("mistral", False), ("phi3", False)]
+)
 def test_every_family_comes_and_goes_bit_identical(train, tmp_path, tokenizer_dir, name, tied):
     """config.json, names, shapes and bits. The export loads in transformers as what it was."""
     torch.manual_seed(1)
@@ -302,8 +304,10 @@ def test_inspect_shows_the_batch_that_is_trained(train, recipe_file, tmp_path, c
         "tokens",
         "labels",
         "positions",
+        "weights",
         "document_starts",
         "row_offsets",
+        "item",
         "domain",
     }
     assert "step 3, stage s: 4 rows of 64" in out and "--- row 3: domain" in out
@@ -440,8 +444,9 @@ def late(path: str, flags: list[str]) -> str:
     import time
 
     from megacpt.train import loop
+    from megacpt.train.handlers import steps
 
-    original, calls = loop.train_step, []
+    original, calls = steps.train_step, []
 
     def sleepy(*args, **kwargs):
         calls.append(1)
@@ -449,7 +454,7 @@ def late(path: str, flags: list[str]) -> str:
             time.sleep(3)
         return original(*args, **kwargs)
 
-    loop.train_step = sleepy
+    steps.train_step = sleepy
     try:
         loop.train(load_recipe(path, flags))
     except RuntimeError as error:
@@ -471,6 +476,7 @@ def timeouts_in_force(path: str, flags: list[str]) -> dict[str, list[set[float]]
 
     from megacpt.checkpoint import background
     from megacpt.train import loop
+    from megacpt.train.handlers import steps
 
     found: dict[str, list[set[float]]] = {"step": [], "save": []}
     cpu = torch.device("cpu")
@@ -483,7 +489,7 @@ def timeouts_in_force(path: str, flags: list[str]) -> dict[str, list[set[float]]
 
         return noted
 
-    loop.train_step, background.save = noting("step", loop.train_step), noting("save", background.save)
+    steps.train_step, background.save = noting("step", steps.train_step), noting("save", background.save)
     loop.train(load_recipe(path, flags))
     return found
 

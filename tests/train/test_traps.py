@@ -9,13 +9,12 @@ import torch
 from layout_runs import flags_of, world_size
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from samples import tiny_config
+from samples import rate_at, tiny_config
 from tolerances import LAYOUT
 
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
-from megacpt.data.loader import StageData, mixtures, open_domains
-from megacpt.optim.schedule import rate_of_step
+from megacpt.data.loader import StageData, open_domains, stage_orders
 from megacpt.train import loop
 
 
@@ -120,8 +119,8 @@ def test_a_wsd_under_a_batch_ramp_ends_at_its_minimum_at_the_last_token(recipe_f
         stage = type(recipe.stages[0]).model_validate(recipe.stages[0].model_dump() | {"batch_tokens": batch})
         recipe = recipe.model_copy(update={"stages": [stage]})
         clock = Clock(recipe)
-        assert rate_of_step(recipe, clock, clock.step(clock.num_steps)) == 0
-        assert rate_of_step(recipe, clock, clock.step(clock.num_steps - 1)) > 0
+        assert rate_at(recipe, clock, clock.num_steps) == 0
+        assert rate_at(recipe, clock, clock.num_steps - 1) > 0
 
 
 def test_a_mixture_keeps_its_shares_in_every_block_beside_an_ordered_domain(recipe_file):
@@ -129,7 +128,7 @@ def test_a_mixture_keeps_its_shares_in_every_block_beside_an_ordered_domain(reci
     use is reported: a row of one document sees half its length in the mean, a row of many sees little."""
     recipe = load_recipe(recipe_file())
     clock, domains = Clock(recipe), open_domains(recipe, ["a", "b"])
-    data = StageData(recipe, recipe.stages[0], mixtures(recipe, clock)[0], domains, 0, 400)
+    data = StageData(recipe, recipe.stages[0], stage_orders(recipe, clock)[0], domains, 0, 400)
     picks = data.picks(0, 1000)
     for begin in range(0, 1000, 100):
         share = np.mean([pick.domain == "a" for pick in picks[begin : begin + 100]])
@@ -140,10 +139,10 @@ def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
     trained(recipe_file(), ["--log.tensorboard=false", "--validation=[]"])
     recipe = load_recipe(recipe_file())
     data = StageData(
-        recipe, recipe.stages[0], mixtures(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"]), 0, 400
+        recipe, recipe.stages[0], stage_orders(recipe, Clock(recipe))[0], open_domains(recipe, ["a", "b"]), 0, 400
     )  # fmt: skip
     first = rows(tmp_path / "run")[0]
-    _, pairs = data.count(data.picks(0, 4))
+    pairs = data.visible_pairs(data.picks(0, 4))
     assert first["attended_tokens"] == pytest.approx(pairs / 256, abs=0.06) and 0 < first["attended_share"] <= 1
     assert first["attended_share"] == pytest.approx(pairs / (4 * 64 * 65 / 2), abs=1e-4)
 
@@ -151,7 +150,7 @@ def test_the_share_of_attended_length_is_in_the_metrics(recipe_file, tmp_path):
 def losses_of_sequences(packed_tokens: int, **degrees) -> list[float]:
     """Summed loss of nine sequences of uneven lengths, so many tokens to a micro-batch, in float64."""
     from megacpt.config.layout import Layout
-    from megacpt.config.stage import Parallel
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.evaluate.sequences import score_sequences
     from megacpt.family.read import parse_config
     from megacpt.model.build import build_model, sharding_of

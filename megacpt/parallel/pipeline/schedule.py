@@ -22,10 +22,12 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """ranks: the actions of each rank in order. placement: the rank of each stage."""
+    """ranks: the actions of each rank in order. placement: the rank of each stage. first_trained: the first stage that has a backward;
+    it gives no gradient to the one before."""
 
     ranks: tuple[tuple[Action, ...], ...]
     placement: tuple[int, ...]
+    first_trained: int = 0
 
     @property
     def num_stages(self) -> int:
@@ -34,6 +36,11 @@ class Schedule:
     def forward_only(self) -> "Schedule":
         """The same order without backward: dependencies of forwards are forwards, so what ran before runs still."""
         return Schedule(tuple(tuple(a for a in actions if a.kind == "F") for actions in self.ranks), self.placement)
+
+    def trained_from(self, stage: int) -> "Schedule":
+        """The same order where nothing before a stage is trained: no backward there. What remains waits for nothing that is gone."""
+        kept = (tuple(a for a in actions if a.kind == "F" or a.stage >= stage) for actions in self.ranks)
+        return Schedule(tuple(kept), self.placement, stage)
 
 
 def make_schedule(
@@ -97,9 +104,10 @@ def v_shape(ranks: int) -> tuple[int, ...]:
 
 
 def peak_in_flight(actions) -> int:
-    """Most stages times micro-batches whose forward is done and whose backward, with its weights, is not."""
-    change = {"F": 1, "B": -1, "I": 0, "W": -1}
-    return max(accumulate((change[a.kind] for a in actions), initial=0))
+    """Most stages times micro-batches whose forward is done and whose backward, with its weights, is not. A stage without backward keeps
+    nothing."""
+    change, kept = {"F": 1, "B": -1, "I": 0, "W": -1}, {a.stage for a in actions if a.kind != "F"}
+    return max(accumulate((change[a.kind] for a in actions if a.stage in kept), initial=0))
 
 
 def _breadth_first(ranks: int, virtual: int, micro_batches: int) -> list[list[Action]]:

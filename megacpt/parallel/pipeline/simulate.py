@@ -52,7 +52,7 @@ def made(action: Action, schedule: Schedule) -> tuple[tuple[str, int, int], int]
     """(tensor, rank that needs it) that an action gives to another stage."""
     if action.kind == "F" and action.stage < schedule.num_stages - 1:
         return ("activation", action.stage, action.micro_batch), schedule.placement[action.stage + 1]
-    if action.kind in "BI" and action.stage > 0:
+    if action.kind in "BI" and action.stage > schedule.first_trained:
         return ("gradient", action.stage, action.micro_batch), schedule.placement[action.stage - 1]
     return None
 
