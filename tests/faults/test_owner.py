@@ -351,7 +351,7 @@ def test_the_keeper_outlives_what_it_meets(tmp_path, monkeypatch, capsys):
     keeper = module.Keeper(asked.append, [])
     keeper.lease = Broken()
     try:
-        until(lambda: asked)
+        wait_until(lambda: asked)
     finally:
         keeper.close()
     assert len(rounds) >= 5 and capsys.readouterr().err.count("goes on after RecursionError: too deep") == 1
