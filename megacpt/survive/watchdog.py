@@ -29,7 +29,7 @@ from typing import Any
 from megacpt import heartbeat, log
 from megacpt.config.run_layout import INCIDENTS, STATUS, incident_folder
 from megacpt.errors import ConfigError, LeaseError, MegacptError
-from megacpt.files import JsonError, disk_told, read_object, write_atomically
+from megacpt.files import JsonError, describe_disk_error, read_object, write_atomically
 from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
 from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
@@ -68,7 +68,7 @@ class Watch:
             return
         if supervised() or (self.folder and os.path.isdir(self.run)):
             folder = _incident(self.run, self.attempt or self.folder.name)
-            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _report(error), self.folder)
         if not self.folder:
             return
         heartbeat.set_deadline("failed", 0.0)
@@ -138,7 +138,7 @@ def _private_folder() -> Path:
     return path
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _report(error: BaseException) -> dict[str, Any]:
     return {
         "time": time.time(),
         "kind": type(error).__name__,
@@ -326,14 +326,14 @@ class Watchdog:
         ranks = _all_ranks(folder, self.folder)
         code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
-        told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        _write(folder / "conclusion.json", told, self.folder)
+        outcome = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
+        _write(folder / "conclusion.json", outcome, self.folder)
         if not self._may_say(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
         try:
-            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | outcome)
         except OSError as error:
-            log.say(f"megacpt watchdog: {disk_told(error, self.run / STATUS)}")
+            log.say(f"megacpt watchdog: {describe_disk_error(error, self.run / STATUS)}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
 
     def _may_say(self, run: dict[str, Any]) -> bool:
@@ -353,11 +353,11 @@ def _send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
+def reports_of_ranks(run: Path, attempt: str) -> dict[str, Any]:
     """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
     for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
-        if _holds(told := _read(folder / "conclusion.json"), _CONCLUSION):
-            return told
+        if _holds(facts := _read(folder / "conclusion.json"), _CONCLUSION):
+            return facts
         if failures := _failures(folder):
             code, suspects, reason = conclusion("failed", {}, failures)
             return {"status": "failed", "exit_code": code, "suspects": suspects, "reason": reason}

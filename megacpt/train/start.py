@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.load import load_training
-from megacpt.checkpoint.manifest import RunState, newest_sound
+from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.model import load_base_config, with_rope
@@ -144,7 +144,7 @@ def open_session(
 
 def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], again: bool) -> Start:
     """scratch, pretrained or resume; never guessed beyond what `run.start` says."""
-    found, asked = newest_sound(directory.checkpoints, damaged), recipe.run.start
+    found, asked = latest_intact_checkpoint(directory.checkpoints, damaged), recipe.run.start
     if again and found:
         asked = "resume"
     if asked == "resume" and not found:

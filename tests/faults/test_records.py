@@ -132,7 +132,7 @@ def test_incidents_may_hold_anything(tmp_path):
     (folder / "node-c.json").write_text(json.dumps({"ranks": [1]}))
     assert list(module._failures(folder)) == [7] and list(module._all_ranks(folder)) == [0]
     (folder / "conclusion.json").write_text(json.dumps({"status": 3, "exit_code": 2}))
-    assert module.told_by_ranks(tmp_path, "a") == {
+    assert module.reports_of_ranks(tmp_path, "a") == {
         "status": "failed",
         "exit_code": 76,
         "suspects": [7],

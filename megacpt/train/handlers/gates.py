@@ -8,7 +8,7 @@ from megacpt.config.timeline import Event
 from megacpt.errors import GateError
 from megacpt.evaluate.gates import GateRunner, Outcome
 from megacpt.evaluate.needle import heat_map
-from megacpt.files import disk_told
+from megacpt.files import describe_disk_error
 from megacpt.survive.run_directory import plain_numbers
 from megacpt.train.saving import save_checkpoint
 from megacpt.train.session import Session
@@ -32,8 +32,8 @@ def run_gates(session: Session, event: Event) -> None:
     show_outcomes(session, stage, outcomes, event.step)
     action, rule = action_after(stage, decisions.extension(stage.name), failed), stage.recipe.on_fail
     results = [plain_numbers(outcome.plain()) for outcome in outcomes]
-    told = GateDecision(stage=stage.name, step=event.step, passed=not failed, action=action, results=results)
-    session.record_decision(told, event.step)
+    decision = GateDecision(stage=stage.name, step=event.step, passed=not failed, action=action, results=results)
+    session.record_decision(decision, event.step)
     if action == "extend":
         session.record_decision(Extension(stage=stage.name, step=event.step, by_tokens=rule.tokens), event.step)
         total = session.state.decisions.extension(stage.name)
@@ -79,6 +79,6 @@ def draw(session: Session, name: str, picture, step: int) -> None:
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(file)
         except OSError as error:  # the numbers stand in the decision
-            log.warn(disk_told(error, file))
+            log.warn(describe_disk_error(error, file))
     if session.board:
         session.board.picture(f"gates/{name}", picture, step)
