@@ -388,7 +388,8 @@ class Keeper:
     """
 
     def __init__(self, ask: Callable[[str], None], agents: Sequence[Process]):
-        self.ask, self.agents, self.lease = ask, agents, None
+        self.ask, self.agents = ask, agents
+        self.lease: Lease | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._thread.start()

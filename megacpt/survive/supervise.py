@@ -319,8 +319,7 @@ def _environment(nodes: list[str], attempt: int, name: str) -> dict[str, str]:
 
 def _filled(command: Sequence[str], nodes: list[str]) -> list[str]:
     """The command with {nodes} and {num_nodes} of this attempt in it. No shell reads it."""
-    filled = lambda text: text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes)))
-    return [filled(text) for text in command]
+    return [text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes))) for text in command]
 
 
 def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
