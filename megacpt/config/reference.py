@@ -65,8 +65,8 @@ def _on_resume(section: type[Section]) -> str:
         return ""
     keys: dict[Resume, list[str]] = {}
     for name, field in section.model_fields.items():
-        own: Resume = next((item.rule for item in field.metadata if isinstance(item, OnResume)), section.resume)
-        keys.setdefault(own, []).append(f"`{name}`")
+        own: Resume | None = next((item.rule for item in field.metadata if isinstance(item, OnResume)), None)
+        keys.setdefault(own or section.resume, []).append(f"`{name}`")
     if len(keys) == 1:
         return f" A resume {_RESUME[section.resume]}."
     return " " + " ".join(f"A resume {_RESUME[rule]}: {', '.join(names)}." for rule, names in keys.items())
