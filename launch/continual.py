@@ -226,9 +226,9 @@ def report(out: Path, seconds: float, growth: str) -> str:
     parameters = rows_of(out / "replay/metrics.jsonl")[-1]
     lines = [
         "# A continual pre-training on two cores", "",
-        "`python launch/continual.py EN ZH DIR --report docs/continual.md` writes this page from the files of its runs. The text is Python's",
-        "manual in English and Chinese, with the manual's folders as topics, and the standard library's sources as code. A base model of 4 layers",
-        "and 128 features is trained on English, its vocabulary is grown for Chinese, and its pre-training continues for",
+        "`python launch/continual.py EN ZH DIR --report docs/continual.md` writes this page from the files of its runs. The text is",
+        "Python's manual in English and Chinese, with the manual's folders as topics, and the standard library's sources as code. A base",
+        "model of 4 layers and 128 features is trained on English, its vocabulary is grown for Chinese, and its pre-training continues for",
         f"{parameters['tokens']:,} tokens, with and without replay. All of this took {seconds:.0f} s.", "",
         "```", *re.sub(r"\S*/", "", growth).strip().splitlines(), "```", "",
         "## Loss by domain", "",
