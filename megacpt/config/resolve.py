@@ -27,7 +27,7 @@ from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
 from megacpt.config.trainable import Trainable, trainable_in
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, Problem
 from megacpt.family.base import ModelConfig
 
 
@@ -150,7 +150,7 @@ def resolve(
     Raises:
         ConfigError: for rotary embeddings, windows and patterns of parameters that the model does not have, all at once.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     model = with_rope(base, recipe.model.rope)
     configs = [_collect(problems, config_in_stage, model, recipe.stages, i) for i in range(len(recipe.stages))]
     frozen = [_collect(problems, frozen_names, stage.freeze, model) for stage in recipe.stages]
@@ -160,7 +160,7 @@ def resolve(
     return RunPlan(recipe, base, model, tuple(stages), world_size, files or {}, weights or {})
 
 
-def _collect(problems: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
+def _collect(problems: list[Problem], function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns; if it raises a ConfigError, its problems join the others."""
     try:
         return function(*arguments)
