@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
-from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
+from megacpt.config.model import load_base_config, shape_problems
+from megacpt.config.plan_file import base_of
 from megacpt.config.recipe import Recipe
+from megacpt.config.resolve import resolve
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.run_layout import path_problems
 from megacpt.config.sections.data import Domain
@@ -62,7 +64,7 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         _check_tasks(recipe, report)
     report.warnings += warnings_of(recipe)
     if config:
-        _check_shape(recipe, config, report)
+        config = _check_shape(recipe, world_size, config, report)
     layouts = _check_layouts(recipe, world_size, config, report)
     needs = [] if report.problems else _check_memory(recipe, world_size, config, card_gib, report)
     if not report.problems:
@@ -83,37 +85,36 @@ def _check_tasks(recipe: Recipe, report: Report) -> None:
 
 def _check_model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
     try:
-        return known_model(recipe.model, files)
+        return known_model(recipe, files)
     except ConfigError as error:
         report.problems += [problem.inside("model") for problem in error.problems]
     return None
 
 
-def known_model(model: Model, files: bool) -> ModelConfig | None:
-    """The model's shape, from disk only if `files`.
+def known_model(recipe: Recipe, files: bool) -> ModelConfig | None:
+    """The base model's shape, from disk only if `files`.
 
     Raises:
         ConfigError: if it cannot be read, or is not trained here.
     """
+    model = recipe.model
     if model.architecture or (files and (model.pretrained or model.config)):
-        return load_model_config(model)
-    return load_model_config(Model(architecture=model.expect)) if model.expect else None
+        return base_of(recipe)
+    return load_base_config(Model(architecture=model.expect)) if model.expect else None
 
 
-def _check_shape(recipe: Recipe, config: ModelConfig, report: Report) -> None:
-    """What layouts and stages ask of the model."""
+def _check_shape(recipe: Recipe, world_size: int, config: ModelConfig, report: Report) -> ModelConfig:
+    """What layouts and stages ask of the model; with the run's own change of its rotary embedding."""
     for key, parallel in layouts_of(recipe).items():
         report.problems += shape_problems(config, parallel, recipe.model.vocab_multiple, key)
-    now = config
-    for index, stage in enumerate(recipe.stages):
-        where = f"stages.{stage.name}"
-        try:
-            now = config_in_stage(config, recipe.stages, index)
-            frozen_names(stage.freeze, now)
-        except ConfigError as error:
-            report.problems += [problem.inside(where) for problem in error.problems]
-            return
-        _check_length(recipe, stage, config, now, report)
+    try:
+        plan = resolve(recipe, config, world_size)
+    except ConfigError as error:
+        report.problems += error.problems
+        return config
+    for stage in plan.stages:
+        _check_length(recipe, stage.recipe, plan.model, stage.model, report)
+    return plan.model
 
 
 def _check_length(recipe: Recipe, stage: Stage, first: ModelConfig, now: ModelConfig, report: Report) -> None:
@@ -245,7 +246,7 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     Raises:
         ConfigError: if the model's layers are not known.
     """
-    config = known_model(recipe.model, files)
+    config = known_model(recipe, files)
     if config is None:
         text = "the number of layers is not known without files."
         raise ConfigError([Problem("--schedule-picture", None, text, "Set model.expect.")])
