@@ -14,6 +14,7 @@ from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
+from megacpt.config.trainable import Trainable, trainable_in
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
@@ -198,7 +199,10 @@ def _pipeline_of(
                 )
     sharers = layout.data * layout.context
     if sharers > 1:
-        size, most = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / 2**30, max(counts)
+        mine = [stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel]
+        trained = frozenset().union(*(_trainable(recipe, stage, config).names for stage in mine))
+        size = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple, trained)) / 2**30
+        most = max(counts)
         chosen = reduction_under(recipe, parallel)
         sent = size * (sharers - 1) / sharers
         lines.append(
@@ -234,12 +238,19 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
     counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
+    trainable = _trainable(recipe, stage, config)
+    exact = bool(recipe.model.pretrained) and config.dtype in (recipe.precision.compute or "bfloat16", None)
     jobs = [
         Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
-            widths[recipe.precision.compute], state)
+            widths[recipe.precision.compute], state, trainable, exact)
         for count in counts
     ]  # fmt: skip
     return max(((job, peak(job)) for job in jobs), key=lambda found: found[1].gib)
+
+
+def _trainable(recipe: Recipe, stage: Stage, config: ModelConfig) -> Trainable:
+    frozen = [frozen_names(each.freeze, config) for each in recipe.stages]
+    return trainable_in(config, frozen, [each.name for each in recipe.stages].index(stage.name))
 
 
 def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> str:

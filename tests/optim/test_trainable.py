@@ -66,8 +66,9 @@ def made_batches(count: int):
 
 
 def model_on(layout: str, config, compute: torch.dtype, without_master=()):
-    from megacpt.config.layout import Layout
     from megacpt.config.stage import Parallel
+
+    from megacpt.config.layout import Layout
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
