@@ -17,7 +17,16 @@ from dataclasses import dataclass, field, replace
 from megacpt.config.layout import Layout, token_unit
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.trainable import Trainable
-from megacpt.family.base import ModelConfig
+from megacpt.family.base import (
+    ATTENTION_OUTPUT,
+    DOWN,
+    FIRST_NORM,
+    GATE_AND_UP,
+    QUERIES_KEYS_VALUES,
+    SECOND_NORM,
+    STEPS,
+    ModelConfig,
+)
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule
 from megacpt.parallel.pipeline.simulate import lower, needed
@@ -87,9 +96,21 @@ class Job:
     def schedule(self) -> Schedule:
         return self.plan.schedule(self.micro_batches, self.first_trained)
 
-    def trains(self, layer: int, *parts: str) -> bool:
-        """Whether any of a layer's modules is trained."""
-        return any(f"model.layers.{layer}.{part}.{own}" in self.trained for part in parts for own in ("weight", "bias"))
+    @functools.cached_property
+    def _trained_steps(self) -> dict[int, dict[str, set[int]]]:
+        """By layer: the steps of which a weight of a product is trained, and those of which anything is."""
+        found: dict[int, dict[str, set[int]]] = {}
+        for p in self.config.parameters:
+            if p.layer is not None and p.name in self.trained:
+                steps = found.setdefault(p.layer, {"weights": set(), "all": set()})
+                steps["all"].add(p.step)
+                if p.role == "matmul":
+                    steps["weights"].add(p.step)
+        return found
+
+    def trains(self, layer: int | None, step: int, what: str = "weights") -> bool:
+        """Whether a weight of a layer's step, or with "all" anything of it, is trained. No layer: one of which everything is."""
+        return layer is None or step in self._trained_steps.get(layer, {what: ()})[what]
 
     @functools.cached_property
     def features(self) -> tuple[int, int, int]:
@@ -163,10 +184,6 @@ def rank_parameters(
     return totals
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-
-
 def kept_bytes(job: Job, mode: str | None = None, layer: int | None = None) -> int:
     """What one layer keeps of one micro-batch from forward to backward: the table of docs/parallel.md.
 
@@ -179,28 +196,37 @@ def kept_bytes(job: Job, mode: str | None = None, layer: int | None = None) -> i
     tokens, local, hidden = job.tokens, job.tokens // job.layout.tensor, job.config.hidden_size
     (q, k, f), width = job.features, job.width
     attention = tokens * (2 * q + 2 * k) * width + 4 * tokens * job.config.num_attention_heads // job.layout.tensor
-    trains = lambda *parts: layer is None or job.trains(layer, *parts)
     mode = mode or job.parallel.activation_checkpointing
-    before = layer is None or job.lowest < layer  # whether the layer's input has a gradient
-    if mode != "none":
-        if layer is not None and layer < job.lowest:
-            return 0
-        # selective: the block's input, outputs of products (not of the last) and attention
-        return (
-            2 * local * hidden * width + attention + 2 * tokens * f * width
-            if mode == "selective"
-            else local * hidden * width
-        )
-    norm = local * hidden * width + 4 * local  # its input and 1 / rms
-    kept = norm * (before := before or trains("input_layernorm"))
-    kept += local * hidden * width * trains(*_QKV)
-    before = before or trains(*_QKV, "self_attn.q_norm", "self_attn.k_norm")
+    if layer is not None and layer < job.lowest:
+        return 0
+    if mode == "full":
+        return local * hidden * width
+    if mode == "selective":  # the block's input, outputs of products (not of the last) and attention
+        return 2 * local * hidden * width + attention + 2 * tokens * f * width
+    norm, has_gradient = (
+        local * hidden * width + 4 * local,
+        layer is None or job.lowest < layer,
+    )  # a norm's input and 1 / rms
     normed = tokens * (q + k) * (width + 4 / job.config.head_dim) * job.config.has_head_norms
-    kept += attention + int(normed) if before else tokens * q * width * trains("self_attn.o_proj")
-    kept += norm * (before := before or trains("self_attn.o_proj", "post_attention_layernorm"))
-    kept += local * hidden * width * trains(*_GATE_UP)
-    kept += 2 * tokens * f * width * (before or trains(*_GATE_UP))
-    return kept + tokens * f * width * trains("mlp.down_proj")
+    inputs = {
+        QUERIES_KEYS_VALUES: local * hidden,
+        ATTENTION_OUTPUT: tokens * q,
+        GATE_AND_UP: local * hidden,
+        DOWN: tokens * f,
+    }
+    between = {
+        FIRST_NORM: norm,
+        QUERIES_KEYS_VALUES: attention + int(normed),
+        SECOND_NORM: norm,
+        GATE_AND_UP: 2 * tokens * f * width,
+    }
+    kept = 0
+    for step in STEPS:
+        attends = step == ATTENTION_OUTPUT and has_gradient  # attention keeps its result already
+        kept += inputs.get(step, 0) * width * (job.trains(layer, step) and not attends)
+        has_gradient = has_gradient or job.trains(layer, step, "all")
+        kept += between.get(step, 0) * has_gradient
+    return kept
 
 
 def peak(job: Job) -> Peak:
@@ -348,13 +374,24 @@ class _Walk:
     def _deferred(self, stage: int) -> float:
         """What a split backward keeps for the weights' gradients: inputs of the products, and their gradients."""
         job, tokens, local = self.job, self.job.tokens, self.job.tokens // self.job.layout.tensor
-        (q, k, f), hidden, kept = job.features, job.config.hidden_size, 0
+        (q, _, f), hidden = job.features, job.config.hidden_size
+        inputs = {
+            QUERIES_KEYS_VALUES: local * hidden,
+            ATTENTION_OUTPUT: tokens * q,
+            GATE_AND_UP: local * hidden,
+            DOWN: tokens * f,
+        }
+        kept = 0
         for layer in self.plan.layers[stage]:
-            outputs = {**dict(zip(_QKV, (q, k, k), strict=True)), **dict.fromkeys(_GATE_UP, f)}
-            kept += sum(tokens * size for part, size in outputs.items() if job.trains(layer, part))
-            kept += local * hidden * (job.trains(layer, *_QKV) + job.trains(layer, *_GATE_UP))
-            kept += tokens * (q + hidden) * job.trains(layer, "self_attn.o_proj")
-            kept += tokens * (f + hidden) * job.trains(layer, "mlp.down_proj")
+            kept += sum(size for step, size in inputs.items() if job.trains(layer, step))
+            kept += tokens * hidden * (job.trains(layer, ATTENTION_OUTPUT) + job.trains(layer, DOWN))
+        for p in job.config.parameters:  # column-parallel: features of this rank
+            if (
+                p.layer in self.plan.layers[stage]
+                and p.name in job.trained
+                and (p.role, p.split) == ("matmul", "column")
+            ):
+                kept += tokens * (p.unit if p.is_whole(job.parallel.tensor) else p.shape[0] // job.parallel.tensor)
         return job.width * kept
 
     def _gathered_keys(self) -> float:
@@ -383,7 +420,7 @@ class _Walk:
         rows = job.config.padded_vocab(job.vocab_multiple) // tensor
         piece = min(tokens, max(64 // tensor * tensor, CHUNK_LOGITS // rows))
         gathered = 2 * piece * hidden * width if tensor > 1 else 0
-        name = job.config.embedding if job.config.tie_word_embeddings else "lm_head.weight"
+        name = job.config.embedding if job.config.tie_word_embeddings else job.config.family.head
         head = rows * hidden * (4 if piece < tokens else width) * (name in job.trained)
         before = any(p.name in job.trained for p in job.config.parameters if p.name != name)
         return piece * rows * width + head + gathered + tokens // tensor * hidden * width * before
