@@ -14,6 +14,9 @@ from megacpt.errors import Problem, show_value
 from megacpt.family.rope import RopeConfig, parse_rope, write_rope
 from megacpt.family.values import value_problems
 
+FIRST_NORM, QUERIES_KEYS_VALUES, ATTENTION_OUTPUT, SECOND_NORM, GATE_AND_UP, DOWN = STEPS = range(6)
+"""Of a layer, in the order of its forward."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -27,6 +30,7 @@ class Parameter:
             zeros.
         decay: whether weight decay acts on it.
         layer: whose it is, None outside the layers.
+        step: when the layer's forward comes to it, one of `STEPS`: what a step multiplies is kept for the gradients of its weights.
         unit: rows (or columns) that stay together: a head.
         counted: the key of config.json that counts the units; of a norm inside attention, the heads that it normalises one by one.
         repeated: with more ranks than units every rank holds all of it and uses one unit; its gradients are then summed over the ranks.
@@ -40,6 +44,7 @@ class Parameter:
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
     decay: bool = True
     layer: int | None = None
+    step: int = 0
     unit: int = 1
     counted: str = ""
     repeated: bool = False

@@ -17,6 +17,7 @@ from megacpt.config.sections.model import Model
 from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
+from megacpt.config.trainable import Trainable, trainable_in
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
@@ -183,7 +184,9 @@ def _reduction_facts(
     sharers = layout.data * layout.context
     if sharers == 1:
         return None
-    kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / GIB
+    mine = [stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel]
+    trained = frozenset().union(*(_trainable(recipe, stage, config).names for stage in mine))
+    kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple, trained)) / GIB
     sent = kept * (sharers - 1) / sharers
     return ReductionFacts(reduction_under(recipe, parallel), kept, sent, micro_batches * sent)
 
@@ -220,13 +223,25 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     layout = resolve_layout(parallel, world_size)
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
+    exact = bool(recipe.model.pretrained) and config.dtype in (recipe.precision.compute or "bfloat16", None)
     counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
     jobs = [
         Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
-            widths[recipe.precision.compute], state)
+            widths[recipe.precision.compute], state, _trainable(recipe, stage, config), exact)
         for count in counts
     ]  # fmt: skip
     return max(((job, peak(job)) for job in jobs), key=lambda found: found[1].gib)
+
+
+def _trainable(recipe: Recipe, stage: Stage, config: ModelConfig) -> Trainable:
+    frozen = [frozen_names(each.freeze, config) for each in recipe.stages]
+    return trainable_in(config, frozen, [each.name for each in recipe.stages].index(stage.name))
+
+
+def _trained_parameters(recipe: Recipe, stage: Stage, config: ModelConfig) -> tuple[int, int]:
+    trainable = _trainable(recipe, stage, config)
+    count = lambda names: sum(p.size for p in config.parameters if p.name in names)
+    return count(trainable.names), count(trainable.held)
 
 
 def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> Problem:
@@ -345,14 +360,16 @@ def _facts_of(
         world_size,
         model,
         layouts,
-        tuple(_stage_facts(recipe, clock, index, world_size, need) for index, need in enumerate(needs)),
+        tuple(_stage_facts(recipe, clock, index, world_size, config, need) for index, need in enumerate(needs)),
         tuple(_domain_facts(recipe, clock, name, tokens.get(name)) for name in recipe.data),
         clock.num_tokens,
         clock.num_steps,
     )
 
 
-def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need: Peak | None) -> StageFacts:
+def _stage_facts(
+    recipe: Recipe, clock: Clock, index: int, world_size: int, config: ModelConfig | None, need: Peak | None
+) -> StageFacts:
     stage, numbers = recipe.stages[index], clock.stage_numbers(index)
     parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
@@ -374,6 +391,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         objective=None if objective == Objective() else f"{objective.kind}, normalized by {objective.normalize}",
         gates=tuple(stage.gates),
         on_fail=stage.on_fail.action,
+        trained=_trained_parameters(recipe, stage, config) if config and stage.freeze else None,
         memory=need,
     )
 

@@ -104,7 +104,7 @@ def open_session(
         keep_base(plan, directory, start.mode, compute)
         model = optimizer = None
         try:
-            exact = held_exactly(plan, start.path, compute)
+            exact = frozenset() if start.mode == "scratch" else held_exactly(plan, start.path, compute)
             model, optimizer = build(plan, stage, compute, device, exact)
             fill(plan, directory, model, optimizer, start)
             break
