@@ -1,6 +1,7 @@
 """Reads a recipe: TOML, then flags over it, then the models. Every problem at once, each with the file or flag it
 came from and the nearest valid choice."""
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -39,11 +40,11 @@ def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
     the recipe's order keeps it.
     """
     stored = Path(recipe.directory) / RECIPE
-    beside = (
-        Path(path).name == stored.name and (Path(path).parent / STATUS).is_file()
+    beside = Path(path).name == stored.name and os.path.isfile(
+        Path(path).parent / STATUS
     )  # a run's own, wherever it was moved to
     stored = Path(path) if beside else stored
-    run = read_toml(str(stored)) if stored.is_file() else {}
+    run = read_toml(str(stored)) if os.path.isfile(stored) else {}
     stages = run.get("stages")
     named = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     mixtures = {str(stage.get("name")): stage.get("mixture") for stage in named}
@@ -73,7 +74,7 @@ def read_toml(path: str) -> dict[str, Any]:
             [Problem(path, None, f"cannot be read ({error.strerror}).", _FIRST)], "the arguments"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not valid TOML: {error}"], path) from None
+        raise ConfigError([Problem("", None, f"not valid TOML: {error}.")], path) from None
     except ValueError as error:  # Python reads no number of thousands of digits, open() no name with a NUL
         raise ConfigError([Problem("", None, f"cannot be read: {error}.")], path) from None
     except RecursionError:

@@ -1,19 +1,18 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, and the facts of the resolved run. Imports no
 torch and no numpy; answers in a fraction of a second."""
 
-import os
-import stat
 from collections.abc import Sequence
-from pathlib import Path
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
-from megacpt.config.merge import layout_keys, layouts_of, parallel_in, reduction_under, schedule_in
+from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
+from megacpt.config.run_layout import path_problems
 from megacpt.config.sections.data import Domain
 from megacpt.config.sections.model import Model
+from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
 from megacpt.data.curriculum import score_problems
@@ -53,8 +52,8 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
     """
     report = Report(problems=problems_of(recipe, world_size))
     if files:
-        _check_directory("run.directory", recipe.directory, report)
-        _check_directory("packing.directory", recipe.packing.directory, report)
+        report.problems += path_problems(recipe.directory)
+        report.problems += path_problems(recipe.packing.directory, "packing.directory")
     config = _check_model(recipe, report, files)
     tokens = _check_data(recipe, report, config) if files else {}
     if not files:
@@ -70,18 +69,6 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         report.facts = _facts_of(recipe, world_size, config, tokens, layouts, needs)
         report.warnings += _fact_warnings(report.facts)
     return report
-
-
-def _check_directory(where: str, directory: str, report: Report) -> None:
-    """A directory that is there, or can be made."""
-    path = Path(directory)
-    nearest_there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-    try:
-        why = "" if stat.S_ISDIR(os.stat(nearest_there).st_mode) else f"{nearest_there} is a file."
-    except OSError as error:
-        why = f"{nearest_there}: {error.strerror}."
-    if why:
-        report.problems.append(Problem(where, directory, why, "Choose another directory."))
 
 
 def _check_tasks(recipe: Recipe, report: Report) -> None:
@@ -368,7 +355,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
     stage, numbers = recipe.stages[index], clock.stage_numbers(index)
     parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
-    first, last = clock.step(numbers[0]), clock.step(numbers[-1])
+    first, last, objective = clock.step(numbers[0]), clock.step(numbers[-1]), objective_in(recipe, stage)
     rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
     return StageFacts(
         name=stage.name,
@@ -383,6 +370,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         rows=last.rows,
         first_rate=rate_of_step(rates, clock, first),
         last_rate=rate_of_step(rates, clock, last),
+        objective=None if objective == Objective() else f"{objective.kind}, normalized by {objective.normalize}",
         gates=tuple(stage.gates),
         on_fail=stage.on_fail.action,
         memory=need,

@@ -59,6 +59,8 @@ def _domains(domains: tuple[DomainFacts, ...], stages: tuple[StageFacts, ...]) -
             way = "rising" if order.ascending else "falling"
             yield f"domain {domain.name}: in the order of {way} {order.by}, {order.buckets} buckets"
     for stage in stages:
+        if stage.objective:
+            yield f"stage {stage.name}: objective {stage.objective}"
         if stage.gates:
             yield f"stage {stage.name} ends with the gates {', '.join(stage.gates)}; not passed: {stage.on_fail}"
     for domain in domains:

@@ -75,6 +75,7 @@ class StageFacts:
         tokens: whole steps. batch_tokens: of a step, in the order of the ramp.
         micro_batches: of the last step. rows: of the last step, without filling.
         micro_batch_rows: rows of one micro-batch on all data ranks together.
+        objective: in words, where it is not the default.
         memory: the fullest moment of its fullest rank; None where the model is not known.
     """
 
@@ -90,6 +91,7 @@ class StageFacts:
     rows: int
     first_rate: float
     last_rate: float
+    objective: str | None
     gates: tuple[str, ...]
     on_fail: str
     memory: Peak | None
