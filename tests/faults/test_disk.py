@@ -329,7 +329,7 @@ def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, 
     monkeypatch.setattr(watchdog, "write_atomically", refused)
     monkeypatch.setattr(run_directory, "write_atomically", refused)
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.1)
-    watchdog._write(run / "incidents/x/failed-rank-00000.json", watchdog._told(SaveError("no room")), beats)
+    watchdog._write(run / "incidents/x/failed-rank-00000.json", watchdog._failure_facts(SaveError("no room")), beats)
     Watchdog(beats, run, 2, 2).watch()
     assert other.wait(30) in (-15, -9)
     told = capfd.readouterr().err
