@@ -32,7 +32,7 @@ from megacpt.checkpoint.manifest import (
     write_manifest,
 )
 from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, describe_os_error, publish_folder, restore_folders, sync_directory
+from megacpt.files import DISK_ERRORS, describe_os_error, publish_folder, remove, restore_folders, sync_directory
 from megacpt.parallel.sharded import copies, local_part
 
 
@@ -97,7 +97,7 @@ def save(
                 heartbeat.reach("save.after_rename", state.step)
     except FailedOnSomeRank as error:
         if dist.get_rank() == 0 and how == "rename" and _is_ours(fence):
-            shutil.rmtree(partial, ignore_errors=True)  # the room is needed
+            remove(partial)  # the room is needed
         raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
     if dist.get_rank() == 0:
         try:
@@ -169,7 +169,7 @@ def _prepare_folder(partial: Path, needed: float) -> None:
     if (partial / MANIFEST).exists():  # published by its manifest: it is none any more from here on
         os.remove(partial / MANIFEST)
         sync_directory(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir(parents=True)
     free, wanted = shutil.disk_usage(partial).free, int(needed * 1.05) + (1 << 20)
     if free < wanted:
@@ -296,11 +296,11 @@ def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> li
     keep = {*sound[-keep_last:], *good[-1:]} | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
     removed = [step for step in steps if sound and step < sound[-1] and step not in keep]
     for step in removed:
-        remove(checkpoints, step)
+        remove_checkpoint(checkpoints, step)
     return removed
 
 
-def remove(checkpoints: Path, step: int) -> None:
+def remove_checkpoint(checkpoints: Path, step: int) -> None:
     """Its manifest first: half a checkpoint is none."""
     directory = checkpoints / directory_name(step)
     (directory / MANIFEST).unlink(missing_ok=True)
@@ -312,4 +312,4 @@ def recover_interrupted_saves(checkpoints: Path) -> None:
     """What a kill left: a checkpoint that was about to be replaced comes back, unfinished ones go. One process, before others look."""
     restore_folders(checkpoints)
     for left in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)
