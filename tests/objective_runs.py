@@ -84,7 +84,7 @@ def counts_of(made: list[Any]) -> Any:
 
     labels = sum(int((batch.labels >= 0).sum()) for batch in made)
     weight = sum(float(weights_of(batch).sum()) for batch in made)
-    items = sum(len(np.unique(items_of(batch)[batch.labels[0] >= 0])) for batch in made)
+    items = sum(len(np.unique(items_of(batch)[weights_of(batch) != 0])) for batch in made)
     return StepCounts(labels, weight, items)
 
 
@@ -171,16 +171,22 @@ def distance(
     ranks = on_ranks(world_size(layout), on_layout, layout, name, made, weights, breakage, reduce)
     sums, gradients = expected
     assert all(found == ranks[0][0] for found, _ in ranks), "ranks report different sums"
-    worst = {"sums": max(abs(a - b) / abs(b) for a, b in zip(ranks[0][0], sums, strict=True)), "gradients": 0.0}
-    assert {key for _, shards in ranks for key in shards} == gradients.keys(), "not all gradients are there"
+    shifts = [abs(a - b) / abs(b) for a, b in zip(ranks[0][0], sums, strict=True)]
+    return {"sums": max(shifts), "gradients": gradients_apart([shards for _, shards in ranks], gradients)}
+
+
+def gradients_apart(ranks: list[dict[str, tuple]], gradients: dict[str, Tensor]) -> float:
+    """The largest relative difference of the ranks' shards, each with its offset by name, from whole gradients."""
+    worst = 0.0
+    assert {key for shards in ranks for key in shards} == gradients.keys(), "not all gradients are there"
     for key, whole in gradients.items():
         covered = torch.zeros(whole.shape, dtype=torch.bool)
-        for offset, part in (shards[key] for _, shards in ranks if key in shards):
+        for offset, part in (shards[key] for shards in ranks if key in shards):
             box = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
             covered[box] = True
             rows = len(whole[box])  # the vocabulary's padding has none
             assert not part[rows:].any(), f"{key}: padding rows have a gradient"
-            worst["gradients"] = max(worst["gradients"], ((part[:rows] - whole[box]).norm() / whole.norm()).item())
+            worst = max(worst, ((part[:rows] - whole[box]).norm() / whole.norm()).item())
         assert covered.all(), f"{key}: no rank holds some of it"
     return worst
 

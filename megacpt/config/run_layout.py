@@ -60,8 +60,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 3800
 """Bytes; of the 4,095 that a path may have, what lies in a run directory takes some."""
 
 
-def path_problems(path: str) -> list[Problem]:
-    """Why a run directory cannot be at a path; nothing for one that is not there yet."""
+def path_problems(path: str, key: str = "run.directory") -> list[Problem]:
+    """Why the directory that a key names cannot be at a path; nothing for one that is not there yet."""
     encoded = os.fsencode(os.path.abspath(path))
     text, remedy = "", "Choose a shorter one."
     if "\0" in path:
@@ -72,7 +72,7 @@ def path_problems(path: str) -> list[Problem]:
         text = f"is a path of {len(encoded):,} bytes; {LONGEST_PATH:,} are possible."
     elif (kind := _kind(Path(path))) not in (None, _FOLDER):
         text, remedy = f"{kind} lies where a folder belongs.", "Choose another, or move it away."
-    return [Problem("run.directory", path, text, remedy)] if text else []
+    return [Problem(key, path, text, remedy)] if text else []
 
 
 def misplaced(run: Path) -> list[Problem]:

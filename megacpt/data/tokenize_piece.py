@@ -101,8 +101,7 @@ class _Output:
         self.files = {kind: stack.enter_context(open(f"{stem}.{kind}", "wb")) for kind in kinds}
 
     def add(self, kind: str, values: np.ndarray) -> None:
-        if kind in self.files:
-            self.files[kind].write(values.tobytes())
+        self.files[kind].write(values.tobytes())
 
     def sync(self) -> None:
         for file in self.files.values():
@@ -172,14 +171,16 @@ def _write_batch(
 ) -> None:
     """Tokens of some documents and what stands beside them. One without a label that weighs is left out, if it is an item of its own."""
     encoded, kept, runs = _encode(worker, documents, report), [], []
+    flat: list[int] = []
     for document, (ids, weights) in zip(documents, encoded, strict=True):
         if weights is not None and not (weights[1:] > 0).any():
             report["weightless"] += 1
             if not worker.options.item_field:
                 continue
         kept.append((document, ids))
-        runs.append(_runs_of(weights))
-    flat = [token for _, ids in kept for token in ids]
+        flat += ids
+        if worker.options.weighted:
+            runs.append(_runs_of(weights))
     tokens, lengths = np.array(flat, dtype=np.int64), np.array([len(ids) for _, ids in kept], "<i4")
     if len(tokens) and (tokens.max() >= worker.vocab_size or tokens.min() < 0):
         at = int(np.argmax((tokens >= worker.vocab_size) | (tokens < 0)))
@@ -190,10 +191,13 @@ def _write_batch(
         )
     output.add("bin", tokens.astype(worker.dtype))
     output.add("len", lengths)
-    output.add("lab", np.array([names.setdefault(document.label, len(names)) for document, _ in kept], "<u4"))
-    output.add("num", np.array([len(each) for each in runs], "<i4"))
-    output.add("run", np.concatenate(runs) if runs else np.zeros(0, RUN))
-    output.add("itm", _continued([document.item for document, _ in kept], report))
+    if worker.options.domain_field:
+        output.add("lab", np.array([names.setdefault(document.label, len(names)) for document, _ in kept], "<u4"))
+    if worker.options.weighted:
+        output.add("num", np.array([len(each) for each in runs], "<i4"))
+        output.add("run", np.concatenate(runs) if runs else np.zeros(0, RUN))
+    if worker.options.item_field:
+        output.add("itm", _continued([document.item for document, _ in kept], report))
     report["documents"] += len(kept)
     report["tokens"] += len(tokens)
     report["runs"] += sum(map(len, runs))

@@ -73,9 +73,11 @@ def test_without_weights_and_items_every_label_and_document_is_alike(mesh):
 
 def test_a_step_without_labels_has_no_loss():
     from megacpt.data.loader import StepCounts
-    from megacpt.objective.next_token import NEXT_TOKEN
+    from megacpt.objective.next_token import NEXT_TOKEN, NextToken
 
-    assert NEXT_TOKEN.normalizer(StepCounts(0, 0.0, 0)) == 1.0
+    by = {name: NextToken(name).normalizer for name in ("weight", "token", "item")}
+    assert [of(StepCounts(0, 0.0, 0)) for of in by.values()] == [1.0] * 3
+    assert [of(StepCounts(10, 0.25, 3)) for of in by.values()] == [0.25, 10.0, 3.0]
     assert NEXT_TOKEN.normalizer(StepCounts(10, 0.25, 3)) == 0.25, (
         "weights that sum to less than 1 are no reason to divide by 1"
     )
