@@ -361,7 +361,7 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             size = os.fstat(handle).st_size
             if self._sound is not None and self._sound < size:  # half a line is worse than none
