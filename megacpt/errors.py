@@ -11,7 +11,7 @@ UNFINISHED = 3
 
 
 class MegacptError(ValueError):
-    """Something the user can mend. The command line prints it without a traceback and leaves with `exit_code`."""
+    """Something the user can fix. The command line prints it without a traceback and leaves with `exit_code`."""
 
     exit_code = 2
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.load import load_training
-from megacpt.checkpoint.manifest import RunState, newest_sound
+from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
 from megacpt.config.model import with_rope
@@ -143,7 +143,7 @@ def open_session(
 
 def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], again: bool) -> Start:
     """scratch, pretrained or resume; never guessed beyond what `run.start` says."""
-    found, asked = newest_sound(directory.checkpoints, damaged), recipe.run.start
+    found, asked = latest_intact_checkpoint(directory.checkpoints, damaged), recipe.run.start
     if again and found:
         asked = "resume"
     if asked == "resume" and not found:
@@ -157,10 +157,9 @@ def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], aga
         )
     if not found:
         return Start(asked if asked != "auto" else "pretrained" if recipe.model.pretrained else "scratch")
-    path, state, complaints = found
-    for complaint in complaints if not damaged else ():
+    for complaint in found.complaints if not damaged else ():
         log.warn(f"skipped a damaged checkpoint: {complaint}")
-    return Start("resume", path, state, tuple(complaints))
+    return Start("resume", found.directory, found.state, found.complaints)
 
 
 def resolve_run(
