@@ -44,7 +44,10 @@ def main() -> None:
 
 def run(layout: str) -> dict[str, dict]:
     """By axis: what the busiest rank did and should do, and whether any rank differs."""
+    import torch.distributed.tensor  # noqa: F401  (once, for all ranks that are forked from here)
     import torch.multiprocessing as mp
+
+    import megacpt.model.run  # noqa: F401
 
     degrees = {word.rstrip("0123456789"): int(word.lstrip("abcdefghijklmnopqrstuvwxyz")) for word in layout.split()}
     size = math.prod(n for axis, n in degrees.items() if axis != "v")
