@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
-from megacpt.config.model import load_base_config, shape_problems
+from megacpt.config.model import frozen_names, load_base_config, shape_problems
 from megacpt.config.plan_file import base_of
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import resolve

@@ -29,7 +29,7 @@ from megacpt.family.base import (
 )
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule
-from megacpt.parallel.pipeline.simulate import lower, needed
+from megacpt.parallel.pipeline.simulate import input_of, lower_to_ops
 
 GIB = 2**30
 CARD_GIB = 79.1
@@ -429,11 +429,11 @@ class _Walk:
 def _most_waiting(schedule: Schedule, rank: int) -> int:
     """Most receives that a rank's program has posted and not used."""
     waiting = most = 0
-    for op in lower(schedule, rank):
+    for op in lower_to_ops(schedule, rank):
         if op.kind == "receive":
             waiting += 1
             most = max(most, waiting)
-        elif op.kind == "run" and (tensor := needed(op.action, schedule)):
+        elif op.kind == "run" and (tensor := input_of(op.action, schedule)):
             waiting -= schedule.placement[tensor[1]] != rank
     return most
 
