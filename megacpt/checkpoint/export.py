@@ -32,7 +32,7 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPO
     found = latest_intact_checkpoint(checkpoints)
     if found is None:
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
-    return found[0], found[1].step
+    return found.directory, found.state.step
 
 
 def export(

@@ -207,17 +207,27 @@ def decisions_of_run(run_directory: Path) -> Decisions:
         found = latest_intact_checkpoint(run_directory / CHECKPOINTS)
     except CheckpointError:
         return Decisions()
-    return found[1].decisions if found else Decisions()
+    return found.state.decisions if found else Decisions()
 
 
-def latest_intact_checkpoint(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, RunState, list[str]] | None:
-    """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any. Sizes and the small
-    files are compared; the shards by who reads them.
+@dataclass(frozen=True)
+class IntactCheckpoint:
+    """Attributes: complaints: what is wrong with newer ones."""
+
+    directory: Path
+    state: RunState
+    complaints: tuple[str, ...]
+
+
+def latest_intact_checkpoint(checkpoints: Path, bad: Iterable[int] = ()) -> IntactCheckpoint | None:
+    """The newest checkpoint that is whole; None without any. Sizes and the small files are compared; the shards by who reads them.
 
     Args:
         bad: steps that were found damaged when they were read.
+    Raises:
+        CheckpointError: if there are checkpoints, and none is whole.
     """
-    complaints = []
+    complaints: list[str] = []
     for step in reversed(list_steps(checkpoints)):
         directory = checkpoints / directory_name(step)
         try:
@@ -226,12 +236,12 @@ def latest_intact_checkpoint(checkpoints: Path, bad: Iterable[int] = ()) -> tupl
             manifest = read_manifest(directory)
             small = {name: rows for name, rows in manifest.items.items() if not name.endswith(".distcp")}
             check_items(directory, small)
-            return directory, manifest.state, complaints
+            return IntactCheckpoint(directory, manifest.state, tuple(complaints))
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:
         raise CheckpointError(
-            f"{checkpoints}: no checkpoint is sound:\n  "
+            f"{checkpoints}: no checkpoint is intact:\n  "
             + "\n  ".join(complaints)
             + "\nRestore one from a copy, or start anew in another run directory."
         )

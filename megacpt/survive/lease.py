@@ -66,7 +66,7 @@ def process_of(pid: int) -> Process:
     return Process(pid, _start_of(pid), _machine())
 
 
-def read_process(facts: dict[str, Any]) -> Process | None:
+def process_from(facts: dict[str, Any]) -> Process | None:
     """The process that a file or the environment names; None for numbers that no process has."""
     pid, start, machine = (facts.get(key) for key in ("pid", "start", "machine"))
     if type(pid) is not int or type(start) is not int or not isinstance(machine, str):
@@ -122,7 +122,7 @@ def supervised() -> Supervised | None:
         facts = parse_object(os.environ.get(ATTEMPT, ""))
     except JsonError:
         return None
-    process, attempt = read_process(facts), facts.get("attempt")
+    process, attempt = process_from(told), told.get("attempt")
     return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
@@ -217,9 +217,9 @@ class Lease:
                 return
             if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
-            if not said:
+            if not told:
                 log.info(f"{self.run}: belongs to {found.describe(self.run, None)}; waiting for it to leave")
-                said = True
+                told = True
             time.sleep(0.2)
             found = current_owner(self.run)
 
@@ -354,7 +354,7 @@ def current_owner(run: Path) -> Owner | None:
             continue
         try:
             facts = parse_object(first)
-            process = read_process(facts)
+            process = process_from(facts)
         except JsonError:
             facts, process = {}, None
         return Owner(number, process, facts, "released" in rest, (info.st_mtime_ns, info.st_size, first), info.st_mtime)

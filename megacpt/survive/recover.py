@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.manifest import RunState, directory_name, list_steps, read_manifest, rewrite_state, verify
-from megacpt.checkpoint.save import all_ranks_or_none, remove
+from megacpt.checkpoint.save import all_ranks_or_none, remove_checkpoint
 from megacpt.config.decisions import Decisions, Skip
 from megacpt.errors import CheckpointError, NumbersError
 
@@ -114,4 +114,4 @@ def rewind(
             for folder in (checkpoints, *snapshots.glob("*/")):
                 for newer in list_steps(folder):
                     if newer > target:
-                        remove(folder, newer)
+                        remove_checkpoint(folder, newer)

@@ -17,7 +17,7 @@ from megacpt.files import (
     Journal,
     JsonError,
     Record,
-    describe_disk_error,
+    describe_os_error,
     read_object,
     read_records,
     remove_abandoned,
@@ -125,7 +125,7 @@ class RunDirectory:
         try:
             write_status(self.path, content)
         except OSError as error:
-            text = describe_disk_error(error, self.path / STATUS)
+            told = describe_os_error(error, self.path / STATUS)
             if exit_code == 0:
                 raise SaveError(f"the run is {status}, but run.json cannot say so: {text}") from None
             if STATUS not in self.disk:
@@ -153,7 +153,7 @@ class RunDirectory:
             self.event("disk_again", *self._at, file=name, kept=journal.kept, lost=journal.lost)
         self.status("running")
 
-    def failed(self, error: BaseException) -> None:
+    def record_failure(self, error: BaseException) -> None:
         if isinstance(error, LeaseError):
             return
         self.status("failed", error.exit_code if isinstance(error, MegacptError) else 1, reason=str(error)[:2000])

@@ -27,12 +27,12 @@ from megacpt.checkpoint.manifest import MANIFEST, directory_name, list_steps, re
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
-from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST, path_problems
+from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST, misplaced, path_problems
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
 from megacpt.files import Journal
 from megacpt.survive.lease import REPEAT_SECONDS, Supervised, new_attempt, process_of, request_stop
 from megacpt.survive.run_directory import read_status, useful_seconds
-from megacpt.survive.watchdog import reports_of_ranks
+from megacpt.survive.watchdog import read_conclusion
 
 UNUSABLE_STATES = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
 """Beginnings of the states in which Slurm's sinfo shows a node that cannot be used; a star behind one: it does not answer."""
@@ -80,9 +80,10 @@ def status_of(command: Sequence[str]) -> str:
 def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
-    if problems := path_problems(recipe.directory):
-        raise ConfigError(problems, "the recipe")
-    run, without_progress, attempt = Path(recipe.directory), 0, 0
+    run = Path(recipe.directory)
+    if problems := path_problems(recipe.directory) or misplaced(run):
+        raise ConfigError(problems)
+    without_progress, attempt = 0, 0
     checkpoints, unfinished = run / CHECKPOINTS, UNFINISHED if _requires_the_end(command) else 0
     stop, ledger = _Stop(), Journal(run / LEDGER, _report_journal)
     while True:
@@ -176,7 +177,7 @@ class _Started:
         return found if ours and "status" in found else {}
 
     def outcome(self) -> dict[str, Any]:
-        return self.status() or reports_of_ranks(self.run, self.name) or {"status": "not started"}
+        return self.status() or read_conclusion(self.run, self.name) or {"status": "not started"}
 
 
 def newest_step(checkpoints: Path) -> int:

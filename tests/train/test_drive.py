@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_does_each_event_once(path, whole, tmp_path, stop
     """A stop saves at once, before what is still due after the step: the next start does it."""
     found, run = whole_run(whole, path, tmp_path), tmp_path / "run"
     (before,) = on_ranks(1, handled, path, [], stop)
-    state = latest_intact_checkpoint(run / "checkpoints")[1]
+    state = latest_intact_checkpoint(run / "checkpoints").state
     assert (state.done, state.step) == before[-1] == ("train", int(stop[-1]))
     (after,) = on_ranks(1, handled, path, [], "")
     assert before + after == found["done"]
@@ -134,8 +134,8 @@ def forgetful(path: str) -> list[tuple[str, int]]:
     found = start.latest_intact_checkpoint
 
     def without_position(*arguments):
-        folder, state, complaints = found(*arguments)
-        return folder, replace(state, done="train"), complaints
+        checkpoint = found(*arguments)
+        return replace(checkpoint, state=replace(checkpoint.state, done="train"))
 
     start.latest_intact_checkpoint = without_position
     return handled(path, ["--run.stop_at_step=3"], "")
