@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>[0-9]+)-(?P<start>[0-9
 _ASIDE = ".tmp-old-"
 
 
-def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
+def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     """In a sentence: which file, what is wrong, the way out."""
     where = error.filename if path is None else path
     text = f"{where or 'a file'}: {error.strerror or error}"

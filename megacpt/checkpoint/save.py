@@ -122,7 +122,7 @@ class FailedOnSomeRank(SaveError):
 
 
 @contextmanager
-def all_ranks_or_none(group: dist.ProcessGroup | None):
+def all_ranks_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
     """A part of the work that succeeds or fails on all ranks. It holds no collective, or one rank would leave the others there."""
     problem = None
     try:

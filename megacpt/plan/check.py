@@ -231,7 +231,7 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
     exact = bool(recipe.model.pretrained) and config.dtype in (recipe.precision.compute or "bfloat16", None)
-    counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
+    counts = {max(1, -(-batch // (layout.data * parallel.tokens_at_once))) for _, batch in stage.batch_tokens}
     jobs = [
         Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
             widths[recipe.precision.compute], state, _trainable(recipe, stage, config), exact)

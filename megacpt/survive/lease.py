@@ -122,7 +122,7 @@ def supervised() -> Supervised | None:
         facts = parse_object(os.environ.get(ATTEMPT, ""))
     except JsonError:
         return None
-    process, attempt = process_from(told), told.get("attempt")
+    process, attempt = process_from(facts), facts.get("attempt")
     return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
@@ -217,9 +217,9 @@ class Lease:
                 return
             if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
-            if not told:
+            if not said:
                 log.info(f"{self.run}: belongs to {found.describe(self.run, None)}; waiting for it to leave")
-                told = True
+                said = True
             time.sleep(0.2)
             found = current_owner(self.run)
 

@@ -125,7 +125,7 @@ class RunDirectory:
         try:
             write_status(self.path, content)
         except OSError as error:
-            told = describe_os_error(error, self.path / STATUS)
+            text = describe_os_error(error, self.path / STATUS)
             if exit_code == 0:
                 raise SaveError(f"the run is {status}, but run.json cannot say so: {text}") from None
             if STATUS not in self.disk:

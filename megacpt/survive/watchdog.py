@@ -68,7 +68,7 @@ class Watch:
             return
         attempt = self.attempt or (self.folder.name if self.folder else "")
         if supervised() or (self.folder and os.path.isdir(self.run)):
-            folder = _incident(self.run, self.attempt or self.folder.name)
+            folder = _incident(self.run, attempt)
             _write(folder / f"failed-rank-{self.rank:05d}.json", _failure_facts(error), self.folder)
         if not self.folder:
             return
@@ -330,8 +330,8 @@ class Watchdog:
         ranks = _all_ranks(folder, self.folder)
         code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
-        told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        _write(folder / "conclusion.json", told, self.folder)
+        outcome = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
+        _write(folder / "conclusion.json", outcome, self.folder)
         if not self._may_conclude(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
         try:

@@ -73,7 +73,7 @@ def _own(directory: RunDirectory) -> None:
             recover_interrupted_saves(directory.checkpoints)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kind, told = "full", describe_os_error(error, directory.path)
+            kind, text = "full", describe_os_error(error, directory.path)
         else:
             why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
             kind, text = "config", f"run.directory: {directory.path} {why}"

@@ -94,7 +94,7 @@ def write_average(session: Session, event: Event, folders: list[Path], steps: li
     saver, tensors = session.saver, tensors_of(session.optimizer.parameters, None)
     with session.slow("save"):
         saver.wait()  # its thread talks on the group that is used here
-        weights = average_weights(session.stage.recipe.average.decay, len(steps))
+        weights = average_weights(average_rules(session.stage).decay, len(steps))
         average_into(tensors["model"], folders, weights)
         check_finite(session.optimizer, event.step)
         facts = session.directory.facts | {"average_of": steps, "weights": weights}
