@@ -47,6 +47,7 @@ setup(
             *hugging_face,
             *topics,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "pyyaml>=6",
             "hypothesis>=6.100",
             "ruff>=0.12",

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 UNFINISHED = 3
@@ -31,6 +31,10 @@ class Problem:
     text: str
     remedy: str = ""
 
+    def inside(self, place: str) -> "Problem":
+        """The same of a key that stands under another."""
+        return replace(self, where=f"{place}.{self.where}" if self.where else place)
+
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {show_value(self.value)}"
         place = f"{self.where}{shown}: " if self.where else ""
@@ -42,7 +46,9 @@ def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of about {value.bit_length() * 3 // 10} digits"  # Python refuses to write far longer ones
+        return (
+            f"a number of about {round(value.bit_length() * 0.30103)} digits"  # Python refuses to write far longer ones
+        )
     text = f'"{value}"' if isinstance(value, str) else str(value)
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

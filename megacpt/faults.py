@@ -20,12 +20,14 @@ ACTIONS = ("kill", "stop", "term", "sleep", "hold", "raise", "full", "nan", "fli
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at a point. rank None is every rank, step None every step; `once` names a file that says it has happened."""
+    """What happens at a point. rank None is every rank, step None every step; `once` names a file that says it has happened; `budget`
+    is the number of seconds within which the next sign of life is due from then on, so that what works needs no short one."""
 
     action: str
     point: str
     rank: int | None = None
     step: int | None = None
+    budget: int | None = None
     once: str | None = None
 
 
@@ -36,13 +38,13 @@ def parse_faults(text: str) -> list[Fault]:
     for part in filter(None, (part.strip() for part in text.split(";"))):
         action, _, rest = part.partition(":")
         given = dict(pair.partition("=")[::2] for pair in rest.split(","))
-        unknown = given.keys() - {"point", "rank", "step", "once"}
+        unknown = given.keys() - {"point", "rank", "step", "budget", "once"}
         if action not in ACTIONS or given.get("point") not in heartbeat.POINTS or unknown:
             problems.append(
-                f"{part}: actions are {', '.join(ACTIONS)}; points {', '.join(heartbeat.POINTS)}; keys point, rank, step, once."
+                f"{part}: actions are {', '.join(ACTIONS)}; points {', '.join(heartbeat.POINTS)}; keys point, rank, step, budget, once."
             )
             continue
-        number = {key: int(given[key]) for key in ("rank", "step") if key in given}
+        number = {key: int(given[key]) for key in ("rank", "step", "budget") if key in given}
         faults.append(Fault(action, given["point"], once=given.get("once"), **number))
     if problems:
         raise ConfigError(problems, "MEGACPT_FAULT")
@@ -68,6 +70,8 @@ def _cause(fault: Fault, subject: heartbeat.Subject | None) -> None:
             os.close(os.open(fault.once, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return
+    if fault.budget:
+        heartbeat.expect_next(fault.point, fault.budget)
     match fault.action:
         case "kill" | "stop" | "term":
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[fault.action]

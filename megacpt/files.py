@@ -229,7 +229,7 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     except RecursionError:
         raise JsonError("its JSON is nested too deeply") from None
     except (ValueError, OverflowError) as error:
-        raise JsonError(f"it is no JSON ({error})" if content else "it is empty") from None
+        raise JsonError(f"it is no JSON ({error})" if content.strip() else "it is empty") from None
     if not isinstance(found, dict):
         raise JsonError(f"it holds a {type(found).__name__}, not an object")
     return found
@@ -239,9 +239,9 @@ def read_object(path: str | Path, most_bytes: int = 1 << 24) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        JsonError: if there is none, or the file is longer than `most_bytes`, or no plain file. OSError: if it cannot be read.
+        JsonError: if there is none, or the file is longer than `most_bytes`. OSError: if it cannot be read, or is no plain file.
     """
-    with _open_plain(path) as file:
+    with open_plain(path) as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise JsonError(f"it has more than {most_bytes:,} bytes")
@@ -254,9 +254,9 @@ def read_records(path: str | Path, most_bytes: int = 1 << 20) -> Iterator[Record
     Args:
         most_bytes: of a line; a longer one is damaged.
     Raises:
-        JsonError: if it is no plain file. OSError: if it cannot be read.
+        OSError: if it cannot be read, or is no plain file.
     """
-    with _open_plain(path) as file:
+    with open_plain(path) as file:
         for number in itertools.count(1):
             line = file.readline(most_bytes)
             if not line:
@@ -273,12 +273,13 @@ def read_records(path: str | Path, most_bytes: int = 1 << 20) -> Iterator[Record
                 yield Record(number, row, line.rstrip(b"\n"))
 
 
-def _open_plain(path: str | Path) -> BinaryIO:
-    """A file to read; whatever else has the name is opened without waiting, and refused."""
+def open_plain(path: str | Path) -> BinaryIO:
+    """A file to read. Raises OSError for whatever else has the name, without waiting for it as a pipe would have one do."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise JsonError("it is no plain file")
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "is no plain file", str(path))
     return open(handle, "rb")
 
 

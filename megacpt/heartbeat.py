@@ -114,6 +114,13 @@ def set_deadline(phase: str, seconds: float) -> None:
         _heart.write(seconds, phase, "")
 
 
+def expect_next(point: str, seconds: float) -> None:
+    """This rank is at a point, and this once so little time may pass until the next."""
+    if _heart and threading.current_thread() is threading.main_thread():  # a save behind it is no sign of its life
+        _heart.step = _step
+        _heart.write(seconds, _phase, point)
+
+
 def reach(point: str, step: int | None = None, subject: Subject | None = None) -> None:
     """Says that this rank has come to a point.
 
@@ -125,8 +132,6 @@ def reach(point: str, step: int | None = None, subject: Subject | None = None) -
     assert point in POINTS, point
     if point == "step.begin":
         _step = step or 0
-    if _heart and threading.current_thread() is threading.main_thread():  # a save behind it is no sign of its life
-        _heart.step = _step
-        _heart.write(_budget, _phase, point)
+    expect_next(point, _budget)
     if _observer:
         _observer(point, _step if step is None else step, subject)

@@ -7,7 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of them
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,19 @@ settings.register_profile("shared machine", deadline=None)  # no timing assertio
 settings.load_profile("shared machine")
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest_plugins = ["costs"]
+
+import shared  # noqa: E402
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # workers inherit it
+        os.environ[shared.FOLDER] = tempfile.mkdtemp(prefix="megacpt-tests-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(shared.FOLDER), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,19 +58,19 @@ def mesh():
 
 
 @pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory) -> Path:
+def tokenizer_dir() -> Path:
     """A byte-level BPE tokenizer of 400 entries, EOS 0, as a Hugging Face directory."""
     from samples import make_tokenizer
 
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return shared.made_once("tokenizer", lambda: make_tokenizer(shared.new_folder("tokenizer")))
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, tokenizer_dir) -> Path:
+def prepared(tokenizer_dir) -> Path:
     """Folder with prepared domains `a` and `b`."""
     from samples import make_data
 
-    return make_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
+    return shared.made_once("prepared", lambda: make_data(shared.new_folder("prepared"), tokenizer_dir))
 
 
 @pytest.fixture
@@ -67,13 +82,15 @@ def recipe_file(tmp_path, prepared, tokenizer_dir):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, prepared, tokenizer_dir):
+def trained(prepared, tokenizer_dir):
     """Runs of a tiny model by layout (layout_runs.Trained), each made once."""
     from layout_runs import Trained
     from samples import write_recipe
 
-    folder = tmp_path_factory.mktemp("trained")
-    return Trained(folder, write_recipe(folder, prepared, tokenizer_dir))
+    def make() -> str:
+        return write_recipe(shared.new_folder("trained"), prepared, tokenizer_dir)
+
+    return Trained(shared.folder() / "trained", shared.made_once("trained", make))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,17 +101,3 @@ def honest_interpreter():
         import interpreter
 
         interpreter.install()
-
-
-def pytest_runtest_logreport(report):
-    if report.when == "call":
-        folder = report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]
-        _seconds[folder] = _seconds.get(folder, 0.0) + report.duration
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Where the time went, by folder."""
-    terminalreporter.write_line("seconds by folder: " + ", ".join(f"{k} {v:.0f}" for k, v in sorted(_seconds.items())))
-
-
-_seconds: dict[str, float] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from ranks import on_ranks
 from samples import family_config
+from shared import made_once
 from tolerances import difference
 
 from megacpt.config.load import load_recipe
@@ -98,10 +99,10 @@ def train(path: str, flags: list[str], layout: str, directory: Path, breakage: s
 
 
 class Trained:
-    """What runs of a model under a layout found, each trained once.
+    """What runs of a model under a layout found, each trained once a session, in whichever process needs it first.
 
     Args:
-        folder: for their directories. path: of the recipe.
+        folder: for their directories, the same for all processes. path: of the recipe.
     """
 
     def __init__(self, folder: Path, path: str):
@@ -112,7 +113,10 @@ class Trained:
         """By rank. `kind` is tied or untied, of two layers or with "six", of a family or Llama."""
         key = kind, layout, breakage
         if key not in self._found:
-            self._found[key] = train(self.path, self.flags(kind), layout, self.directory(*key), breakage)
+            directory = self.directory(*key)
+            self._found[key] = made_once(
+                directory.name, lambda: train(self.path, self.flags(kind), layout, directory, breakage)
+            )
         return self._found[key]
 
     def one(self, kind: str) -> dict[str, Any]:
@@ -126,7 +130,7 @@ class Trained:
         config = self.folder / f"{kind}.json"
         layers, family = 6 if "six" in kind else 2, next((name for name in FAMILIES if name in kind), "llama")
         raw = family_config(family, num_hidden_layers=layers, tie_word_embeddings="untied" not in kind)
-        config.write_text(json.dumps(raw))
+        made_once(config.name, lambda: config.write_text(json.dumps(raw)))
         return [*ROWS, f"--model.config={config}"]
 
 

@@ -1,4 +1,4 @@
-"""Ranks by fork: a function on every rank of a gloo group, in a second. The parent has torch imported and one thread."""
+"""Ranks by fork: a function on every rank of a gloo group, in a second. The parent has torch imported and no thread that computes."""
 
 import contextlib
 import gc
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.multiprocessing as mp
+from shared import LONG_SECONDS, turn
 
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
@@ -54,18 +55,20 @@ _inherited: list = []
 def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each rank; its values in rank order. A rank's error fails the test with its traceback."""
     inherited = dist.distributed_c10d._world.default_pg  # this process's own group stays with it
-    with tempfile.TemporaryDirectory() as folder:
+    with turn(world_size), tempfile.TemporaryDirectory() as folder:
         dist.distributed_c10d._world.default_pg = None
         try:
             context = mp.start_processes(
                 _rank, (world_size, folder, function, arguments), nprocs=world_size, start_method="fork", join=False
             )
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + LONG_SECONDS
             while not context.join(timeout=5):
                 if time.monotonic() > deadline:
                     for process in context.processes:
                         process.kill()
-                    raise AssertionError(f"{world_size} ranks did not end within 300 s: {function.__name__}{arguments}")
+                    raise AssertionError(
+                        f"{world_size} ranks did not end within {LONG_SECONDS:.0f} s: {function.__name__}{arguments}"
+                    )
         finally:
             dist.distributed_c10d._world.default_pg = inherited
         results = []

@@ -6,14 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from shared import LONG_SECONDS, wait_until
 
 from megacpt.config.load import load_recipe
 from megacpt.plan.check import check, schedule_svg
+from megacpt.plan.describe import describe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -38,13 +39,14 @@ def test_recipes_pass_check_without_files(name):
     world_size, layout = RECIPES[name]
     recipe = load_recipe(str(ROOT / f"launch/recipes/{name}.toml"))
     report = check(recipe, world_size, files=False)
-    assert not report.problems and f"layout {layout} on {world_size} processes" in report.lines
+    assert not report.problems and f"layout {layout} on {world_size} processes" in describe(report.facts)
     if "405b" in name or "70b" in name:
         picture = schedule_svg(recipe, world_size, files=False)
         assert picture.count("<title>") > 1000
     if "405b" in name:  # Llama 3 paper, table 4, and the split of section 3.3.2
         assert any(
-            line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0" for line in report.lines
+            line.strip() == "pipeline interleaved, layers of the 128 stages: 0, 126 x 1, 0"
+            for line in describe(report.facts)
         )
 
 
@@ -111,7 +113,7 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
         (bin_folder / name).chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_RANK|MASTER_", k)}
     environment |= {
-        "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "1", "SHUTDOWN_TIMEOUT": "60",
+        "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "1", "SHUTDOWN_TIMEOUT": "600",
         "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7",
     }  # fmt: skip
     path = recipe_file()
@@ -127,12 +129,9 @@ def test_a_slurm_job_saves_and_requeues(recipe_file, tmp_path):
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
-        time.sleep(0.2)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, alive=[job.pid])
     job.send_signal(signal.SIGUSR1)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=LONG_SECONDS)
     assert job.returncode == 0, output
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "preempted"
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"

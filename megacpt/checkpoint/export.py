@@ -1,5 +1,7 @@
 """A checkpoint of any layout to a Hugging Face directory, in one process, a shard of the output at a time."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
@@ -11,6 +13,7 @@ from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FAC
 from megacpt.data.tokenizer import VOCABULARIES, Tokenizer
 from megacpt.errors import CheckpointError, ConfigError
 from megacpt.files import JsonError, read_object
+from megacpt.model.hf import DTYPES as TYPES
 from megacpt.model.hf import write_pretrained
 
 
@@ -54,12 +57,19 @@ def export_average(
         decay: "mean", or the decay of the learning rate that the weights stand for (`checkpoint/average.py`).
     """
     have = list_steps(run_directory / CHECKPOINTS)
-    wanted = sorted(set(steps)) if steps else have[-(last or 0) :]
-    if len(wanted) < 2 or (last and len(have) < last):
-        raise ConfigError(
-            [f"{run_directory}: an average needs at least two checkpoints, all of those asked for; there are {have}."],
-            "the arguments",
-        )
+    asked, problems = (len(steps), []) if steps is not None else (last or 0, [])
+    if asked < 2:
+        problems.append(f"{asked} checkpoints: an average needs at least two.")
+    if repeated := sorted(step for step, count in Counter(steps or ()).items() if count > 1):
+        problems.append(f"step {', '.join(map(str, repeated))}: is given more than once. Give each step once.")
+    if missing := sorted(set(steps or ()) - set(have)):
+        problems.append(f"step {', '.join(map(str, missing))}: there is no such checkpoint.")
+    if steps is None and asked > len(have):
+        problems.append(f"the last {asked} checkpoints: there are only {len(have)}.")
+    if problems:
+        there = ", ".join(map(str, have)) or "none"
+        raise ConfigError([*problems, f"{run_directory / CHECKPOINTS} holds the steps: {there}."], "the arguments")
+    wanted = sorted(steps) if steps is not None else have[-asked:]
     directories = [find_checkpoint(run_directory, step)[0] for step in wanted]
     _write(run_directory, directories, average_weights(decay, len(wanted)), output, dtype)
     return wanted
@@ -70,13 +80,8 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
     stage, side = plan.stage(read_manifest(directories[-1]).state.stage), run_directory / HUGGING_FACE
     config = stage.model
     stored = [StoredModel(each) for each in directories]
-    try:
-        dtypes = read_object(side / DTYPES)
-    except (OSError, JsonError) as error:
-        raise CheckpointError(f"{side / DTYPES}: {error}") from None
-    if dtype:
-        dtypes = dict.fromkeys(dtypes, dtype)
     shapes = config.shapes()
+    dtypes = dict.fromkeys(shapes, dtype) if dtype else _stored_dtypes(side / DTYPES, shapes)
 
     def read(name: str):
         if len(stored) == 1:
@@ -88,6 +93,21 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
         return total.to(part.dtype)
 
     write_pretrained(output, config, side, read, dtypes, stage.longest, tokens=_tokens_of(plan, side))
+
+
+def _stored_dtypes(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The type that each tensor had when it was imported.
+
+    Raises:
+        CheckpointError: if the file does not say it.
+    """
+    try:
+        found = read_object(path)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Give --dtype.") from None
+    if wrong := [name for name in names if found.get(name) not in list(TYPES)]:
+        raise CheckpointError(f"{path}: says {found.get(wrong[0])!r} for {wrong[0]}, which is no type. Give --dtype.")
+    return {name: found[name] for name in names}
 
 
 def _tokens_of(plan: RunPlan, side: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ may change."""
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import core_schema
 
 from megacpt.config.quantity import parse_tokens
@@ -14,15 +14,16 @@ Tokens = Annotated[
     BeforeValidator(parse_tokens),
     WithJsonSchema({"type": ["integer", "string"], "pattern": "^[0-9][0-9_]*(\\.[0-9]+)? *(K|M|B|T|Ki|Mi|Gi|Ti)?$"}),
 ]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-ClipNorm = Annotated[float, Field(ge=1e-9)]  # norms over it stay within fp32
+Positive = Annotated[float, Field(gt=0, le=1e12)]  # sums and products of a few stay finite
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+ClipNorm = Annotated[float, Field(ge=1e-9, le=1e12)]  # norms over it stay within fp32
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]  # a year: clocks overflow far beyond
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-PositiveInt = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # it is part of file names
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NotNegativeInt = Annotated[int, Field(ge=0, le=2**62)]
 DType = Literal["bfloat16", "float32", "float64"]
 
 
@@ -76,6 +77,19 @@ class KeptWord(_Word):
     kept = True
 
 
+def _usable_path(text: str) -> str:
+    """Raises ValueError for what no file system takes."""
+    longest = max((len(part.encode()) for part in text.split("/")), default=0)
+    if not text or longest > 255 or len(text.encode()) > 4000:
+        raise ValueError(
+            f"is no path: it has {len(text.encode())} bytes, the longest part {longest}; file systems take 1 to 4000, and 255 in a part"
+        )
+    return text
+
+
+FilePath = Annotated[str, AfterValidator(_usable_path)]
+
+
 class Section(BaseModel):
     """Strict: no coercion. Frozen. Unknown keys are errors, and so are numbers that are none: inf and nan.
 
@@ -84,7 +98,12 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
     heading: ClassVar[str] = ""
     resume: ClassVar[Resume | None] = None

@@ -1,8 +1,10 @@
 """Reads a recipe: TOML, then flags over it, then the models. Every problem at once, each with the file or flag it
 came from and the nearest valid choice."""
 
+import os
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +13,10 @@ from pydantic import BaseModel, ValidationError
 from megacpt.config.base import KeyPath
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import RECIPE, STATUS
-from megacpt.errors import ConfigError, Problem, nearest
+from megacpt.errors import ConfigError, Problem, nearest, show_value
 from megacpt.files import write_atomically
+
+_FIRST = "The first argument is a recipe in TOML."
 
 
 def load_recipe(path: str, flags: Sequence[str] = ()) -> Recipe:
@@ -36,13 +40,14 @@ def _with_order_of_run(recipe: Recipe, path: str) -> Recipe:
     the recipe's order keeps it.
     """
     stored = Path(recipe.directory) / RECIPE
-    beside = (
-        Path(path).name == stored.name and (Path(path).parent / STATUS).is_file()
+    beside = Path(path).name == stored.name and os.path.isfile(
+        Path(path).parent / STATUS
     )  # a run's own, wherever it was moved to
     stored = Path(path) if beside else stored
-    run = read_toml(str(stored)) if stored.is_file() else {}
-    stages = [stage for stage in run.get("stages", []) if isinstance(stage, dict)]
-    mixtures = {stage.get("name"): stage.get("mixture") for stage in stages}
+    run = read_toml(str(stored)) if os.path.isfile(stored) else {}
+    stages = run.get("stages")
+    named = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    mixtures = {str(stage.get("name")): stage.get("mixture") for stage in named}
     ordered = [
         stage.model_copy(update={"mixture": _ordered(stage.mixture, mixtures.get(stage.name))})
         for stage in recipe.stages
@@ -61,13 +66,21 @@ def read_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file. The first argument is a recipe in TOML."], "the arguments") from None
+        raise ConfigError([Problem(path, None, "no such file.", _FIRST)], "the arguments") from None
     except IsADirectoryError:
+        raise ConfigError([Problem(path, None, "is a directory.", _FIRST)], "the arguments") from None
+    except OSError as error:
         raise ConfigError(
-            [f"{path}: is a directory. The first argument is a recipe in TOML."], "the arguments"
+            [Problem(path, None, f"cannot be read ({error.strerror}).", _FIRST)], "the arguments"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not valid TOML: {error}"], path) from None
+        raise ConfigError([Problem("", None, f"not valid TOML: {error}.")], path) from None
+    except ValueError as error:  # Python reads no number of thousands of digits, open() no name with a NUL
+        raise ConfigError([Problem("", None, f"cannot be read: {error}.")], path) from None
+    except RecursionError:
+        raise ConfigError(
+            [Problem("", None, "is nested too deeply.", "A recipe has at most five levels.")], path
+        ) from None
 
 
 def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[KeyPath, tuple[str, str]], list[Problem]]:
@@ -83,17 +96,26 @@ def _apply_flags(tree: dict, flags: Sequence[str]) -> tuple[dict[KeyPath, tuple[
         if isinstance(where, str):
             problems.append(Problem(flag, None, where))
             continue
-        node: Any = tree
-        for key in where[:-1]:
-            node = node[key] if isinstance(key, int) else node.setdefault(key, {})
-            if not isinstance(node, dict | list):
-                text = f"{'.'.join(map(str, where[:-1]))} is a value, not a section."
-                problems.append(Problem(flag, None, text, "Give a key of a section."))
-                break
+        try:
+            _set(tree, where, _value(text))
+        except TypeError:
+            text = f"{'.'.join(map(str, where[:-1]))} is a value, not a section."
+            problems.append(Problem(flag, None, text, "Give a key of a section."))
         else:
-            node[where[-1]] = _value(text)
             overrides[where] = (flag, text)
     return overrides, problems
+
+
+def _set(tree: dict, where: KeyPath, value: Any) -> None:
+    """Sets a key, making the sections on the way. Raises TypeError if one of them is a value."""
+    node: Any = tree
+    for i, key in enumerate(where):
+        if not isinstance(node, list if isinstance(key, int) else dict):
+            raise TypeError(where)
+        if i + 1 == len(where):
+            node[key] = value
+        else:
+            node = node[key] if isinstance(key, int) else node.setdefault(key, {})
 
 
 def _place(tree: dict, keys: list[str]) -> KeyPath | str:
@@ -104,7 +126,7 @@ def _place(tree: dict, keys: list[str]) -> KeyPath | str:
         names = [item.get("name") for item in items if isinstance(item, dict)]
         if keys[1] in names:
             return (keys[0], names.index(keys[1]), *keys[2:])
-        if keys[1].isdigit() and int(keys[1]) < len(items):
+        if re.fullmatch("[0-9]{1,6}", keys[1]) and int(keys[1]) < len(items):
             return (keys[0], int(keys[1]), *keys[2:])
         return f"no {keys[0]} entry {keys[1]!r}. There are: {', '.join(str(n) for n in names if n) or len(items)}."
     return tuple(keys)
@@ -114,11 +136,16 @@ def _value(text: str) -> Any:
     """A flag's text as a TOML value; what is no TOML value is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
         return text
 
 
 def _validate(tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> tuple[Recipe | None, list[Problem]]:
+    if wrong := [
+        Problem(show_path(where, tree), text, "holds a character that no file can hold.")
+        for where, text in _unwritable(tree)
+    ]:
+        return None, wrong
     for attempt in range(2):
         try:
             return Recipe.model_validate(tree), []
@@ -128,13 +155,28 @@ def _validate(tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) 
         texts = [tuple(e["loc"]) for e in errors if e["type"] == "string_type" and tuple(e["loc"]) in overrides]
         if attempt == 0 and texts:
             for where in texts:
-                node: Any = tree
-                for key in where[:-1]:
-                    node = node[key]
-                node[where[-1]] = overrides[where][1]
+                _set(tree, where, overrides[where][1])
             continue
         break
     return None, [_problem(e, tree, overrides, path) for e in errors]
+
+
+def _unwritable(node: Any, where: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Strings, keys too, that no path and no file in UTF-8 can hold: with NUL, or with bytes of the command line that are no text."""
+    if isinstance(node, str) and not _is_writable(node):
+        yield where, node
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, item in inside:
+        if isinstance(key, str):
+            yield from _unwritable(key, (*where, key))
+        yield from _unwritable(item, (*where, key))
+
+
+def _is_writable(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> Problem:
@@ -156,7 +198,7 @@ def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]],
     value = error["input"]
     if error["type"] == "literal_error":
         choices = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        text = nearest(str(value), choices)
+        text = nearest(value if isinstance(value, str) else show_value(value), choices)
     elif error["type"] == "value_error":
         text = str(error["ctx"]["error"])
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megacpt.config.sections.model import Model, Rope
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
-from megacpt.errors import ConfigError, nearest
+from megacpt.errors import ConfigError, Problem, nearest
 from megacpt.family.base import ModelConfig
 from megacpt.family.read import parse_config, read_config
 from megacpt.family.rope import change_rope
@@ -27,7 +27,8 @@ def load_base_config(model: Model) -> ModelConfig:
     """
     if model.architecture:
         if model.architecture not in ARCHITECTURES:
-            raise ConfigError([f"model.architecture = {model.architecture}: possible are {', '.join(ARCHITECTURES)}."])
+            remedy = nearest(model.architecture, list(ARCHITECTURES))
+            raise ConfigError([Problem("architecture", model.architecture, "no such shape is known here.", remedy)])
         config = parse_config(ARCHITECTURES[model.architecture], model.architecture)
     else:
         config = read_config(model.pretrained or model.config or "")
@@ -47,7 +48,7 @@ def _compare(config: ModelConfig, expected: ModelConfig, name: str) -> None:
         "vocab_size",
     )
     differ = [
-        f"{key} is {getattr(config, key)}, model.expect = {name} has {getattr(expected, key)}."
+        Problem("expect", name, f"{key} is {getattr(config, key)}, and that shape has {getattr(expected, key)}.")
         for key in names
         if getattr(config, key) != getattr(expected, key)
     ]
@@ -81,7 +82,7 @@ def config_in_stage(config: ModelConfig, stages: Sequence[Stage], index: int) ->
     for stage in stages[: index + 1]:
         config = with_rope(config, stage.rope, stage.seq_len, own)
     if problem := config.window_problem(stages[index].seq_len):
-        raise ConfigError([f"seq_len = {stages[index].seq_len}: {problem}"])
+        raise ConfigError([Problem("seq_len", stages[index].seq_len, problem)])
     return config
 
 
@@ -96,12 +97,12 @@ def frozen_names(patterns: Sequence[str], config: ModelConfig) -> list[str]:
     fixed = {name for found in fitting.values() for name in found}
     frozen = [p.name for p in config.parameters if not p.trainable or p.name in fixed]
     problems = [
-        f"freeze: no parameter fits {pattern!r}. {nearest(pattern, names[:3])}"
+        Problem("freeze", None, f"no parameter fits {pattern!r}.", nearest(pattern, names[:3]))
         for pattern, found in fitting.items()
         if not found
     ]
     if len(frozen) == len(names):
-        problems.append("freeze: all parameters are frozen, nothing would be trained.")
+        problems.append(Problem("freeze", None, "all parameters are frozen, nothing would be trained."))
     if problems:
         raise ConfigError(problems)
     return frozen
@@ -119,8 +120,14 @@ class _Shared:
         return self.units % ranks == 0 or (self.repeated and ranks % self.units == 0)
 
 
-def shape_problems(config: ModelConfig, parallel: Parallel, vocab_multiple: int) -> list[str]:
-    """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers."""
+def shape_problems(
+    config: ModelConfig, parallel: Parallel, vocab_multiple: int, where: str = "parallel"
+) -> list[Problem]:
+    """Why a layout cannot share this model's heads, matrices and vocabulary, with the numbers.
+
+    Args:
+        where: the key that holds the layout.
+    """
     tensor = parallel.tensor
     shared = {
         _Shared(
@@ -130,12 +137,16 @@ def shape_problems(config: ModelConfig, parallel: Parallel, vocab_multiple: int)
         if not p.is_whole(1)
     }
     most = min(each.units for each in shared if not each.repeated)
-    possible = [n for n in range(1, most + 1) if all(each.fits(n) for each in shared)]
+    possible = ", ".join(str(n) for n in range(1, most + 1) if all(each.fits(n) for each in shared))
     return [
-        f"parallel.tensor = {tensor}: {each.name} = {each.units} can neither be divided by it nor repeated to it. "
-        f"Use {', '.join(map(str, possible))}."
-        if each.repeated
-        else f"parallel.tensor = {tensor}: does not divide the model's {each.name} = {each.units}."
+        Problem(
+            f"{where}.tensor",
+            tensor,
+            f"{each.name} = {each.units} can neither be divided by it nor repeated to it."
+            if each.repeated
+            else f"does not divide the model's {each.name} = {each.units}.",
+            f"Use {possible}.",
+        )
         for each in sorted(shared)
         if not each.fits(tensor)
     ]

@@ -4,6 +4,8 @@ import os
 import stat
 from pathlib import Path
 
+from megacpt.errors import Problem
+
 RECIPE = "recipe.toml"
 """The resolved recipe, every value."""
 PLAN = "plan.json"
@@ -58,40 +60,34 @@ LONGEST_NAME, LONGEST_PATH = 255, 3800
 """Bytes; of the 4,095 that a path may have, what lies in a run directory takes some."""
 
 
-def path_problems(path: str) -> list[str]:
-    """Why a run directory cannot be at a path; nothing for one that is not there yet."""
+def path_problems(path: str, key: str = "run.directory") -> list[Problem]:
+    """Why the directory that a key names cannot be at a path; nothing for one that is not there yet."""
     encoded = os.fsencode(os.path.abspath(path))
+    text, remedy = "", "Choose a shorter one."
     if "\0" in path:
-        return ["run.directory: holds a NUL character. Remove it."]
-    if longest := [name for name in encoded.split(b"/") if len(name) > LONGEST_NAME]:
-        return [
-            f"run.directory: has a name of {len(longest[0]):,} bytes; {LONGEST_NAME} are possible. Choose a shorter one."
-        ]
-    if len(encoded) > LONGEST_PATH:
-        return [
-            f"run.directory: is a path of {len(encoded):,} bytes; {LONGEST_PATH:,} are possible. Choose a shorter one."
-        ]
-    kind = _kind(Path(path))
-    if kind not in (None, _FOLDER):
-        return [f"run.directory: at {path} lies {kind}, where a folder belongs. Choose another, or move it away."]
-    return []
+        text, remedy = "holds a NUL character.", "Remove it."
+    elif longest := [name for name in encoded.split(b"/") if len(name) > LONGEST_NAME]:
+        text = f"has a name of {len(longest[0]):,} bytes; {LONGEST_NAME} are possible."
+    elif len(encoded) > LONGEST_PATH:
+        text = f"is a path of {len(encoded):,} bytes; {LONGEST_PATH:,} are possible."
+    elif (kind := _kind(Path(path))) not in (None, _FOLDER):
+        text, remedy = f"{kind} lies where a folder belongs.", "Choose another, or move it away."
+    return [Problem(key, path, text, remedy)] if text else []
 
 
-def misplaced(run: Path) -> list[str]:
-    """What has a name of a run directory and is of another kind, or forbidden; a line each."""
+def misplaced(run: Path) -> list[Problem]:
+    """What has a name of a run directory and is of another kind, or forbidden."""
     problems = []
-    for name in FILES:
-        kind = _kind(run / name)
-        if kind not in (None, _FILE, _DANGLING):  # what such a link leads to can be made
-            problems.append(f"{run / name}: {kind} lies where a file belongs. Move it away.")
-        elif kind == _FILE and not os.access(run / name, os.R_OK | os.W_OK):
-            problems.append(f"{run / name}: cannot be read and written. Change its mode or owner.")
-    for name in FOLDERS:
-        kind = _kind(run / name)
-        if kind not in (None, _FOLDER):
-            problems.append(f"{run / name}: {kind} lies where a folder belongs. Move it away.")
-        elif kind and not os.access(run / name, os.R_OK | os.W_OK | os.X_OK):
-            problems.append(f"{run / name}: cannot be read and written. Change its mode or owner.")
+    for name in (*FILES, *FOLDERS):
+        path, kind = run / name, _kind(run / name)
+        wanted = _FILE if name in FILES else _FOLDER
+        rights = os.R_OK | os.W_OK | (os.X_OK if wanted == _FOLDER else 0)
+        if kind is None or (kind == _DANGLING and wanted == _FILE):  # what such a link leads to can be made
+            continue
+        if kind != wanted:
+            problems.append(Problem(str(path), None, f"{kind} lies where {wanted} belongs.", "Move it away."))
+        elif not os.access(path, rights):
+            problems.append(Problem(str(path), None, "cannot be read and written.", "Change its mode or owner."))
     return problems
 
 

@@ -18,7 +18,7 @@ from megacpt.data.records import BadLine, Fields
 from megacpt.data.text import cut, find_files, read_piece
 from megacpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from megacpt.errors import ConfigError
-from megacpt.files import new_folder, write_atomically
+from megacpt.files import new_folder, read_object, write_atomically
 
 
 def texts_of(
@@ -192,7 +192,7 @@ def _merge_merges(base: Path, new: Path, output: Path, most: int | None, tokeniz
 
 def _read_bpe(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, 1 << 28)
         kind = content["model"].get("type") or ("BPE" if "merges" in content["model"] else "no BPE")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{path}: not a tokenizer.json ({error})."], "the tokenizers") from None

@@ -3,12 +3,12 @@ digests by which another base is recognised. Imports no torch.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from megacpt.config.sections.model import Model
 from megacpt.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
+from megacpt.files import read_object
 
 MODEL_FILES = ("config.json", "generation_config.json")
 KEPT_FILES = (*MODEL_FILES, *TOKENIZER_FILES)
@@ -44,9 +44,9 @@ def weight_files(model: Model) -> list[Path]:
         return []
     folder = Path(model.pretrained)
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = read_object(folder / "model.safetensors.index.json", 1 << 28)
         names = sorted(set(index["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         names = ["model.safetensors"]
     return [folder / name for name in names if isinstance(name, str) and (folder / name).is_file()]
 

@@ -68,6 +68,11 @@ def plan_pipeline(num_layers: int, parallel: Parallel) -> PipelinePlan:
             f'schedule = "{other}".'
         )
     stages = ranks * virtual
+    most = f"At most {num_layers + 2} stages, of which the first and the last may have none."
+    if stages > num_layers + 2:
+        raise ValueError(
+            f"pipeline {ranks} x virtual_stages {virtual} = {stages} stages: {num_layers} layers leave stages without one. {most}"
+        )
     if parallel.stage_layers is None:
         counts = split_layers(num_layers, stages, parallel.embedding_weight, parallel.head_weight)
     else:
@@ -81,7 +86,7 @@ def plan_pipeline(num_layers: int, parallel: Parallel) -> PipelinePlan:
     if empty:
         raise ValueError(
             f"pipeline {ranks} x virtual_stages {virtual} = {stages} stages: {num_layers} layers leave stage {empty[0]} with none. "
-            f"At most {num_layers + 2} stages, of which the first and the last may have none."
+            f"{most}"
         )
     edges = [sum(counts[:stage]) for stage in range(stages + 1)]
     layers = tuple(range(edges[s], edges[s + 1]) for s in range(stages))

@@ -2,7 +2,6 @@
 once on the default mix, once with 30 % of each candidate and 70 % of it; what that does to the validation losses is the verdict. Writes
 the recipes, runs each as a process of its own (again where one was interrupted), reads their events. Imports no torch."""
 
-import json
 import math
 import shlex
 import subprocess
@@ -14,7 +13,8 @@ from megacpt.config.load import save_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import EVENTS, STATUS
 from megacpt.config.sections.optimizer import LearningRate
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, DataError
+from megacpt.files import JsonError, read_object, read_records
 
 CONTROL = "default"
 
@@ -76,33 +76,52 @@ def assess(
     Args:
         launch: what starts training, for example "torchrun --nproc-per-node 8 -m megacpt"; default this Python alone.
     """
+    try:
+        launcher = shlex.split(launch) if launch else [sys.executable, "-m", "megacpt"]
+    except ValueError as error:
+        raise ConfigError([f"--launch {launch}: {error}."], "the arguments") from None
     directory.mkdir(parents=True, exist_ok=True)
     found = []
     for name, trial in trials_of(recipe, candidates, share, tokens, directory).items():
         path = directory / f"{name}.toml"
         save_recipe(trial, path)
         if _status(directory / name) != "finished":
-            command = [*(shlex.split(launch) if launch else [sys.executable, "-m", "megacpt"]), "train", str(path)]
-            done = subprocess.run(command)
+            command = [*launcher, "train", str(path)]
+            try:
+                done = subprocess.run(command)
+            except OSError as error:
+                raise ConfigError(
+                    [f"--launch {launch}: cannot be started ({error.strerror})."], "the arguments"
+                ) from None
             if done.returncode or _status(directory / name) != "finished":
                 raise ConfigError(
                     [f"{' '.join(command)}: ended with {done.returncode}; its output stands above."], "the assessment"
                 )
-        measured = [event["losses"] for event in _events(directory / name) if event["kind"] == "validation"]
-        losses = [{n: math.nan if loss is None else loss for n, loss in each.items()} for each in measured]
-        found.append(Trial(name, losses[0], losses[-1]))
+        found.append(_trial(name, directory / name))
     return found
+
+
+def _trial(name: str, run: Path) -> Trial:
+    """What a finished run measured first and last.
+
+    Raises:
+        DataError: if its events do not say.
+    """
+    losses = []
+    for record in read_records(run / EVENTS):
+        row = record.row or {}
+        if row.get("kind") == "validation" and isinstance(row.get("losses"), dict):
+            losses.append({domain: math.nan if loss is None else loss for domain, loss in row["losses"].items()})
+    if not losses or not all(type(loss) in (int, float) for each in (losses[0], losses[-1]) for loss in each.values()):
+        raise DataError(f"{run / EVENTS}: holds no losses. Remove {run} and start again: this trial is then run again.")
+    return Trial(name, losses[0], losses[-1])
 
 
 def _status(run: Path) -> str | None:
     try:
-        return json.loads((run / STATUS).read_text())["status"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        return read_object(run / STATUS).get("status")
+    except (OSError, JsonError):
         return None
-
-
-def _events(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / EVENTS).read_text(encoding="utf-8").splitlines()]
 
 
 def table(trials: list[Trial]) -> list[str]:

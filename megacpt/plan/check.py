@@ -1,41 +1,46 @@
-"""Everything that can be said of a recipe before a process starts: all problems at once, then the resolved run as text.
-Imports no torch and no numpy; answers in a fraction of a second."""
+"""Everything that can be said of a recipe before a process starts: all problems at once, and the facts of the resolved run. Imports no
+torch and no numpy; answers in a fraction of a second."""
 
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
 
 from megacpt.config.clock import Clock
-from megacpt.config.layout import resolve_layout
+from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
 from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
-from megacpt.config.quantity import show_tokens
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of, warnings_of
+from megacpt.config.run_layout import path_problems
+from megacpt.config.sections.data import Domain
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
-from megacpt.config.sections.stage import Stage
+from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
 from megacpt.errors import ConfigError, DataError, MegacptError, Problem, nearest
 from megacpt.family.base import ModelConfig
 from megacpt.family.rope import least_theta, theta_by_rule
-from megacpt.log import short_number
-from megacpt.model.split import plan_pipeline, stage_weights
+from megacpt.model.split import PipelinePlan, plan_pipeline, stage_weights
 from megacpt.optim.schedule import rate_of_step
 from megacpt.parallel.pipeline.simulate import simulate
-from megacpt.plan.memory import RESERVE_GIB, Job, Peak, peak, rank_parameters, remedies
+from megacpt.plan.describe import filling
+from megacpt.plan.facts import (
+    CurriculumFacts,
+    DomainFacts,
+    Facts,
+    LayoutFacts,
+    ModelFacts,
+    ReductionFacts,
+    Report,
+    ScheduleFacts,
+    StageFacts,
+)
+from megacpt.plan.memory import GIB, RESERVE_GIB, Job, Peak, peak, rank_parameters, remedies
 from megacpt.plan.picture import schedule_picture
 
-
-@dataclass
-class Report:
-    """What `check` found."""
-
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+MOST_BUBBLE, MOST_FILLING, MOST_EPOCHS = 0.5, 0.1, 4
+"""Beyond these a run is warned of."""
 
 
 def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float | None = None) -> Report:
@@ -46,94 +51,140 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         card_gib: memory of one card, which every stage must fit; None asks for no limit.
     """
     report = Report(problems=problems_of(recipe, world_size))
-    config = _model(recipe, report, files)
-    tokens = _data(recipe, report, config) if files else {}
+    if files:
+        report.problems += path_problems(recipe.directory)
+        report.problems += path_problems(recipe.packing.directory, "packing.directory")
+    config = _check_model(recipe, report, files)
+    tokens = _check_data(recipe, report, config) if files else {}
     if not files:
         report.warnings.append(Problem("", None, "--no-files: model files and data were not read."))
     elif not report.problems:
-        report.problems += _tasks(recipe)
+        _check_tasks(recipe, report)
     report.warnings += warnings_of(recipe)
     if config:
-        _model_rules(recipe, config, report)
-    pipeline = _pipeline(recipe, world_size, config, report)
-    memory = [] if report.problems else _memory(recipe, world_size, config, card_gib, report)
+        _check_shape(recipe, config, report)
+    layouts = _check_layouts(recipe, world_size, config, report)
+    needs = [] if report.problems else _check_memory(recipe, world_size, config, card_gib, report)
     if not report.problems:
-        _resolved(recipe, world_size, config, tokens, report)
-        report.lines[-1:-1] = pipeline + memory
+        report.facts = _facts_of(recipe, world_size, config, tokens, layouts, needs)
+        report.warnings += _fact_warnings(report.facts)
     return report
 
 
-def _tasks(recipe: Recipe) -> list[Problem]:
-    """What is wrong with the question files of the gates."""
-    problems = []
+def _check_tasks(recipe: Recipe, report: Report) -> None:
+    """The question files of the gates."""
     for name, gate in recipe.gates.items():
         for task in getattr(gate, "tasks", []):
             try:
                 read_task(task)
             except DataError as error:
-                problems.append(Problem(f"gates.{name}.tasks", None, str(error)))
-    return problems
+                report.problems.append(Problem(f"gates.{name}.tasks", None, str(error)))
 
 
-def _model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
+def _check_model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
     try:
-        return _known(recipe.model, files)
+        return known_model(recipe.model, files)
     except ConfigError as error:
-        report.problems += [Problem("model", None, str(problem)) for problem in error.problems]
+        report.problems += [problem.inside("model") for problem in error.problems]
     return None
 
 
-def _known(model: Model, files: bool) -> ModelConfig | None:
-    """The model's shape, from disk only if `files`."""
+def known_model(model: Model, files: bool) -> ModelConfig | None:
+    """The model's shape, from disk only if `files`.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not trained here.
+    """
     if model.architecture or (files and (model.pretrained or model.config)):
         return load_model_config(model)
     return load_model_config(Model(architecture=model.expect)) if model.expect else None
 
 
-def _model_rules(recipe: Recipe, config: ModelConfig, report: Report) -> None:
+def _check_shape(recipe: Recipe, config: ModelConfig, report: Report) -> None:
+    """What layouts and stages ask of the model."""
     for key, parallel in layouts_of(recipe).items():
-        found = shape_problems(config, parallel, recipe.model.vocab_multiple)
-        report.problems += [Problem("", None, problem.replace("parallel", key, 1)) for problem in found]
-    first = config
+        report.problems += shape_problems(config, parallel, recipe.model.vocab_multiple, key)
+    now = config
     for index, stage in enumerate(recipe.stages):
+        where = f"stages.{stage.name}"
         try:
-            config = config_in_stage(first, recipe.stages, index)
-            frozen_names(stage.freeze, config)
+            now = config_in_stage(config, recipe.stages, index)
+            frozen_names(stage.freeze, now)
         except ConfigError as error:
-            report.problems += [
-                p if p in report.problems else Problem("", None, f"stages.{stage.name}.{p}") for p in error.problems
-            ]
-            break
-        longest = config.rope.longest
-        if (
-            longest and config.rope == first.rope and not recipe.model.rope
-        ):  # what the checkpoint itself was trained for
-            longest = max(longest, config.max_position_embeddings)
-        if longest and stage.seq_len > longest:
-            report.problems.append(
-                Problem(
-                    "",
-                    None,
-                    f"stages.{stage.name}.seq_len = {stage.seq_len}: the rotary embedding ({config.rope.type}, factor "
-                    f"{config.rope.fields['factor']:g} x {config.rope.fields['original_max_position_embeddings']}) ends at {longest}. "
-                    f"Nearest: {longest}; or set stages.{stage.name}.rope.",
-                )
-            )
-        elif (
-            not longest
-            and stage.seq_len > config.max_position_embeddings
-            and config.rope.theta < least_theta(stage.seq_len)
-        ):
-            ntk, twice = (theta_by_rule(rule, first, stage.seq_len) for rule in ("ntk", "ntk2"))
-            report.warnings.append(
-                Problem(
-                    "",
-                    None,
-                    f"stages.{stage.name}: theta {config.rope.theta:g} is below {least_theta(stage.seq_len):.3g}, the bound for "
-                    f"{stage.seq_len} tokens (the model was made for {config.max_position_embeddings}). By rule: {ntk:.3g} "
-                    f'(rope.rule = "ntk") or {twice:.3g} ("ntk2").',
-                )
-            )
+            report.problems += [problem.inside(where) for problem in error.problems]
+            return
+        _check_length(recipe, stage, config, now, report)
+
+
+def _check_length(recipe: Recipe, stage: Stage, first: ModelConfig, now: ModelConfig, report: Report) -> None:
+    """Whether the rotary embedding of a stage reaches the end of its rows."""
+    where, seq_len, rope, made_for = f"stages.{stage.name}", stage.seq_len, now.rope, now.max_position_embeddings
+    longest = rope.longest
+    if longest and rope == first.rope and not recipe.model.rope:  # what the checkpoint itself was trained for
+        longest = max(longest, made_for)
+    if longest and seq_len > longest:
+        text = (
+            f"the rotary embedding ({rope.type}, factor {rope.fields['factor']:g} x "
+            f"{rope.fields['original_max_position_embeddings']}) ends at {longest}."
+        )
+        report.problems.append(Problem(f"{where}.seq_len", seq_len, text, f"Nearest: {longest}; or set {where}.rope."))
+    elif not longest and seq_len > made_for and rope.theta < least_theta(seq_len):
+        ntk, twice = (theta_by_rule(rule, first, seq_len) for rule in ("ntk", "ntk2"))
+        text = (
+            f"theta {rope.theta:g} is below {least_theta(seq_len):.3g}, the bound for {seq_len} tokens (the model was made for "
+            f"{made_for})."
+        )
+        remedy = f'By rule: {ntk:.3g} (rope.rule = "ntk") or {twice:.3g} ("ntk2").'
+        report.warnings.append(Problem(where, None, text, remedy))
+
+
+def _check_layouts(
+    recipe: Recipe, world_size: int, config: ModelConfig | None, report: Report
+) -> tuple[LayoutFacts, ...]:
+    """Pipelines and reductions of the layouts that fit the world size; the others are among the problems already."""
+    if config is None and any(parallel.pipeline > 1 for parallel in layouts_of(recipe).values()):
+        text = "the model's number of layers is not known here, so its split into pipeline stages was not checked."
+        report.warnings.append(Problem("", None, text, "Set model.expect."))
+    found = []
+    for key, parallel in layouts_of(recipe).items():
+        try:
+            layout = resolve_layout(parallel, world_size)
+        except ValueError:
+            continue
+        try:
+            found.append(_layout_facts(recipe, key, parallel, layout, config))
+        except ValueError as error:
+            report.problems.append(Problem(key, None, str(error)))
+    return tuple(found)
+
+
+def _layout_facts(
+    recipe: Recipe, key: str, parallel: Parallel, layout: Layout, config: ModelConfig | None
+) -> LayoutFacts:
+    """Raises ValueError if the layers or micro-batches of a step do not fit the pipeline."""
+    counts = micro_batch_counts(recipe, parallel, layout.data)
+    too_many = max(counts) * parallel.pipeline * parallel.virtual_stages > MOST_MICRO_BATCHES  # a problem already
+    if config is None or too_many:
+        return LayoutFacts(key, layout)
+    plan = plan_pipeline(config.num_hidden_layers, parallel)
+    schedules = {count: plan.schedule(count) for count in counts}
+    reduction = _reduction_facts(recipe, parallel, layout, config, plan, max(counts))
+    if parallel.pipeline == 1:
+        return LayoutFacts(key, layout, plan.name, reduction=reduction)
+    played = {count: simulate(schedule, stage_weights(plan, parallel)) for count, schedule in schedules.items()}
+    facts = tuple(ScheduleFacts(count, found.bubble, max(found.peak)) for count, found in played.items())
+    return LayoutFacts(key, layout, plan.name, tuple(map(len, plan.layers)), facts, reduction)
+
+
+def _reduction_facts(
+    recipe: Recipe, parallel: Parallel, layout: Layout, config: ModelConfig, plan: PipelinePlan, micro_batches: int
+) -> ReductionFacts | None:
+    sharers = layout.data * layout.context
+    if sharers == 1:
+        return None
+    kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / GIB
+    sent = kept * (sharers - 1) / sharers
+    return ReductionFacts(reduction_under(recipe, parallel), kept, sent, micro_batches * sent)
 
 
 def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> list[int]:
@@ -145,87 +196,21 @@ def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> l
     return sorted(counts)
 
 
-def _pipeline(recipe: Recipe, world_size: int, config: ModelConfig | None, report: Report) -> list[str]:
-    """Lines on stages, schedule and gradients; problems go to the report."""
-    if config is None:
-        if any(parallel.pipeline > 1 for parallel in layouts_of(recipe).values()):
-            report.warnings.append(
-                Problem(
-                    "", None, "the model's number of layers is not known here: its split into stages was not checked."
-                )
-            )
-        return []
-    lines = []
-    for key, parallel in layouts_of(recipe).items():
-        found = _pipeline_of(recipe, key, parallel, world_size, config, report)
-        lines += [f"{key}:", *(f"  {line}" for line in found)] if found and len(layouts_of(recipe)) > 1 else found
-    return lines
-
-
-def _pipeline_of(
-    recipe: Recipe, key: str, parallel: Parallel, world_size: int, config: ModelConfig, report: Report
-) -> list[str]:
-    lines = []
-    try:
-        layout = resolve_layout(parallel, world_size)
-    except ValueError:
-        return []  # said already
-    counts = micro_batch_counts(recipe, parallel, layout.data)
-    try:
-        plan = plan_pipeline(config.num_hidden_layers, parallel)
-        schedules = {count: plan.schedule(count) for count in counts}
-    except ValueError as error:
-        report.problems.append(Problem(key, None, str(error)))
-        return []
-    if parallel.pipeline > 1:
-        runs = [(count, len(list(same))) for count, same in groupby(map(len, plan.layers))]
-        shown = ", ".join(
-            f"{times} x {count}" if times > 2 else ", ".join([str(count)] * times) for count, times in runs
-        )
-        lines.append(f"pipeline {plan.name}, layers of the {len(plan.layers)} stages: {shown}")
-        for count, schedule in schedules.items():
-            found = simulate(schedule, stage_weights(plan, parallel))
-            lines.append(
-                f"  {count} micro-batches: bubble {found.bubble:.1%}, at most {max(found.peak)} stage activations on a rank"
-            )
-            if found.bubble > 0.5:
-                report.warnings.append(
-                    Problem(
-                        "",
-                        None,
-                        f"with {count} micro-batches the pipeline's bubble is {found.bubble:.0%} of the busy time. More rows a step, "
-                        "fewer pipeline ranks, or more virtual stages.",
-                    )
-                )
-    sharers = layout.data * layout.context
-    if sharers > 1:
-        size, most = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / 2**30, max(counts)
-        chosen = reduction_under(recipe, parallel)
-        sent = size * (sharers - 1) / sharers
-        lines.append(
-            f'gradients, precision.reduce = "{chosen}": "step" keeps {size:.3g} GiB a rank and sends {sent:.3g} GiB a step, '
-            f'"micro_batch" sends up to {most * sent:.3g} GiB a step'
-        )
-    return lines
-
-
-def _memory(
+def _check_memory(
     recipe: Recipe, world_size: int, config: ModelConfig | None, card_gib: float | None, report: Report
-) -> list[str]:
-    """A line for each stage that needs other memory than the one before it; stages that do not fit go to the problems."""
+) -> list[Peak | None]:
+    """What each stage needs of a card; stages that do not fit are problems."""
     if config is None:
-        report.warnings.append("the model's shape is not known here: the memory of a step was not estimated.")
-        return []
-    lines: list[str] = []
+        text = "the model's shape is not known here, so the memory of a step was not estimated."
+        report.warnings.append(Problem("", None, text, "Set model.expect."))
+        return [None] * len(recipe.stages)
+    needs: list[Peak | None] = []
     for stage in recipe.stages:
         job, need = fullest_step(recipe, stage, world_size, config)
-        held = f" ({need})" if str(need) else ""
-        line = f"at most {need.gib:.1f} GiB on pipeline rank {need.rank}{held}"
-        if not lines or not lines[-1].endswith(line):
-            lines.append(f"memory of a card from stage {stage.name} on: {line}")
+        needs.append(need)
         if card_gib is not None and need.gib + RESERVE_GIB > card_gib:
-            report.problems.append(Problem("", None, over_memory(stage.name, job, need, card_gib)))
-    return lines
+            report.problems.append(over_memory(stage.name, job, need, card_gib))
+    return needs
 
 
 def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelConfig) -> tuple[Job, Peak]:
@@ -243,25 +228,27 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     return max(((job, peak(job)) for job in jobs), key=lambda found: found[1].gib)
 
 
-def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> str:
+def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> Problem:
     """What to say of a stage that does not fit its cards."""
     fitting = remedies(job, card_gib)
-    out = f"It fits with {'; or '.join(fitting)}." if fitting else "Share the model or the sequence over more ranks."
-    return (
-        f"stages.{stage}: pipeline rank {need.rank} needs {need.gib:.1f} GiB ({need}), and {RESERVE_GIB:g} GiB are left free for CUDA "
-        f"and NCCL; a card has {card_gib:g} GiB (--device-memory). {out}"
+    remedy = f"It fits with {'; or '.join(fitting)}." if fitting else "Share the model or the sequence over more ranks."
+    text = (
+        f"pipeline rank {need.rank} needs {need.gib:.1f} GiB ({need}), and {RESERVE_GIB:g} GiB are left free for CUDA and NCCL; a card "
+        f"has {card_gib:g} GiB (--device-memory)."
     )
+    return Problem(f"stages.{stage}", None, text, remedy)
 
 
 def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
-    """The timeline of the step with the most micro-batches, under the layout with the most stages.
+    """The timeline of the step with the most micro-batches, under the layout with the most pipeline stages.
 
     Raises:
         ConfigError: if the model's layers are not known.
     """
-    config = _known(recipe.model, files)
+    config = known_model(recipe.model, files)
     if config is None:
-        raise ConfigError(["--schedule-picture: the number of layers is not known without files. Set model.expect."])
+        text = "the number of layers is not known without files."
+        raise ConfigError([Problem("--schedule-picture", None, text, "Set model.expect.")])
     parallel = max(layouts_of(recipe).values(), key=lambda p: p.pipeline * p.virtual_stages)
     plan = plan_pipeline(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
@@ -269,135 +256,151 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
-def _data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
+def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> dict[str, int]:
     """Tokens of each domain, as the manifests have them."""
     tokens: dict[str, int] = {}
-    prefixes: list[str] = []
+    all_prefixes: list[str] = []
     for name, domain in recipe.data.items():
         try:
-            manifests = [read_manifest(prefix) for prefix in expand_paths(domain.paths)]
+            prefixes = expand_paths(domain.paths)
+            manifests = [read_manifest(prefix) for prefix in prefixes]
         except MegacptError as error:
             report.problems.append(Problem(f"data.{name}", None, str(error)))
             continue
-        prefixes += expand_paths(domain.paths)
-        for prefix, manifest in zip(expand_paths(domain.paths), manifests, strict=True):
-            known = list(manifest.get("labels", {}).get("names", {}))
-            unknown = [label for label in domain.labels if label not in known]
-            if domain.labels and not known:
-                report.problems.append(
-                    Problem(
-                        "",
-                        None,
-                        f"data.{name}.labels: {prefix} was prepared without labels. Prepare it with --domain-field.",
-                    )
-                )
-            elif unknown and len(unknown) == len(domain.labels):
-                report.problems.append(
-                    Problem(
-                        "", None, f"data.{name}.labels: {prefix} has no {unknown[0]!r}. {nearest(unknown[0], known)}"
-                    )
-                )
-        whole = domain.max_tokens is None and not domain.labels and recipe.packing.long_items == "refuse"
-        validated = any(name in validation.domains for validation in recipe.validation)
-        rows = [stage.seq_len for stage in recipe.stages if whole and (validated or stage.mixture.get(name))]
-        report.problems += [
-            Problem(f"data.{name}", None, problem) for problem in item_problems(expand_paths(domain.paths), rows)
-        ]
+        all_prefixes += prefixes
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            _check_labels(name, domain, prefix, manifest, report)
+        _check_items(recipe, name, domain, prefixes, report)
         if domain.order:
-            try:
-                found = score_problems(expand_files(domain.order.scores), expand_paths(domain.paths))
-            except DataError as error:
-                found = [str(error)]
-            report.problems += [Problem(f"data.{name}.order.scores", None, problem) for problem in found]
-        documents = sum(m["documents"] for m in manifests)
-        tokens[name] = sum(m["tokens"] for m in manifests)
-        if domain.labels:
-            views = [m.get("labels", {}).get("names", {}).get(label) for m in manifests for label in domain.labels]
-            documents, tokens[name] = (sum(view[key] for view in views if view) for key in ("documents", "tokens"))
+            _check_scores(name, domain, prefixes, report)
+        documents, tokens[name] = _selected(manifests, domain)
         if domain.holdout_documents >= documents:
-            report.problems.append(
-                Problem(
-                    "",
-                    None,
-                    f"data.{name}.holdout_documents = {domain.holdout_documents}: the domain has {documents} "
-                    "documents; some must be left to train on.",
-                )
-            )
-        if len({m["tokenizer"]["sha256"] for m in manifests}) > 1:
-            report.problems.append(Problem(f"data.{name}", None, "its parts were prepared with different tokenizers."))
-        largest = max(m["vocab_size"] for m in manifests)
+            text = f"the domain has {documents} documents; some must be left to train on."
+            report.problems.append(Problem(f"data.{name}.holdout_documents", domain.holdout_documents, text))
+        if len({manifest["tokenizer"]["sha256"] for manifest in manifests}) > 1:
+            text = "its parts were prepared with different tokenizers."
+            report.problems.append(Problem(f"data.{name}", None, text, "Prepare them all with one."))
+        largest = max(manifest["vocab_size"] for manifest in manifests)
         if config and largest > config.vocab_size:
-            report.warnings.append(
-                Problem(
-                    "",
-                    None,
-                    f"data.{name}: prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an "
-                    "id beyond it stops the run.",
-                )
-            )
-    report.problems += [Problem("", None, problem) for problem in make_room_for(prefixes)]
+            text = f"prepared with a vocabulary of {largest}, the model has {config.vocab_size}; an id beyond it stops the run."
+            report.warnings.append(Problem(f"data.{name}", None, text))
+    report.problems += [Problem("", None, problem) for problem in make_room_for(all_prefixes)]
     return tokens
 
 
-def _resolved(
-    recipe: Recipe, world_size: int, config: ModelConfig | None, tokens: dict[str, int], report: Report
-) -> None:
-    clock, layout = Clock(recipe), resolve_layout(layout_keys(parallel_in(recipe, recipe.stages[0])), world_size)
-    lines = report.lines
-    lines.append(f"run {recipe.run.name} in {recipe.directory}, start {recipe.run.start}, seed {recipe.run.seed}")
-    if config:
-        lines.append(
-            f"model {short_number(config.num_parameters())} parameters, {config.num_hidden_layers} layers, vocabulary "
-            f"{config.vocab_size} (padded {config.padded_vocab(recipe.model.vocab_multiple)}), rope {config.rope.type} theta "
-            f"{config.rope.theta:g}"
-        )
-    lines.append(f"layout {layout} on {layout.world_size} processes")
-    need = dict.fromkeys(recipe.data, 0.0)
-    for i, stage in enumerate(recipe.stages):
-        parallel, steps = parallel_in(recipe, stage), clock.stage_steps(i)
-        if i and layout_keys(parallel_in(recipe, stage)) != layout_keys(parallel_in(recipe, recipe.stages[i - 1])):
-            layout = resolve_layout(parallel, world_size)
-            lines.append(f"layout from stage {stage.name} on: {layout}")
-        first = clock.step(1 + sum(clock.stage_steps(j) for j in range(i)))
-        last = clock.step(first.number + steps - 1)
-        sizes = " -> ".join(show_tokens(batch) for _, batch in stage.batch_tokens)
-        per_round = layout.data * parallel.micro_batch_tokens // stage.seq_len
-        rounds, rates = -(-last.rows // per_round), schedule_in(recipe, stage)
-        lines.append(
-            f"stage {stage.name}: {show_tokens(clock.stage_tokens(i))} tokens in {steps} steps of {sizes} tokens, rows of "
-            f"{stage.seq_len}, {rounds} micro-batches of {show_tokens(parallel.micro_batch_tokens)} on {layout.data} data ranks, lr "
-            f"{rate_of_step(rates, clock, first):.3g} .. {rate_of_step(rates, clock, last):.3g}"
-        )
-        waste = 1 - last.rows / (rounds * per_round)
-        if waste > 0:
-            text = f"stage {stage.name}: {waste:.0%} of the micro-batch rows are filling ({last.rows} rows over {rounds} x {per_round})"
-            report.warnings.append(Problem("", None, text)) if waste > 0.1 else lines.append(text)
-        total = sum(stage.mixture.values())
-        for name, weight in stage.mixture.items():
-            need[name] += clock.stage_tokens(i) * weight / total
-    for name, order in ((name, domain.order) for name, domain in recipe.data.items() if domain.order):
-        way = "rising" if order.ascending else "falling"
-        lines.append(f"domain {name}: in the order of {way} {order.by}, {order.buckets} buckets")
-    for stage, objective in ((stage, objective_in(recipe, stage)) for stage in recipe.stages):
-        if objective != Objective():
-            lines.append(f"stage {stage.name}: objective {objective.kind}, normalized by {objective.normalize}")
-    for stage in (stage for stage in recipe.stages if stage.gates):
-        lines.append(
-            f"stage {stage.name} ends with the gates {', '.join(stage.gates)}; not passed: {stage.on_fail.action}"
-        )
-    for name, taken in need.items():
-        if name in tokens and taken:
-            epochs = taken / max(1, tokens[name])
-            lines.append(
-                f"domain {name}: {show_tokens(tokens[name])} tokens, {short_number(taken)} taken = {epochs:.2f} epochs"
-            )
-            if epochs > 4:
-                report.warnings.append(
-                    Problem(
-                        "",
-                        None,
-                        f"domain {name}: is repeated {epochs:.1f} times; beyond 4 the gain of repeated data "
-                        "falls off (Muennighoff et al. 2023).",
-                    )
-                )
-    lines.append(f"total {show_tokens(clock.num_tokens)} tokens, {clock.num_steps} steps")
+def _check_labels(name: str, domain: Domain, prefix: str, manifest: dict, report: Report) -> None:
+    known = list(manifest.get("labels", {}).get("names", {}))
+    unknown = [label for label in domain.labels if label not in known]
+    where = f"data.{name}.labels"
+    if domain.labels and not known:
+        remedy = "Prepare it with --domain-field."
+        report.problems.append(Problem(where, None, f"{prefix} was prepared without labels.", remedy))
+    elif unknown and len(unknown) == len(domain.labels):
+        text = f"{prefix} has no {unknown[0]!r}."
+        report.problems.append(Problem(where, None, text, nearest(unknown[0], known)))
+
+
+def _check_items(recipe: Recipe, name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
+    """Whether each item fits the rows in which the domain is read, where all of them are."""
+    if domain.max_tokens is not None or domain.labels or recipe.packing.long_items != "refuse":
+        return
+    validated = any(name in validation.domains for validation in recipe.validation)
+    rows = [stage.seq_len for stage in recipe.stages if validated or stage.mixture.get(name)]
+    report.problems += [Problem(f"data.{name}", None, problem) for problem in item_problems(prefixes, rows)]
+
+
+def _check_scores(name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
+    try:
+        found = score_problems(expand_files(domain.order.scores), prefixes)
+    except DataError as error:
+        found = [str(error)]
+    report.problems += [Problem(f"data.{name}.order.scores", None, problem) for problem in found]
+
+
+def _selected(manifests: Sequence[dict], domain: Domain) -> tuple[int, int]:
+    """(documents, tokens) of the domain, by its labels; bounds of length are not counted."""
+    views = manifests
+    if domain.labels:
+        found = [m.get("labels", {}).get("names", {}).get(label) for m in manifests for label in domain.labels]
+        views = [view for view in found if view]
+    return sum(view["documents"] for view in views), sum(view["tokens"] for view in views)
+
+
+def _facts_of(
+    recipe: Recipe, world_size: int, config: ModelConfig | None, tokens: dict[str, int],
+    layouts: tuple[LayoutFacts, ...], needs: list[Peak | None],
+) -> Facts:  # fmt: skip
+    """Of a recipe without problems."""
+    clock, run, multiple = Clock(recipe), recipe.run, recipe.model.vocab_multiple
+    model = config and ModelFacts(
+        config.num_parameters(), config.num_hidden_layers, config.vocab_size, config.padded_vocab(multiple),
+        config.rope.type, config.rope.theta,
+    )  # fmt: skip
+    return Facts(
+        run.name,
+        recipe.directory,
+        run.start,
+        run.seed,
+        world_size,
+        model,
+        layouts,
+        tuple(_stage_facts(recipe, clock, index, world_size, need) for index, need in enumerate(needs)),
+        tuple(_domain_facts(recipe, clock, name, tokens.get(name)) for name in recipe.data),
+        clock.num_tokens,
+        clock.num_steps,
+    )
+
+
+def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need: Peak | None) -> StageFacts:
+    stage, numbers = recipe.stages[index], clock.stage_numbers(index)
+    parallel = parallel_in(recipe, stage)
+    layout = resolve_layout(parallel, world_size)
+    first, last, objective = clock.step(numbers[0]), clock.step(numbers[-1]), objective_in(recipe, stage)
+    rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
+    return StageFacts(
+        name=stage.name,
+        tokens=clock.stage_tokens(index),
+        steps=len(numbers),
+        batch_tokens=tuple(batch for _, batch in stage.batch_tokens),
+        seq_len=stage.seq_len,
+        layout=layout,
+        micro_batch_tokens=parallel.micro_batch_tokens,
+        micro_batches=-(-last.rows // rows),
+        micro_batch_rows=rows,
+        rows=last.rows,
+        first_rate=rate_of_step(rates, clock, first),
+        last_rate=rate_of_step(rates, clock, last),
+        objective=None if objective == Objective() else f"{objective.kind}, normalized by {objective.normalize}",
+        gates=tuple(stage.gates),
+        on_fail=stage.on_fail.action,
+        memory=need,
+    )
+
+
+def _domain_facts(recipe: Recipe, clock: Clock, name: str, tokens: int | None) -> DomainFacts:
+    order = recipe.data[name].order
+    taken = sum(
+        clock.stage_tokens(i) * stage.mixture.get(name, 0) / sum(stage.mixture.values())
+        for i, stage in enumerate(recipe.stages)
+    )
+    curriculum = order and CurriculumFacts(order.by, order.buckets, order.ascending)
+    return DomainFacts(name, tokens, taken, curriculum)
+
+
+def _fact_warnings(facts: Facts) -> list[Problem]:
+    """What the numbers of a legal run give to think about."""
+    found = []
+    for schedule in (schedule for layout in facts.layouts for schedule in layout.schedules):
+        if schedule.bubble > MOST_BUBBLE:
+            text = f"with {schedule.micro_batches} micro-batches the pipeline's bubble is {schedule.bubble:.0%} of the busy time."
+            remedy = "Take more rows a step, fewer pipeline ranks, or more virtual stages."
+            found.append(Problem("", None, text, remedy))
+    for stage in facts.stages:
+        if stage.filling > MOST_FILLING:
+            remedy = "Take a batch that the data ranks and micro-batches divide."
+            found.append(Problem(f"stages.{stage.name}", None, f"{filling(stage)}.", remedy))
+    for domain in facts.domains:
+        if domain.epochs and domain.epochs > MOST_EPOCHS:
+            text = f"is repeated {domain.epochs:.1f} times; beyond 4 the gain of repeated data falls off (Muennighoff et al. 2023)."
+            found.append(Problem(f"data.{domain.name}", None, text))
+    return found

@@ -12,10 +12,13 @@ RUN/stop-request asks the owner to save and leave, whatever launched it: srun an
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +28,8 @@ from typing import Any
 
 from megacpt import log
 from megacpt.config.run_layout import LEASE, STOP_REQUEST
-from megacpt.errors import LeaseError
+from megacpt.errors import ConfigError, LeaseError
+from megacpt.files import JsonError, open_plain, parse_object
 
 ATTEMPT = "MEGACPT_ATTEMPT"
 REPEAT_SECONDS = 10.0
@@ -33,6 +37,10 @@ REPEAT_SECONDS = 10.0
 LOOK_SECONDS, BEAT_SECONDS, TRUST_SECONDS = 1.0, 5.0, 10.0
 PATIENCE_SECONDS, STALE_SECONDS = 15.0, 60.0
 """What a job waits for an owner that lives, which may just be ending, and for one on another machine that is not heard."""
+FOLLOWED = 1000
+"""Leases that may be followed by another between the look at the folder and that into the file."""
+MOST_BYTES = 1 << 16
+"""Of a lease, and of a stop request."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,14 @@ class Process:
 
 def process_of(pid: int) -> Process:
     return Process(pid, _start_of(pid), _machine())
+
+
+def process_told(facts: dict[str, Any]) -> Process | None:
+    """The process that a file or the environment names; None for numbers that no process has."""
+    pid, start, machine = (facts.get(key) for key in ("pid", "start", "machine"))
+    if type(pid) is not int or type(start) is not int or not isinstance(machine, str):
+        return None
+    return Process(pid, start, machine) if 0 < pid < 1 << 31 and 0 <= start < 1 << 63 else None
 
 
 def _machine() -> str:
@@ -103,11 +119,11 @@ class Supervised:
 def supervised() -> Supervised | None:
     """By whom this process was started, if it was by `megacpt supervise`."""
     try:
-        told = json.loads(os.environ.get(ATTEMPT, ""))
-        process = Process(int(told["pid"]), int(told["start"]), str(told["machine"]))
-        return Supervised(str(told["attempt"]), process)
-    except (ValueError, KeyError, TypeError):
+        told = parse_object(os.environ.get(ATTEMPT, ""))
+    except JsonError:
         return None
+    process, attempt = process_told(told), told.get("attempt")
+    return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
 def new_attempt() -> str:
@@ -173,15 +189,20 @@ class Lease:
         """Becomes the owner, or waits until it can; a stop request that is none of this job's is dropped.
 
         Raises:
-            LeaseError: if another job has the directory and stays. OSError: if the folder cannot be written.
+            LeaseError: if another job has the directory and stays. ConfigError: if what lies in the folder is no lease. OSError: if the
+                folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        while True:
+        if strange := [path for path in _paths(self.folder).values() if _is_strange(path)]:
+            raise ConfigError([f"{path}: is no plain file, where a lease belongs. Move it away." for path in strange])
+        for _ in range(FOLLOWED):
             owner = current_owner(self.run)
             if owner and not owner.released:
                 self._wait_for(owner)
             if self._create((owner.number if owner else 0) + 1):
                 break
+        else:
+            raise LeaseError(f"{self.run}: {FOLLOWED} others came before this job. Look who starts jobs on it.")
         request = stop_request(self.run)
         above = supervised()
         if request is None or not (above and request.get("attempt") == above.attempt):
@@ -221,7 +242,7 @@ class Lease:
 
     def _create(self, number: int) -> bool:
         """Whether this job became the owner of that number."""
-        path = self.folder / f"{number:08d}.json"
+        path = self.folder / _name(number)
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND, 0o644)
         except FileExistsError:
@@ -236,13 +257,13 @@ class Lease:
         os.write(file, (json.dumps(facts) + "\n").encode())
         with contextlib.suppress(OSError):
             os.fsync(file)
-        if max(_numbers(self.folder), default=0) != number:  # what we took for the last had been followed long ago
+        paths = _paths(self.folder)
+        if max(paths, default=0) != number:  # what we took for the last had been followed long ago
             os.close(file)
             path.unlink(missing_ok=True)
             return False
-        for older in _numbers(self.folder):
-            if older < number:
-                (self.folder / f"{older:08d}.json").unlink(missing_ok=True)
+        for older in paths.keys() - {number}:
+            paths[older].unlink(missing_ok=True)
         self.number, self._file, self._checked = number, file, time.monotonic()
         return True
 
@@ -255,10 +276,10 @@ class Lease:
     def look(self) -> bool:
         """Whether this job still owns the directory, by the directory itself. Raises OSError."""
         try:
-            found = _numbers(self.folder)
+            last = max(_paths(self.folder), default=0)
         except FileNotFoundError:
-            found = []
-        self.lost = self.lost or found[-1:] != [self.number]
+            last = 0
+        self.lost = self.lost or last != self.number
         self._checked = time.monotonic()
         return not self.lost
 
@@ -295,33 +316,49 @@ class Lease:
         self._file = -1
 
 
-def _numbers(folder: Path) -> list[int]:
-    names = (name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
-    return sorted(int(name) for name in names if name.isdigit())
+_NAME = re.compile(r"[0-9]{8,}\.json")
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"
+
+
+def _paths(folder: Path) -> dict[int, Path]:
+    """Leases by number. Only a name that `_name` gives is one: a folder may hold anything."""
+    numbers = {int(name.removesuffix(".json")): name for name in os.listdir(folder) if _NAME.fullmatch(name)}
+    return {number: folder / name for number, name in numbers.items() if number and name == _name(number)}
+
+
+def _is_strange(path: Path) -> bool:
+    """Whether what lies there can be no lease; one that is gone by now was one."""
+    with contextlib.suppress(FileNotFoundError):
+        return not stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 def current_owner(run: Path) -> Owner | None:
-    """Who has the lease of a run directory, or had it last."""
-    while True:
+    """Who has the lease of a run directory, or had it last. Raises OSError if that cannot be seen."""
+    for _ in range(FOLLOWED):
         try:
-            number = max(_numbers(run / LEASE), default=0)
+            paths = _paths(run / LEASE)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not number:
+        if not paths:
             return None
+        number = max(paths)
         try:
-            with open(run / LEASE / f"{number:08d}.json", encoding="utf-8", errors="replace") as file:
-                first, *rest = file.read().split("\n")
+            with open_plain(paths[number]) as file:
+                first, *rest = file.read(MOST_BYTES).decode(errors="replace").split("\n")
                 info = os.fstat(file.fileno())
-            break
         except FileNotFoundError:  # followed by a higher one in between
             continue
-    try:
-        facts = json.loads(first)
-        process = Process(int(facts["pid"]), int(facts["start"]), str(facts["machine"]))
-    except (ValueError, KeyError, TypeError):
-        facts, process = {}, None
-    return Owner(number, process, facts, "released" in rest, (info.st_mtime_ns, info.st_size, first), info.st_mtime)
+        try:
+            facts = parse_object(first)
+            process = process_told(facts)
+        except JsonError:
+            facts, process = {}, None
+        return Owner(number, process, facts, "released" in rest, (info.st_mtime_ns, info.st_size, first), info.st_mtime)
+    raise OSError(errno.ESTALE, f"lists leases that were not there {FOLLOWED} times", str(run / LEASE))
 
 
 def request_stop(run: Path, attempt: str, why: str, at_once: bool = False) -> None:
@@ -333,14 +370,13 @@ def request_stop(run: Path, attempt: str, why: str, at_once: bool = False) -> No
 def stop_request(run: Path) -> dict[str, Any] | None:
     """What stands in RUN/stop-request; a person may have written any text, which is for whoever owns the directory."""
     try:
-        text = (run / STOP_REQUEST).read_text(encoding="utf-8", errors="replace").strip()
+        with open_plain(run / STOP_REQUEST) as file:
+            text = file.read(MOST_BYTES).strip()
+        return parse_object(text) if text else None
     except OSError:
         return None
-    try:
-        found = json.loads(text) if text else None
-    except ValueError:
+    except JsonError:
         return {"why": STOP_REQUEST}
-    return found if isinstance(found, dict) or found is None else {"why": STOP_REQUEST}
 
 
 class Keeper:
@@ -358,16 +394,26 @@ class Keeper:
         self._thread.start()
 
     def _keep(self) -> None:
-        beat = time.monotonic()
+        beat, told = time.monotonic(), set()
         while not self._over.wait(LOOK_SECONDS):
-            if missing := gone(self.agents):
-                log.info(f"process {missing.pid}, which started this rank, is gone: leaving")
-                os._exit(75)
-            if lease := self.lease:
-                if time.monotonic() - beat >= BEAT_SECONDS:
-                    lease.beat()
-                    beat = time.monotonic()
-                self._read(lease)
+            try:
+                beat = self._look(beat)
+            except Exception as error:  # the next round must come: without it the lease is lost, and no stop is heard
+                if (text := f"{type(error).__name__}: {error}") not in told:
+                    told.add(text)
+                    log.warn(f"the thread that keeps the run directory goes on after {text}")
+
+    def _look(self, beat: float) -> float:
+        """One round. Returns when the lease was last shown to live."""
+        if missing := gone(self.agents):
+            log.info(f"process {missing.pid}, which started this rank, is gone: leaving")
+            os._exit(75)
+        if lease := self.lease:
+            if time.monotonic() - beat >= BEAT_SECONDS:
+                beat = time.monotonic()
+                lease.beat()
+            self._read(lease)
+        return beat
 
     def _read(self, lease: Lease) -> None:
         request, above = stop_request(lease.run), supervised()

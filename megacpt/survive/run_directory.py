@@ -220,7 +220,7 @@ def plain_numbers(value: Any) -> Any:
 def useful_seconds(directory: Path) -> float:
     """Of the steps in metrics.jsonl whose updates were made; a step that stands there twice counts once."""
     seconds: dict[int, float] = {}
-    with contextlib.suppress(OSError, JsonError):
+    with contextlib.suppress(OSError):
         for record in read_records(directory / METRICS):
             if _is_row(record) and _fits("step_s", record.row.get("step_s")):
                 seconds[record.row["step"]] = 0.0 if record.row.get("skipped") else record.row["step_s"]

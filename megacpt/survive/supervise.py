@@ -5,13 +5,15 @@ belongs to an attempt is known by its name, not by times, which two machines see
 A stop request is handed on as a file in the run directory (lease.py), because a signal does not pass every launcher: srun kills its tasks.
 A closed terminal ends nothing. Ranks end when their supervisor is gone.
 
-On a Slurm cluster it runs once, on the batch host, around srun; each attempt takes the nodes of the job that are still well.
+On a Slurm cluster it runs once, on the batch host, around srun; each attempt takes the nodes of the job that are still healthy.
 Imports no torch.
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -25,14 +27,14 @@ from megacpt.checkpoint.manifest import MANIFEST, directory_name, list_steps, re
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
-from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST
+from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST, path_problems
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
 from megacpt.files import Journal
 from megacpt.survive.lease import REPEAT_SECONDS, Supervised, new_attempt, process_of, request_stop
 from megacpt.survive.run_directory import read_status, useful_seconds
 from megacpt.survive.watchdog import told_by_ranks
 
-ILL = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
+UNUSABLE_STATES = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
 """Beginnings of the states in which Slurm's sinfo shows a node that cannot be used; a star behind one: it does not answer."""
 
 
@@ -78,7 +80,9 @@ def status_of(command: Sequence[str]) -> str:
 def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
-    run, barren, attempt = Path(recipe.directory), 0, 0
+    if problems := path_problems(recipe.directory):
+        raise ConfigError(problems, "the recipe")
+    run, without_progress, attempt = Path(recipe.directory), 0, 0
     checkpoints, unfinished = run / CHECKPOINTS, UNFINISHED if _requires_the_end(command) else 0
     stop, ledger = _Stop(), Journal(run / LEDGER, _told)
     while True:
@@ -111,15 +115,20 @@ def supervise(command: Sequence[str], options: Options) -> int:
         )
         if verdict is not None:
             return verdict
-        barren = 0 if _brought_one(checkpoints, known) else barren + 1
-        if barren > options.max_restarts:
+        without_progress = 0 if _brought_one(checkpoints, known) else without_progress + 1
+        if without_progress > options.max_restarts:
             log.warn(
-                f"{barren} attempts in a row brought no new checkpoint (--max-restarts {options.max_restarts}): {run}/{LEDGER}"
+                f"{without_progress} attempts in a row brought no new checkpoint (--max-restarts {options.max_restarts}): {run}/{LEDGER}"
             )
             return SaveError.exit_code
-        stop.wait(min(300.0, options.backoff_seconds * 2 ** max(0, barren - 1)))
+        stop.wait(pause(options.backoff_seconds, without_progress))
         if stop.asked:
             return unfinished if status["status"] == "preempted" else SaveError.exit_code
+
+
+def pause(first_seconds: float, without_progress: int) -> float:
+    """Seconds before the next attempt: doubled with each attempt in a row that brought no new checkpoint, up to five minutes."""
+    return min(300.0, first_seconds * 2.0 ** min(32, max(0, without_progress - 1)))
 
 
 def _told(ledger: Journal, problem: str) -> None:
@@ -244,7 +253,15 @@ class _Stop:
 
 
 def _run_once(command: list[str], environment: dict[str, str], started: _Started, stop: _Stop, options: Options) -> int:
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        why = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.ENOMEM):
+            raise SaveError(f"{command[0]}: cannot be started at present ({why}).") from None
+        raise ConfigError(
+            [f"{command[0]}: cannot be started ({why}). Give a command that is there."], "the arguments"
+        ) from None
     over, handed_on = None, 0
     try:
         while child.poll() is None:
@@ -305,20 +322,26 @@ def _filled(command: Sequence[str], nodes: list[str]) -> list[str]:
 
 
 def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
-    """The job's nodes that are well, as many as the recipe's layouts divide.
+    """The job's healthy nodes, as many as the recipe's layouts divide.
 
     Raises:
         SaveError: if they are fewer than `min_nodes`, or no number of them fits.
     """
-    each = int(os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+    told = os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"
+    each = int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
+    if not each:
+        raise ConfigError(
+            [f"{told} processes a node (NPROC, SLURM_GPUS_ON_NODE): give a number from 1."], "the environment"
+        )
     names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    well = [name for name in names if name not in ill_nodes(_states(names))]
-    for count in range(len(well), options.min_nodes - 1, -1):
+    unusable = unusable_nodes(_states(names))
+    healthy = [name for name in names if name not in unusable]
+    for count in range(len(healthy), options.min_nodes - 1, -1):
         if count and not problems_of(recipe, count * each):
-            return well[:count]
-    problem = problems_of(recipe, max(1, len(well)) * each)
+            return healthy[:count]
+    problem = problems_of(recipe, max(1, len(healthy)) * each)
     raise SaveError(
-        f"{len(well)} of {len(names)} nodes are well, {options.min_nodes} are needed (--min-nodes)"
+        f"{len(healthy)} of {len(names)} nodes are healthy, {options.min_nodes} are needed (--min-nodes)"
         + (f"; with {each} processes each: {problem[0]}" if problem else ".")
     )
 
@@ -327,11 +350,20 @@ def _states(names: Sequence[str]) -> str:
     return _output("sinfo", "--noheader", "--Node", "--format=%N %t", f"--nodes={','.join(names)}")
 
 
-def ill_nodes(states: str) -> set[str]:
+def unusable_nodes(states: str) -> set[str]:
     """Names of nodes that cannot be used, from lines "name state" of sinfo."""
     rows = (line.split()[:2] for line in states.splitlines() if len(line.split()) >= 2)
-    return {name for name, state in rows if state.lower().startswith(ILL) or state.endswith("*")}
+    return {name for name, state in rows if state.lower().startswith(UNUSABLE_STATES) or state.endswith("*")}
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Raises ConfigError if the command is not there, SaveError if it fails: Slurm's controller may be back later."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise ConfigError(
+            [f"{command[0]}: cannot be started ({error.strerror}), but SLURM_JOB_NODELIST is set."], "the environment"
+        ) from None
+    if done.returncode:
+        raise SaveError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr.strip()[:500]}")
+    return done.stdout

@@ -9,6 +9,7 @@ A rank's stack comes from faulthandler, whose handler needs neither Python's loc
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from typing import Any
 from megacpt import heartbeat, log
 from megacpt.config.run_layout import INCIDENTS, STATUS, incident_folder
 from megacpt.errors import ConfigError, LeaseError, MegacptError
-from megacpt.files import disk_told, write_atomically
+from megacpt.files import JsonError, disk_told, read_object, write_atomically
 from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
 from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
@@ -38,6 +39,12 @@ LEAVE_SECONDS = 60.0
 DUMP = signal.SIGUSR2
 WAITS = re.compile(r"torch/distributed/|in (wait|execute|barrier|synchronize)$")
 """Of a stack's innermost line: the rank waits for others."""
+_FAILED = re.compile(r"failed-rank-([0-9]{5,9})\.json")
+_RANK_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+KINDS = ("failed", "died", "hung", "orphaned")
+"""Of what a watchdog sees."""
 
 
 class Watch:
@@ -59,7 +66,7 @@ class Watch:
         if isinstance(error, LeaseError):  # nothing of this start belongs there
             self.done()
             return
-        if supervised() or (self.folder and self.run.is_dir()):
+        if supervised() or (self.folder and os.path.isdir(self.run)):
             folder = _incident(self.run, self.attempt or self.folder.name)
             _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
         if not self.folder:
@@ -86,7 +93,7 @@ def start(run: Path, enabled: bool) -> Watch:
         return Watch(run, None, rank)
     common = f"{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # to the ranks of a node
     name = common if "RANK" in os.environ else f"{os.getpid()}-{time.monotonic_ns()}"
-    folder = _private_folder() / f"{name}-{zlib.crc32(str(run.resolve()).encode()):08x}"
+    folder = _private_folder() / f"{name}-{zlib.crc32(os.fsencode(os.path.abspath(run))):08x}"
     folder.mkdir(mode=0o700, exist_ok=True)
     stack = open(folder / f"rank-{rank:05d}.stack", "w")
     faulthandler.register(DUMP, file=stack, all_threads=True, chain=False)
@@ -106,7 +113,7 @@ def start(run: Path, enabled: bool) -> Watch:
             "-m",
             "megacpt.survive.watchdog",
             str(folder),
-            str(run.resolve()),
+            os.path.abspath(run),
             size,
             world,
             above,
@@ -161,9 +168,10 @@ def _write(path: Path, content: dict[str, Any], spare: Path | None) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What was written there; nothing if it is no such thing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except (OSError, JsonError):
         return {}
 
 
@@ -218,7 +226,8 @@ class Watchdog:
         if time.monotonic() - self.shared_look > SHARED_LOOK_SECONDS and self.world_size > self.size:
             self.shared_look = time.monotonic()
             for path in incident_folder(self.run, self._attempt()).glob("node-*.json"):
-                return _read(path).get("kind")
+                kind = _read(path).get("kind")
+                return kind if kind in KINDS else "failed"
         return None
 
     def _attempt(self) -> str:
@@ -229,7 +238,7 @@ class Watchdog:
 
     def _incident(self, kind: str) -> None:
         """Evidence, end, and what run.json says of it."""
-        if not self.run.is_dir():  # it ended before there was a run
+        if not os.path.isdir(self.run):  # it ended before there was a run
             self._end(GRACE_SECONDS)
             return
         folder = _incident(self.run, self._attempt())
@@ -329,7 +338,11 @@ class Watchdog:
 
     def _may_say(self, run: dict[str, Any]) -> bool:
         """Whether run.json is this start's to write: nobody else has begun since, and nobody else owns the directory."""
-        owner, attempt = current_owner(self.run), self._attempt()
+        attempt = self._attempt()
+        try:
+            owner = current_owner(self.run)
+        except OSError:
+            return run.get("attempt_id") in (None, attempt)
         if owner and not owner.released:
             return owner.facts.get("attempt") == attempt
         return owner is None or owner.facts.get("attempt") == attempt or run.get("attempt_id") in (None, attempt)
@@ -343,7 +356,7 @@ def _send(pid: int, number: int) -> None:
 def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
     """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
     for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
-        if told := _read(folder / "conclusion.json"):
+        if _holds(told := _read(folder / "conclusion.json"), _CONCLUSION):
             return told
         if failures := _failures(folder):
             code, suspects, reason = conclusion("failed", {}, failures)
@@ -351,17 +364,40 @@ def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
     return {}
 
 
+_TIME = (int, float)
+_FAILURE = {"time": _TIME, "kind": str, "message": str, "exit_code": int, "ours": bool}
+_RANK = {"step": int, "phase": str, "point": str, "silent_seconds": _TIME, "budget_seconds": _TIME, "state": str}
+_CONCLUSION = {"status": str, "exit_code": int, "reason": str, "suspects": list}
+"""What a file below incidents/ must hold to be believed."""
+
+
+def _holds(found: Any, fields: dict[str, type | tuple]) -> bool:
+    return isinstance(found, dict) and all(_is(found.get(key), kind) for key, kind in fields.items())
+
+
+def _is(value: Any, kind: type | tuple) -> bool:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        return False
+    return abs(value) < 1 << 53 or value == math.inf if isinstance(value, int | float) else True
+
+
 def _failures(*folders: Path) -> dict[int, dict[str, Any]]:
-    paths = [path for folder in folders for path in folder.glob("failed-rank-*.json")]
-    found = {int(path.stem.rpartition("-")[2]): _read(path) for path in paths}
-    return {rank: failure for rank, failure in found.items() if failure}
+    found = {}
+    for path in (path for folder in folders for path in folder.glob("failed-rank-*.json")):
+        name, failure = _FAILED.fullmatch(path.name), _read(path)
+        if name and _holds(failure, _FAILURE):
+            found[int(name.group(1))] = failure
+    return found
 
 
 def _all_ranks(*folders: Path) -> dict[int, dict[str, Any]]:
-    ranks: dict[int, dict[str, Any]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for path in (path for folder in folders for path in folder.glob("node-*.json")):
-        ranks |= {int(rank): found for rank, found in _read(path).get("ranks", {}).items()}
-    return ranks
+        ranks = _read(path).get("ranks")
+        for rank, evidence in ranks.items() if isinstance(ranks, dict) else ():
+            if _RANK_NUMBER.fullmatch(rank) and _holds(evidence, _RANK):
+                found[int(rank)] = evidence
+    return found
 
 
 def _main_thread(dump: str) -> list[str]:
@@ -374,7 +410,7 @@ def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> 
     """(exit code, suspects, reason) of what was found on all nodes."""
     missing = sorted(rank for rank, found in ranks.items() if found.get("gone"))
     ours = {rank: failure for rank, failure in failures.items() if failure["ours"]}
-    if kind == "hung":
+    if kind == "hung" and ranks:
         idle = [r for r, found in ranks.items() if found["state"] == "T" or not found.get("waits", False)]
         if not idle or len(idle) == len(ranks) > 1:
             progress = lambda found: (found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1)
@@ -399,7 +435,8 @@ def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> 
 
 def _where(found: dict[str, Any]) -> str:
     stopped = ", stopped" if found["state"] == "T" else ""
-    inside = f", {found['stack'][0]}" if found.get("stack") else ""
+    stack = found.get("stack")
+    inside = f", {stack[0]}" if isinstance(stack, list) and stack else ""
     return f"step {found['step']}, {found['point'] or found['phase']}{stopped}{inside}"
 
 

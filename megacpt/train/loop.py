@@ -78,7 +78,7 @@ def _own(directory: RunDirectory) -> None:
             why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
             kind, told = "config", f"run.directory: {directory.path} {why}"
     except ConfigError as error:
-        kind, told = "config", "\n".join(error.problems)
+        kind, told = "config", "\n".join(map(str, error.problems))
     except LeaseError as error:
         kind, told = "lease", str(error)
     kind, _, told = share("directory", f"{kind}:{told}").partition(":")

@@ -26,7 +26,7 @@ def run(options: Namespace) -> None:
     from megacpt.checkpoint.export import export_average
 
     try:
-        steps = [int(step) for step in options.steps.split(",")] if options.steps else None
+        steps = None if options.steps is None else [int(step) for step in options.steps.split(",")]
     except ValueError:
         raise ConfigError(
             [f"--steps {options.steps}: write step numbers, for example 100,200,300."], "the arguments"

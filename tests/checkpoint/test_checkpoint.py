@@ -9,11 +9,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from megacpt.checkpoint import manifest
+from megacpt.checkpoint.export import export_average
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
 from megacpt.checkpoint.manifest import RunState, list_steps, newest_sound, verify
 from megacpt.checkpoint.save import prune, recover_interrupted_saves, save, tensors_of
 from megacpt.config.decisions import Decisions
-from megacpt.errors import CheckpointError
+from megacpt.errors import CheckpointError, ConfigError
 from megacpt.optim.adamw import AdamW
 
 
@@ -183,3 +184,40 @@ def test_a_missing_tensor_is_an_error(saved, mesh):
     parameters["c.weight"] = parameters.pop("a.weight")
     with pytest.raises(CheckpointError, match=r"c\.weight"):
         load(saved / "step-00000003", tensors_of(parameters, None))
+
+
+def test_only_the_names_that_saves_give_are_checkpoints(tmp_path):
+    for name in (
+        "step-00000004",
+        "step-0000000004",
+        "step-٠٠٠٠٠٠٠٥",
+        "step-4",
+        "step-99999999999999999999",
+        "step-00000006x",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000007").write_text("")
+    assert list_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "told"),
+    [
+        (None, 0, "0 checkpoints: an average needs at least two"),
+        (None, 1, "1 checkpoints: an average"),
+        (None, -1, "-1 checkpoints: an average"),
+        (None, 4, "the last 4 checkpoints: there are only 3"),
+        ([2, 2], None, "step 2: is given more than once"),
+        ([2, 2, 4, 4, 6], None, "step 2, 4: is given more than once"),
+        ([2], None, "1 checkpoints"),
+        ([], None, "0 checkpoints"),
+        ([2, 5, -1], None, "step -1, 5: there is no such checkpoint"),
+    ],
+)
+def test_an_average_of_what_is_not_there_is_refused(tmp_path, steps, last, told):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(ConfigError) as error:
+        export_average(tmp_path, tmp_path / "out", steps, last, "mean")
+    assert told in str(error.value) and "holds the steps: 2, 4, 6." in str(error.value)
+    assert error.value.exit_code == 2 and not (tmp_path / "out").exists()

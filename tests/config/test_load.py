@@ -13,6 +13,7 @@ from megacpt.config.reference import page, schema, sections
 from megacpt.config.rules import problems_of
 from megacpt.errors import ConfigError
 from megacpt.plan.check import check
+from megacpt.plan.describe import describe
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +129,7 @@ def test_check_names_what_model_and_data_do_not_allow(recipe_file):
 
 def test_check_prints_the_resolved_run(recipe_file):
     report = check(load_recipe(recipe_file()), 1)
-    text = "\n".join(report.lines)
+    text = "\n".join(describe(report.facts))
     assert not report.problems
     assert "2Ki tokens in 8 steps of 256 tokens" in text and "epochs" in text
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import LONG_SECONDS
 
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
@@ -142,7 +143,7 @@ def test_prefetch_ends_its_thread():
     ready.close()
     thread = next((t for t in threading.enumerate() if t.name == "prefetch"), None)
     if thread:
-        thread.join(5)
+        thread.join(LONG_SECONDS)
     assert not any(t.name == "prefetch" and t.is_alive() for t in threading.enumerate())
 
 

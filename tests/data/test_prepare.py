@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from samples import TEXTS
+from shared import wait_until
 
 import megacpt.data.join as join_module
 import megacpt.data.prepare as module
@@ -235,10 +235,7 @@ def test_a_killed_run_leaves_nothing_finished_and_continues(tmp_path, tokenizer_
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py"), source, str(tmp_path / "o"), str(tokenizer_dir)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("o.parts/0*.json"))) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: len(list(tmp_path.glob("o.parts/0*.json"))) >= 3, alive=[process.pid])
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not [k for k in ("bin", "idx", "json") if (tmp_path / f"o.{k}").exists()]

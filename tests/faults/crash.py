@@ -4,19 +4,23 @@ import gc
 import json
 import os
 import signal
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ranks import forget_groups
+from shared import LONG_SECONDS, has_ended, turn, wait_until
 
 from megacpt import faults
 from megacpt.config.load import load_recipe
+from megacpt.survive.lease import process_state
 from megacpt.train import loop
 
+PLAIN = [sys.executable, "-m", "megacpt", "train"]
+SUPERVISE = [sys.executable, "-m", "megacpt", "supervise", "--"]
 EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "domain_tokens", "seq_len", "skipped")
 QUICK = ["--validation=[]", "--log.tensorboard=false", "--checkpoint.every_steps=2", "--checkpoint.keep_last=3"]
 
@@ -45,37 +49,64 @@ def _rank(rank: int, world_size: int, folder: str, path: str, flags: list[str], 
 
 
 def run_ranks(
-    world_size: int, path: str, flags: list[str], fault: str = "", prepare=None, during=None, seconds: float = 120
+    world_size: int,
+    path: str,
+    flags: list[str],
+    fault: str = "",
+    prepare=None,
+    during=None,
+    seconds: float = LONG_SECONDS,
 ) -> tuple[list[int], list[str]]:
-    """(exit codes, errors) of the ranks of one run; a code below 0 is a signal.
+    """(exit codes, errors) of the ranks of one run; a code below 0 is a signal. No rank outlives it.
 
     Args:
-        prepare: called on every rank before the run. during: called here with the ranks' pids while they run.
+        prepare: called on every rank before the run. during: called here with the ranks' pids while they run; what it waits for, it waits
+            for with `wait_until(…, alive=pids)`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pids = []
-        for rank in range(world_size):
-            pid = os.fork()
-            if pid == 0:
-                _rank(rank, world_size, folder, path, flags, fault, prepare)
-            pids.append(pid)
-        if during:
-            during(pids)
-        codes: dict[int, int] = {}
-        until = time.monotonic() + seconds
-        while len(codes) < world_size:
+    with turn(world_size), tempfile.TemporaryDirectory() as folder:
+        pids: list[int] = []
+        try:
+            for rank in range(world_size):
+                pid = os.fork()
+                if pid == 0:
+                    _rank(rank, world_size, folder, path, flags, fault, prepare)
+                pids.append(pid)
+            if during:
+                during(pids)
+            ended = lambda: [pid for pid in pids if has_ended(pid)]
+            wait_until(
+                lambda: len(ended()) == world_size,
+                seconds=seconds,
+                told=lambda: f"Under {fault!r} {len(ended())} of {world_size} ranks have ended.",
+            )
+        finally:
             for pid in pids:
-                if pid not in codes:
-                    found, status = os.waitpid(pid, os.WNOHANG)
-                    if found:
-                        codes[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > until:
-                for pid in pids:
+                if not has_ended(pid):
                     os.kill(pid, signal.SIGKILL)
-                raise AssertionError(f"{world_size} ranks did not end within {seconds} s under {fault}: {codes}")
-            time.sleep(0.02)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         told = [Path(f"{folder}/{rank}.error") for rank in range(world_size)]
-        return [codes[pid] for pid in pids], [p.read_text() if p.exists() else "" for p in told]
+        return codes, [p.read_text() if p.exists() else "" for p in told]
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    """The beginning of a command line; the recipe and its flags come behind it."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+    return [sys.executable, *words, "-m", "megacpt", "train"]
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+def kill_agent(supervisor: int) -> None:
+    """SIGKILL for torchrun under a supervisor; returns when its ranks have ended."""
+    (agent,) = (int(pid) for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split())
+    ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(agent, signal.SIGKILL)
+    wait_until(lambda: not any(process_state(pid) for pid in ranks), told=lambda: f"ranks {ranks} of {agent} live on")
 
 
 def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

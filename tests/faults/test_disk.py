@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crash import events, rows, run_ranks, same, status
+from shared import LONG_SECONDS
 
 from megacpt import files, heartbeat
 from megacpt.checkpoint.manifest import list_steps
@@ -323,15 +324,15 @@ def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, 
 
     failing = subprocess.Popen([sys.executable, "-c", "pass"])
     failing.wait()
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(7200)"])
     beat(0, failing.pid, 0.0, "failed")
-    beat(1, other.pid, 600.0, "step")
+    beat(1, other.pid, 1e6, "step")
     monkeypatch.setattr(watchdog, "write_atomically", refused)
     monkeypatch.setattr(run_directory, "write_atomically", refused)
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.1)
     watchdog._write(run / "incidents/x/failed-rank-00000.json", watchdog._told(SaveError("no room")), beats)
     Watchdog(beats, run, 2, 2).watch()
-    assert other.wait(30) in (-15, -9)
+    assert other.wait(LONG_SECONDS) in (-15, -9)
     told = capfd.readouterr().err
     assert "rank 0: SaveError: no room" in told and "run.json: No space left on device" in told
     assert status(run)["status"] == "running"

@@ -14,46 +14,52 @@ SAVE_POINTS = [p for p in POINTS if p.startswith("save.")]
 KILLED = -signal.SIGKILL
 
 
-@pytest.mark.parametrize("point", STEP_POINTS)
-@pytest.mark.parametrize("who", ["rank=1,", ""], ids=["one", "all"])
-def test_a_kill_in_a_step_loses_what_came_after_the_checkpoint(whole, recipe_file, tmp_path, point, who):
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}"]
-    codes, _ = run_ranks(2, recipe_file(), flags, f"kill:{who}point={point},step=5")
+ALL = ("after_backward", "step.end")
+"""Where both ranks are killed: the resume does not see how many were, only what is on the disk, which within a step and at its end differs
+by a row."""
+KILLS = [*((point, "rank=1,") for point in STEP_POINTS), *((point, "") for point in ALL)]
+
+
+@pytest.mark.parametrize("point, who", KILLS, ids=[f"{'one' if who else 'all'}-{point}" for point, who in KILLS])
+def test_a_kill_in_a_step_loses_what_came_after_the_checkpoint(whole, stopped, point, who):
+    """In step 5, by a job that went on from step 4."""
+    run = stopped.run
+    flags = [f"--run.directory={run}"]
+    codes, _ = run_ranks(2, stopped.recipe, flags, f"kill:{who}point={point},step=5")
     assert codes[1] == KILLED and (codes[0] == KILLED if not who else codes[0] != 0), codes
-    assert list_steps(part / "checkpoints") == [2, 4] and len(rows(part)) in (4, 5)
-    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
-    assert status(part)["started_at_step"] == 4
-    same(part, whole)
+    assert list_steps(run / "checkpoints") == [2, 4] and len(rows(run)) in (4, 5)
+    assert run_ranks(2, stopped.recipe, flags)[0] == [0, 0]
+    assert status(run)["started_at_step"] == 4
+    same(run, whole)
 
 
 @pytest.mark.parametrize("point", SAVE_POINTS)
 @pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["waiting", "behind"])
-def test_a_kill_in_a_save_loses_what_came_after_the_checkpoint(whole, recipe_file, tmp_path, point, asynchronous):
-    """The save of step 4 is cut short on rank 0, or on both: what there is is whole, and the rest does not block the next save."""
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}", f"--checkpoint.asynchronous={asynchronous}"]
+def test_a_kill_in_a_save_loses_what_came_after_the_checkpoint(whole, stopped, point, asynchronous):
+    """The save of step 6 is cut short on rank 0, or on both: what there is is whole, and the rest does not block the next save."""
+    run = stopped.run
+    flags = [f"--run.directory={run}", f"--checkpoint.asynchronous={asynchronous}"]
     everywhere = point in ("save.staged", "save.after_shards")
-    codes, _ = run_ranks(2, recipe_file(), flags, f"kill:{'' if everywhere else 'rank=0,'}point={point},step=4")
+    codes, _ = run_ranks(2, stopped.recipe, flags, f"kill:{'' if everywhere else 'rank=0,'}point={point},step=6")
     assert codes[0] == KILLED and codes[1] != 0, codes
-    published = [2, 4] if point in ("save.after_rename", "save.before_prune") else [2]
-    assert list_steps(part / "checkpoints") == published
-    assert all(verify(part / f"checkpoints/step-{step:08d}") for step in published)
-    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
-    assert status(part)["started_at_step"] == published[-1]
-    assert [p.name for p in (part / "checkpoints").iterdir() if p.name.startswith(".")] == []
-    same(part, whole)
+    published = [2, 4, 6] if point in ("save.after_rename", "save.before_prune") else [2, 4]
+    assert list_steps(run / "checkpoints") == published
+    assert all(verify(run / f"checkpoints/step-{step:08d}") for step in published)
+    assert run_ranks(2, stopped.recipe, flags)[0] == [0, 0]
+    assert status(run)["started_at_step"] == published[-1]
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+    same(run, whole)
 
 
 @pytest.mark.parametrize("point", ["save.after_shards", "save.before_manifest", "save.after_rename"])
-def test_without_rename_the_manifest_decides(whole, recipe_file, tmp_path, point):
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}", "--checkpoint.publish=manifest"]
-    codes, _ = run_ranks(2, recipe_file(), flags, f"kill:rank=0,point={point},step=4")
+def test_without_rename_the_manifest_decides(whole, stopped, point):
+    run = stopped.run
+    flags = [f"--run.directory={run}", "--checkpoint.publish=manifest"]
+    codes, _ = run_ranks(2, stopped.recipe, flags, f"kill:rank=0,point={point},step=6")
     assert codes[0] == KILLED
-    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
-    assert status(part)["started_at_step"] == (4 if point == "save.after_rename" else 2)
-    same(part, whole)
+    assert run_ranks(2, stopped.recipe, flags)[0] == [0, 0]
+    assert status(run)["started_at_step"] == (6 if point == "save.after_rename" else 4)
+    same(run, whole)
 
 
 def test_the_comparison_sees_a_lost_step(whole, recipe_file, tmp_path):
@@ -77,39 +83,37 @@ def test_the_comparison_sees_a_lost_step(whole, recipe_file, tmp_path):
     assert weights(part, 8) != weights(whole, 8)
 
 
-def test_a_flipped_bit_behind_the_writer_is_never_published(whole, recipe_file, tmp_path):
+def test_a_flipped_bit_behind_the_writer_is_never_published(whole, stopped):
     """Between writing and publishing a bit of a shard turns: that save fails on all ranks, the run goes on, saves again, ends alike."""
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}"]
-    assert run_ranks(2, recipe_file(), flags, "flip:rank=1,point=save.after_shards,step=4")[0] == [0, 0]
-    (failed,) = events(part, "save_failed")
-    assert failed["step"] == 4 and "rank 1" in failed["error"] and "it is damaged" in failed["error"]
-    assert list_steps(part / "checkpoints") == [2, 6, 8]
-    same(part, whole)
+    run = stopped.run
+    flags = [f"--run.directory={run}"]
+    assert run_ranks(2, stopped.recipe, flags, "flip:rank=1,point=save.after_shards,step=6")[0] == [0, 0]
+    (failed,) = events(run, "save_failed")
+    assert failed["step"] == 6 and "rank 1" in failed["error"] and "it is damaged" in failed["error"]
+    assert list_steps(run / "checkpoints") == [2, 4, 8]
+    same(run, whole)
 
 
-def test_a_damaged_newest_is_found_by_who_reads_it(whole, recipe_file, tmp_path):
+def test_a_damaged_newest_is_found_by_who_reads_it(whole, stopped):
     """One bit of rank 1's shard: both ranks go back to the checkpoint before, and say which one was bad."""
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}"]
-    run_ranks(2, recipe_file(), [*flags, "--run.stop_at_step=4"])
-    shard = sorted((part / "checkpoints/step-00000004").glob("*.distcp"))[1]
+    run = stopped.run
+    shard = sorted((run / "checkpoints/step-00000004").glob("*.distcp"))[1]
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 16
     shard.write_bytes(raw)
-    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
-    assert status(part)["started_at_step"] == 2 and [e["step"] for e in events(part, "damaged")] == [4]
-    same(part, whole)
+    assert run_ranks(2, stopped.recipe, [f"--run.directory={run}"])[0] == [0, 0]
+    assert status(run)["started_at_step"] == 2 and [e["step"] for e in events(run, "damaged")] == [4]
+    same(run, whole)
 
 
-def test_a_resume_twice_from_the_same_checkpoint_is_the_same(whole, recipe_file, tmp_path):
-    part = tmp_path / "part"
-    flags = [f"--run.directory={part}"]
+def test_a_resume_twice_from_the_same_checkpoint_is_the_same(whole, stopped):
+    run = stopped.run
+    flags = [f"--run.directory={run}"]
     for _ in range(2):
-        run_ranks(2, recipe_file(), flags, "kill:point=after_backward,step=6")
-    assert status(part)["attempt"] == 2
-    assert run_ranks(2, recipe_file(), flags)[0] == [0, 0]
-    same(part, whole)
+        run_ranks(2, stopped.recipe, flags, "kill:point=after_backward,step=6")
+    assert status(run)["attempt"] == 3
+    assert run_ranks(2, stopped.recipe, flags)[0] == [0, 0]
+    same(run, whole)
 
 
 def test_the_points_are_all_passed(recipe_file, tmp_path):

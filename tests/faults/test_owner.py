@@ -6,39 +6,21 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from crash import QUICK, events, rows, run_ranks, same, status
+from crash import PLAIN, QUICK, SUPERVISE, descendants, events, kill_agent, rows, run_ranks, status, torchrun
+from shared import LONG_SECONDS, exit_code_of, wait_until
 
 from megacpt.checkpoint.manifest import list_steps
 from megacpt.config.run_layout import LEASE
-from megacpt.errors import LeaseError
+from megacpt.errors import ConfigError, LeaseError
 from megacpt.survive import lease as module
 from megacpt.survive.lease import Lease, current_owner, process_of, request_stop, stop_request
 
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    "-m",
-    "megacpt",
-    "train",
-]
-PLAIN = [sys.executable, "-m", "megacpt", "train"]
 LONG = ["--stages.s.tokens=1B", "--checkpoint.every_steps=1000000"]
-
-
-def until(ready, seconds: float = 300, told=lambda: "") -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.05)
 
 
 def has_steps(run: Path, count: int):
@@ -56,7 +38,7 @@ def owner_file(run: Path, number: int, **more) -> Path:
 
 def test_only_one_of_many_owns_it(tmp_path, monkeypatch):
     """Eight processes take and release it again and again; inside, each makes a file that must not be there."""
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 100.0)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", LONG_SECONDS)
 
     def work() -> None:
         for _ in range(10):
@@ -78,7 +60,7 @@ def test_only_one_of_many_owns_it(tmp_path, monkeypatch):
             finally:
                 os._exit(code)
         pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 8
+    assert [exit_code_of(pid) for pid in pids] == [0] * 8
     assert current_owner(tmp_path).number == 80 and len(list((tmp_path / LEASE).iterdir())) == 1
 
 
@@ -111,31 +93,47 @@ def test_the_process_decides_on_its_own_machine(tmp_path, monkeypatch):
         assert lease.number == 4
 
 
+class Clock:
+    """Stands for `time` in the lease: sleeping passes time at once, and what happens meanwhile is `meanwhile`."""
+
+    def __init__(self, meanwhile=lambda clock: None):
+        self.now, self.meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile(self)
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
 def test_elsewhere_the_heartbeat_decides_whatever_the_clocks_say(tmp_path, monkeypatch):
     """The file's time is a year ahead, or behind: only whether it changes counts. So it is with a file that was cut in its writing."""
-    monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
     for i, shift in enumerate((3e7, -3e7)):
-        path, over = owner_file(tmp_path / str(i), 1), threading.Event()
+        path = owner_file(tmp_path / str(i), 1)
 
-        def beat(path=path, over=over, shift=shift):
-            count = 0
-            while not over.wait(0.1):
-                count += 1
-                os.utime(path, (time.time() + shift + count, time.time() + shift + count))
+        def beat(clock: Clock, path=path, shift=shift) -> None:
+            os.utime(path, (time.time() + shift + clock.now,) * 2)
 
-        thread = threading.Thread(target=beat)
-        thread.start()
+        clock = Clock(beat)
+        monkeypatch.setattr(module, "time", clock)
         with pytest.raises(LeaseError, match="process 7 on elsewhere"):
             Lease(tmp_path / str(i), "next").take()
-        over.set()
-        thread.join()
-        begin, lease = time.monotonic(), Lease(tmp_path / str(i), "next")
+        assert module.PATIENCE_SECONDS < clock.now < module.STALE_SECONDS, (
+            "refused while it lives, before it could be stale"
+        )
+        clock = Clock()
+        monkeypatch.setattr(module, "time", clock)
+        lease = Lease(tmp_path / str(i), "next")
         lease.take()
-        assert lease.number == 2 and time.monotonic() - begin >= 2.0
+        assert lease.number == 2 and module.STALE_SECONDS < clock.now < module.STALE_SECONDS + 1
     path = owner_file(tmp_path / "cut", 1)
     path.write_bytes(b'{"attempt": "th')
     Lease(tmp_path / "cut", "next").take()
+    assert clock.now > 2 * module.STALE_SECONDS
 
 
 def test_a_slow_one_does_not_come_between(tmp_path):
@@ -169,7 +167,7 @@ def test_two_trainings_on_one_directory(recipe_file, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", {}
 
     def second(pids):
-        until(has_steps(run, 2))
+        wait_until(has_steps(run, 2), alive=pids)
         monkeypatch.setenv(
             "TORCHELASTIC_RESTART_COUNT", "9"
         )  # another launcher's ranks: their heartbeats lie elsewhere
@@ -178,7 +176,7 @@ def test_two_trainings_on_one_directory(recipe_file, tmp_path, monkeypatch):
             seen[rival] = run_ranks(2, path, flags)
         monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
         seen["status"], seen["steps"] = status(run), len(rows(run))
-        until(has_steps(run, seen["steps"] + 2))
+        wait_until(has_steps(run, seen["steps"] + 2), alive=pids)
         (run / "stop-request").write_text("please\n")
 
     path = recipe_file()
@@ -201,7 +199,7 @@ def test_who_lost_the_directory_publishes_nothing(recipe_file, tmp_path, monkeyp
     run = tmp_path / "run"
 
     def take_over(pids):
-        until(has_steps(run, 5))
+        wait_until(has_steps(run, 5), alive=pids)
         owner_file(run, 2)
         (run / "run.json").write_text('{"status": "running", "attempt_id": "theirs"}')
         (tmp_path / "go").touch()
@@ -213,7 +211,7 @@ def test_who_lost_the_directory_publishes_nothing(recipe_file, tmp_path, monkeyp
 
         def held(*args, **kwargs):
             count.append(1)
-            until(lambda: len(count) != 6 or (tmp_path / "go").exists())
+            wait_until(lambda: len(count) != 6 or (tmp_path / "go").exists())
             return step(*args, **kwargs)
 
         steps.train_step = held
@@ -236,7 +234,7 @@ def test_the_fence_is_what_holds_it_back(recipe_file, tmp_path, monkeypatch):
         RunDirectory.fence = lambda self: None
 
     def take_over(pids):
-        until(has_steps(run, 1))
+        wait_until(has_steps(run, 1), alive=pids)
         owner_file(run, 2)
 
     run_ranks(1, recipe_file(), [f"--run.directory={run}"], prepare=unfenced, during=take_over)
@@ -266,39 +264,129 @@ def test_a_stop_request_is_for_who_is_meant(tmp_path, monkeypatch):
         keeper.close()
 
 
-def finished(run: Path) -> None:
-    assert status(run)["status"] == "finished" and [row["step"] for row in rows(run)] == list(range(1, 9))
+STRANGE = [
+    "1.json",
+    "²0000001.json",
+    "٠٠٠٠٠٠٩٩.json",
+    "0000000999.json",
+    "00000000.json",
+    "x.json",
+    "00000099.json.tmp",
+    "-0000099.json",
+]
+
+
+def test_only_the_names_that_owners_give_are_leases(tmp_path):
+    """Whatever else lies there: nobody waits for it, and it stays."""
+    (tmp_path / LEASE).mkdir()
+    for name in STRANGE:
+        (tmp_path / LEASE / name).write_text("{}")
+    assert current_owner(tmp_path) is None
+    lease = Lease(tmp_path, "mine")
+    lease.take()
+    assert lease.number == current_owner(tmp_path).number == 1 and lease.look()
+    assert sorted(os.listdir(tmp_path / LEASE)) == sorted([*STRANGE, "00000001.json"])
+    lease.release()
+
+
+def test_a_lease_that_is_no_file_is_named_at_once(tmp_path):
+    (tmp_path / LEASE / "00000003.json").mkdir(parents=True)
+    (tmp_path / LEASE / "00000004.json").symlink_to("00000004.json")
+    with pytest.raises(ConfigError) as error:
+        Lease(tmp_path, "mine").take()
+    assert len(error.value.problems) == 2 and "is no plain file, where a lease belongs" in str(error.value)
+
+
+def test_no_look_at_the_owner_is_without_an_end(tmp_path, monkeypatch):
+    """A folder that lists what is not there, as a client of NFS may for a while, and another that is always faster."""
+    owner_file(tmp_path, 1).unlink()
+    monkeypatch.setattr(module.os, "listdir", lambda folder: ["00000001.json"])
+    with pytest.raises(OSError, match="leases that were not there"):
+        current_owner(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(Lease, "_create", lambda self, number: False)
+    with pytest.raises(LeaseError, match="others came before this job"):
+        Lease(tmp_path, "mine").take()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 1_000_000, b'{"pid": 1e999, "start": 1, "machine": ""}\n', b'{"pid": -1, "start": 1, "machine": "x"}\n',
+     b'{"pid": ' + b"9" * 400 + b', "start": 1, "machine": "x"}\n', b'{"pid": true, "start": 1, "machine": "x"}\n', b"\xff" * 5000],
+)  # fmt: skip
+def test_an_owner_that_no_process_can_be_is_unknown(tmp_path, content):
+    owner_file(tmp_path, 5).write_bytes(content)
+    found = current_owner(tmp_path)
+    assert found.number == 5 and found.process is None and "process unknown on" in found.told(tmp_path, None)
+
+
+@pytest.mark.parametrize("content", [b"[" * 1_000_000, b'{"why":' * 9000, b"\xff\xfe", b"9" * 5000, b"[1]"])
+def test_a_stop_request_may_hold_anything(tmp_path, content):
+    """As before it is for whoever owns the directory; what is empty or no file asks for nothing."""
+    (tmp_path / "stop-request").write_bytes(content)
+    assert stop_request(tmp_path) == {"why": "stop-request"}
+    for empty in (b"", b" \n"):
+        (tmp_path / "stop-request").write_bytes(empty)
+        assert stop_request(tmp_path) is None
+    (tmp_path / "stop-request").unlink()
+    os.mkfifo(tmp_path / "stop-request")
+    assert stop_request(tmp_path) is None
+
+
+def test_the_keeper_outlives_what_it_meets(tmp_path, monkeypatch, capsys):
+    """A round that fails is told once, and the next one comes: the lease is shown to live, and a stop is heard."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.0)
+    rounds, asked = [], []
+
+    class Broken:
+        run = tmp_path
+
+        def beat(self):
+            rounds.append(1)
+            if len(rounds) < 5:
+                raise RecursionError("too deep")
+
+    (tmp_path / "stop-request").write_text("by hand")
+    keeper = module.Keeper(asked.append, [])
+    keeper.lease = Broken()
+    try:
+        wait_until(lambda: asked)
+    finally:
+        keeper.close()
+    assert len(rounds) >= 5 and capsys.readouterr().err.count("goes on after RecursionError: too deep") == 1
+
+
+def ask_to_stop(run: Path) -> None:
+    """By hand, when three more steps have been made: what happened before has ended nothing."""
+    wait_until(has_steps(run, len(rows(run)) + 3))
+    (run / "stop-request").write_text("please")
+
+
+def stopped_on_request(run: Path) -> None:
+    assert (status(run)["status"], status(run)["signal"]) == ("preempted", "stop-request")
+    assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))
 
 
 def start(*command: str, **more) -> subprocess.Popen:
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | more.pop("env", {}), **more)
 
 
 def supervisor(*command: str, **more) -> subprocess.Popen:
-    return start(sys.executable, "-m", "megacpt", "supervise", "--backoff", "0.1", "--", *command, **more)
+    return start(*SUPERVISE[:-1], "--backoff", "0.1", "--", *command, **more)
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *descendants(int(child))]
-    return found
-
-
-@pytest.mark.parametrize("watchdog", ["true", "false"])
-def test_ranks_end_with_a_killed_agent(whole, recipe_file, tmp_path, watchdog):
-    """torchrun is killed, as the system does when memory is short: its ranks end, the supervisor starts again, the numbers are those of a
-    run without, each step once."""
+def test_ranks_end_with_a_killed_agent(recipe_file, tmp_path):
+    """torchrun is killed, as the system does when memory is short: its rank ends, though it sleeps, the supervisor starts again, and each
+    step is there once. With a watchdog, two ranks, and the numbers of a run without: test_supervise.py."""
     run, log = tmp_path / "run", open(tmp_path / "log", "w")
-    flags = [*QUICK, f"--run.directory={run}", f"--health.watchdog={watchdog}"]
-    child = supervisor(*TORCHRUN, recipe_file(), *flags, stderr=log)
-    until(has_steps(run, 1))
-    (agent,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
-    ranks = [pid for pid in descendants(agent) if b"watchdog" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(agent, signal.SIGKILL)
-    until(lambda: not any(module.process_state(pid) for pid in ranks), 120)
-    assert child.wait(600) == 0, (tmp_path / "log").read_text()
-    same(run, whole)
+    flags = [*QUICK, f"--run.directory={run}", "--health.watchdog=false"]
+    fault = {"MEGACPT_FAULT": f"sleep:point=step.begin,step=4,once={tmp_path}/1"}
+    child = supervisor(*torchrun(1), recipe_file(), *flags, stderr=log, env=fault)
+    wait_until(has_steps(run, 3), alive=[child.pid])
+    kill_agent(child.pid)
+    assert child.wait(LONG_SECONDS) == 0, (tmp_path / "log").read_text()
+    assert status(run)["status"] == "finished" and [row["step"] for row in rows(run)] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("watchdog", ["true", "false"])
@@ -307,69 +395,58 @@ def test_ranks_end_with_a_killed_supervisor(recipe_file, tmp_path, watchdog):
     run, log = tmp_path / "run", open(tmp_path / "log", "w")
     flags = [*QUICK, f"--run.directory={run}", f"--health.watchdog={watchdog}"]
     endless = supervisor(*PLAIN, recipe_file(), *flags, *LONG, "--checkpoint.every_steps=2", stderr=log)
-    until(has_steps(run, 3))
+    wait_until(has_steps(run, 3), alive=[endless.pid])
     below = descendants(endless.pid)
     endless.kill()
     endless.wait()
-    until(lambda: not any(module.process_state(pid) for pid in below), 120)
+    wait_until(lambda: not any(module.process_state(pid) for pid in below))
     last = rows(run)[-1]["step"]
     assert last >= 3  # whether they could still save and release it before they were killed is a matter of milliseconds
     again = supervisor(*PLAIN, recipe_file(), *flags, *LONG, f"--run.stop_at_step={last + 2}", stderr=log)
-    assert again.wait(600) == 0, (tmp_path / "log").read_text()
+    assert again.wait(LONG_SECONDS) == 0, (tmp_path / "log").read_text()
     assert [row["step"] for row in rows(run)] == list(range(1, last + 3))
 
 
 def test_a_closed_terminal_ends_nothing(recipe_file, tmp_path):
-    """Supervisor and ranks have a terminal that is closed in the middle: SIGHUP and EIO. The run is finished, and its events say so."""
+    """Supervisor and ranks have a terminal that is closed in the middle: SIGHUP and EIO. The run goes on, and its events say so."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "megacpt",
-        "supervise",
-        "--",
-        *PLAIN,
-        recipe_file(),
-        *QUICK,
-        f"--run.directory={run}",
-    ]
+    command = [*SUPERVISE, *PLAIN, recipe_file(), *QUICK, *LONG, f"--run.directory={run}"]
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, command)
-    until(has_steps(run, 1))
+    wait_until(has_steps(run, 1), alive=[pid])
     os.close(terminal)
-    deadline = time.monotonic() + 600
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert os.waitstatus_to_exitcode(ended[1]) == 0
-    finished(run)
+    ask_to_stop(run)
+    assert exit_code_of(pid) == 0
+    stopped_on_request(run)
     assert len(events(run, "console_lost")) == 1
 
 
 def test_a_hangup_of_the_launcher_ends_nothing(recipe_file, tmp_path):
     """launch/torchrun.sh without a supervisor, in a terminal that is closed; torchrun's own default hands SIGHUP on and ends."""
     run, script = tmp_path / "run", str(Path(__file__).parents[2] / "launch/torchrun.sh")
-    more = {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(["bash", script, recipe_file(), *QUICK, f"--run.directory={run}"], env=os.environ | more)
-    until(has_steps(run, 1))
+    more = {"PYTHON": sys.executable, "NPROC": "1"}
+    child = start("bash", script, recipe_file(), *QUICK, *LONG, f"--run.directory={run}", env=more)
+    wait_until(has_steps(run, 1), alive=[child.pid])
     for pid in [child.pid, *descendants(child.pid)]:
         os.kill(pid, signal.SIGHUP)
-    assert child.wait(600) == 0
-    finished(run)
+    ask_to_stop(run)
+    assert child.wait(LONG_SECONDS) == 0
+    stopped_on_request(run)
 
 
 def test_a_reader_that_leaves_ends_nothing(recipe_file, tmp_path):
     """megacpt train … 2>&1 | head -2"""
     run = tmp_path / "run"
-    child = start(
-        *PLAIN, recipe_file(), *QUICK, f"--run.directory={run}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    words = [*PLAIN, recipe_file(), *QUICK, *LONG, f"--run.directory={run}"]
+    child = start(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     child.stdout.readline()
     child.stdout.close()
-    assert child.wait(600) == 0
-    finished(run)
+    wait_until(has_steps(run, 1), alive=[child.pid])
+    ask_to_stop(run)
+    assert child.wait(LONG_SECONDS) == 0
+    stopped_on_request(run)
     assert "Broken pipe" in events(run, "console_lost")[0]["error"]
 
 
@@ -381,5 +458,5 @@ def test_a_verb_that_prints_into_a_closed_pipe_has_not_done_its_work(recipe_file
         sys.executable, "-m", "megacpt", "check", recipe_file(), stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
-    _, said = child.communicate(timeout=120)
+    _, said = child.communicate(timeout=LONG_SECONDS)
     assert (child.returncode, said) == (128 + signal.SIGPIPE, "")

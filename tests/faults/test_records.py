@@ -1,6 +1,7 @@
 """What a run leaves and reads back: metrics.jsonl and run.json with anything in them; and a watchdog that lets a rank leave."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 
 import pytest
 from crash import QUICK, events, rows, run_ranks
+from shared import LONG_SECONDS, wait_until
 
+from megacpt.files import JsonError, read_object, read_records
 from megacpt.heartbeat import Heartbeat
 from megacpt.survive import watchdog as module
 from megacpt.survive.run_directory import RunDirectory, read_status, useful_seconds
@@ -48,6 +51,100 @@ def test_times_that_are_none_count_nothing(tmp_path):
         row(1) + row(2, step_s="x") + row(3, step_s=None) + '{"step": 4, "step_s": Infinity}\n'
     )
     assert useful_seconds(tmp_path) == 1.0
+
+
+ABSURD = [
+    ("step", [0, -1, 1 << 54, 10**400, 1.5, True, None]),
+    ("step_s", [-1.0, -(10**400), 1e12, float("nan"), float("inf"), "1"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ABSURD for value in values])
+def test_rows_with_absurd_numbers_count_nothing(tmp_path, key, value):
+    (tmp_path / "metrics.jsonl").write_text(row(1) + json.dumps({"step": 7, "step_s": 5.0} | {key: value}) + "\n")
+    assert useful_seconds(tmp_path) == 1.0
+    directory = RunDirectory(tmp_path, write=True)
+    directory.cut_metrics(99)
+    assert [found["step"] for found in rows(tmp_path)] == ([1] if key == "step" else [1, 7])
+
+
+@pytest.mark.parametrize("key, value", [("attempt", -5), ("attempt", 10**400), ("first_started", -1e9), ("first_started", 0),
+                                        ("first_started", 1e300), ("first_started", time.time() + 1e6), ("exit_code", 10**30)])  # fmt: skip
+def test_absurd_numbers_of_run_json_are_left_out(tmp_path, key, value):
+    (tmp_path / "run.json").write_text(json.dumps({"status": "running", key: value}))
+    assert read_status(tmp_path) == {"status": "running"}
+    sound = {"attempt": 3, "first_started": time.time() - 10, "exit_code": 75}
+    (tmp_path / "run.json").write_text(json.dumps(sound))
+    assert read_status(tmp_path) == sound
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (b"[" * 1_000_000, "nested too deeply"),
+        (b'{"a":' * 300_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "it is no JSON"),
+        (b"\xff\xfe{}", "it is no JSON"),
+        (b"[1]", "it holds a list, not an object"),
+        (b"null", "it holds a NoneType"),
+        (b'{"a": "' + b"x" * 5000 + b'"}', "it has more than 4,096 bytes"),
+    ],
+)
+def test_whatever_is_no_object_is_one_error(tmp_path, content, told):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(JsonError, match=told):
+        read_object(tmp_path / "f", 4096 if "4,096" in told else 1 << 24)
+    (tmp_path / "f").write_bytes(b'{"a": 1}')
+    assert read_object(tmp_path / "f", 8) == {"a": 1}
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(OSError, match="is no plain file"):
+            read_object(tmp_path / name)
+
+
+def test_a_line_that_is_too_long_hides_no_other(tmp_path):
+    lines = [b'{"a": 1}', b"x" * 100, b"", b'{"a": 2, "b": "' + b"y" * 40 + b'"}', b'{"a": 3}', b'{"a": 4']
+    (tmp_path / "f").write_bytes(b"\n".join(lines))
+    found = [(record.number, record.row and record.row["a"]) for record in read_records(tmp_path / "f", 32)]
+    assert found == [(1, 1), (2, None), (4, None), (5, 3)], "of the last one nobody knows whether it was finished"
+    assert [record.row and record.row["a"] for record in read_records(tmp_path / "f")] == [1, None, 2, 3]
+
+
+def test_incidents_may_hold_anything(tmp_path):
+    """What the watchdogs and the supervisor believe of them: nothing that is not whole, and no name but those that ranks give."""
+    folder = tmp_path / "incidents/a.0"
+    folder.mkdir(parents=True)
+    sound = {"time": 1.0, "kind": "DataError", "message": "m", "exit_code": 76, "ours": True}
+    rank = {"step": 1, "phase": "step", "point": "", "silent_seconds": 1.0, "budget_seconds": 2.0, "state": "S"}
+    for i, wrong in enumerate(({}, {"time": 10**400}, {"exit_code": "76"}, {"ours": 1}, {"message": None})):
+        (folder / f"failed-rank-{i:05d}.json").write_text(json.dumps(sound | wrong if wrong else {}))
+    for name in ("failed-rank-x.json", "failed-rank-²0000.json", "failed-rank-1.json", "failed-rank-00007.json"):
+        (folder / name).write_text(json.dumps(sound))
+    (folder / "failed-rank-00008.json").mkdir()
+    (folder / "node-a.json").write_text(
+        json.dumps({"ranks": {"0": rank, "1": {}, "x": rank, "²": rank, "3": rank | {"silent_seconds": 10**400}}})
+    )
+    (folder / "node-b.json").write_text("[" * 100_000)
+    (folder / "node-c.json").write_text(json.dumps({"ranks": [1]}))
+    assert list(module._failures(folder)) == [7] and list(module._all_ranks(folder)) == [0]
+    (folder / "conclusion.json").write_text(json.dumps({"status": 3, "exit_code": 2}))
+    assert module.told_by_ranks(tmp_path, "a") == {
+        "status": "failed",
+        "exit_code": 76,
+        "suspects": [7],
+        "reason": "rank 7: DataError: m",
+    }
+    assert module.conclusion("hung", {}, {})[0] == 75
+
+
+def test_the_watchdog_speaks_where_the_lease_cannot_be_read(tmp_path):
+    (tmp_path / "lease/00000001.json").mkdir(parents=True)
+    watchdog = Watchdog(tmp_path / "beats", tmp_path, 1, 1)
+    assert watchdog._may_say({"attempt_id": "beats"}) and not watchdog._may_say({"attempt_id": "another"})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +188,8 @@ from pathlib import Path
 from megacpt.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]) / "rank-00000.beat", 0)
 heart.write(0.0, sys.argv[2], "")
-while not (Path(sys.argv[1]) / "go").exists():
+until = time.monotonic() + 1800
+while not (Path(sys.argv[1]) / "go").exists() and time.monotonic() < until:
     time.sleep(0.02)
 sys.exit(2)
 """
@@ -103,11 +201,9 @@ def test_who_is_leaving_takes_its_own_exit_code_with_it(tmp_path, monkeypatch, p
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
     (tmp_path / "beats").mkdir()
     child = subprocess.Popen([sys.executable, "-c", LEAVING, str(tmp_path / "beats"), phase])
-    watchdog, deadline = Watchdog(tmp_path / "beats", tmp_path / "run", 1, 1), time.monotonic() + 60
-    while not watchdog.beats:
-        watchdog._look()
-        assert time.monotonic() < deadline
-    begin, waits = time.monotonic(), watchdog._wait
+    watchdog = Watchdog(tmp_path / "beats", tmp_path / "run", 1, 1)
+    wait_until(lambda: watchdog._look() or watchdog.beats, alive=[child.pid])
+    waits = watchdog._wait
 
     def wait(so_long, seconds):
         if seconds > 10:  # the signals for the others are behind it
@@ -116,7 +212,7 @@ def test_who_is_leaving_takes_its_own_exit_code_with_it(tmp_path, monkeypatch, p
 
     watchdog._wait = wait
     watchdog._end(0.1)
-    assert child.wait(60) == code and time.monotonic() - begin < 60
+    assert child.wait(LONG_SECONDS) == code
 
 
 def test_a_changed_value_is_shown_at_the_resume(recipe_file, tmp_path, capfd):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from crash import rows, status
+from shared import LONG_SECONDS
 from slurm_cluster import cluster, output, until
 
 from megacpt.survive.run_directory import read_status
@@ -29,7 +30,7 @@ def field(slurm, job: str, name: str) -> str:
 
 def submit(slurm, tmp_path, *arguments: str) -> str:
     options = ["--parsable", "--nodes=1", "--gpus-per-node=0", "--time=60", f"--output={tmp_path}/job.log"]
-    environment = slurm | {"PYTHON": sys.executable, "NPROC": "2", "SHUTDOWN_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
+    environment = slurm | {"PYTHON": sys.executable, "NPROC": "2", "SHUTDOWN_TIMEOUT": "600", "OMP_NUM_THREADS": "1"}
     words = ["sbatch", *options, "launch/slurm.sbatch", *arguments]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -46,7 +47,7 @@ def cancel(slurm, job: str, told) -> None:
     before = field(slurm, job, "Restarts")
     output(slurm, "scancel", job)
     ended = lambda: field(slurm, job, "JobState") in ("CANCELLED", "FAILED", "COMPLETED")
-    until(lambda: ended() and not output(slurm, "squeue", "--noheader"), 120, told)
+    until(lambda: ended() and not output(slurm, "squeue", "--noheader"), LONG_SECONDS, told)
     assert field(slurm, job, "Restarts") == before, told()
 
 
@@ -66,21 +67,21 @@ def test_a_job_saves_when_its_end_is_near_or_it_is_to_leave_and_goes_on(slurm, r
     job = submit(slurm, tmp_path, path, *flags, f"--health.watchdog={watchdog}", "--dtype", "float32")
     told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
     try:
-        until(lambda: trained(run, 1, 2), 480, told)
+        until(lambda: trained(run, 1, 2), LONG_SECONDS, told)
         minutes = 2 + int(field(slurm, job, "RunTime").split(":")[1])
         output(
             slurm, "scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 8}"
         )  # less than the 600 s of --signal are left
-        until(lambda: field(slurm, job, "Restarts") == "1", 480, told)
+        until(lambda: field(slurm, job, "Restarts") == "1", LONG_SECONDS, told)
         begin_again(slurm, job)
         assert "launch/slurm.sbatch: exit 0, run preempted" in told()
-        until(lambda: trained(run, 2, 2), 480, told)
+        until(lambda: trained(run, 2, 2), LONG_SECONDS, told)
         assert status(run)["start"] == "resume" and status(run)["started_at_step"] >= 2
         first = status(run)["started_at_step"]
         output(slurm, "scancel", "--signal=TERM", "--batch", job)
-        until(lambda: field(slurm, job, "Restarts") == "2", 480, told)
+        until(lambda: field(slurm, job, "Restarts") == "2", LONG_SECONDS, told)
         begin_again(slurm, job)
-        until(lambda: trained(run, 3, 1), 480, told)
+        until(lambda: trained(run, 3, 1), LONG_SECONDS, told)
         assert status(run)["started_at_step"] > first
         steps = [row["step"] for row in rows(run)]  # the run goes on meanwhile
         assert steps == list(range(1, len(steps) + 1)), "each step once"
@@ -96,13 +97,17 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
     job = submit(slurm, tmp_path, recipe_file(), *flags)
     told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
     try:
-        until(lambda: trained(run, 1, 2), 480, told)
+        until(lambda: trained(run, 1, 2), LONG_SECONDS, told)
         urgent = ["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
         assert output(slurm, "sbatch", "--parsable", *urgent).isdigit()
-        until(lambda: field(slurm, job, "Restarts") == "1" and field(slurm, job, "JobState") == "PENDING", 480, told)
+        until(
+            lambda: field(slurm, job, "Restarts") == "1" and field(slurm, job, "JobState") == "PENDING",
+            LONG_SECONDS,
+            told,
+        )
         first = read_status(run)["attempt"]
         begin_again(slurm, job)
-        until(lambda: trained(run, first + 1, 1), 480, told)
+        until(lambda: trained(run, first + 1, 1), LONG_SECONDS, told)
         assert status(run)["start"] == "resume" and status(run)["started_at_step"] >= 2, told()
     finally:
         cancel(slurm, job, told)
@@ -111,7 +116,7 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
 def test_a_recipe_error_is_not_requeued_and_a_run_that_is_not_there_is_no_traceback(slurm, recipe_file, tmp_path):
     job = submit(slurm, tmp_path, recipe_file(), "--run.start=resume", f"--run.directory={tmp_path}/none")
     told = lambda: (tmp_path / "job.log").read_text() + output(slurm, "scontrol", "show", "job", job)
-    until(lambda: field(slurm, job, "JobState") in ("COMPLETED", "FAILED"), 480, told)
+    until(lambda: field(slurm, job, "JobState") in ("COMPLETED", "FAILED"), LONG_SECONDS, told)
     assert field(slurm, job, "ExitCode") == "2:0" and field(slurm, job, "Restarts") == "0", told()
     after = told().rpartition("attempt 1: ")[2]  # torchrun's own traceback stands before
     assert "launch/slurm.sbatch: exit 2, run unknown" in after and "Traceback" not in after

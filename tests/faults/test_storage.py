@@ -206,7 +206,7 @@ def test_an_index_cut_under_a_run_is_an_error_with_its_name(recipe_file, prepare
 def test_a_damaged_packing_index_does_not_change_a_run(whole, recipe_file, tmp_path):
     """Between two starts, each file with another damage; both ranks find it at once."""
     run, packing = tmp_path / "run", tmp_path / "packing"
-    assert run_ranks(2, recipe_file(), [f"--run.directory={run}", "--run.stop_at_step=4"])[0] == [0, 0]
+    assert run_ranks(2, recipe_file(), [f"--run.directory={run}", "--run.stop_at_step=1"])[0] == [0, 0]
     folders = sorted(path for path in packing.iterdir() if path.is_dir())
     (folders[0] / "index.json").unlink()
     (folders[1] / "row_start.bin").write_bytes(bytes((folders[1] / "row_start.bin").stat().st_size))

@@ -42,7 +42,6 @@ def test_schema_and_pretended_tensors(name):
 
 
 def test_all_are_here():
-    assert CALLS.keys() == {name for name in torch.ops.megacpt_kernels if name[0] != "_"} | CALLS.keys()
     registered = {
         s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("megacpt_kernels::")
     }

@@ -25,6 +25,7 @@ from megacpt_kernels import (
 )
 from megacpt_kernels.adamw import Place
 from megacpt_kernels.attention import resolve_backend
+from shared import LONG_SECONDS
 from tolerances import ATTENTION, ATTENTION_OUT, KERNEL, WEIGHT_GRAD, difference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -204,7 +205,7 @@ def test_cross_entropy_over_shards_is_that_of_the_whole(shards):
 
     threads = [threading.Thread(target=work, args=(r,)) for r in range(shards)]
     [t.start() for t in threads]
-    [t.join(30) for t in threads]
+    [t.join(LONG_SECONDS) for t in threads]
     assert difference(torch.cat([results[r][0] for r in range(shards)], 1), whole) < 1e-13
     assert all(difference(results[r][i + 1], want[i]) < 1e-13 for r in range(shards) for i in (0, 1))
 

@@ -94,7 +94,7 @@ def alive_after_each_step(broken: bool, **degrees) -> dict[str, list[tuple]]:
 def settled(count, before: list[tuple]) -> tuple:
     """What is alive when gloo's threads have let go of the last messages, which they do a moment after those are done: the least of some
     looks, and behind another step as many as it takes to see the same."""
-    rows, end = [], time.monotonic() + 5
+    rows, end = [], time.monotonic() + 60
     while len(rows) < 10 or (before and min(rows) != before[-1] and time.monotonic() < end):
         rows.append(count())
         time.sleep(0.01)

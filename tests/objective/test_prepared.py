@@ -26,6 +26,7 @@ from megacpt.data.prepare import Options, prepare
 from megacpt.data.tokenizer import Tokenizer
 from megacpt.evaluate.validation import ValidationSets
 from megacpt.plan.check import check
+from megacpt.plan.describe import describe
 
 BOUND = PARITY[torch.float64]
 SEQ_LEN = 64
@@ -235,7 +236,7 @@ def test_a_stage_has_an_objective_of_its_own(made):
         made.path, ["--objective.normalize=item", '--stages.s.objective={kind = "next_token", normalize = "token"}']
     )
     assert recipe.objective.normalize == "item" and objective_in(recipe, recipe.stages[0]).normalize == "token"
-    told = "\n".join(check(recipe, 1).lines)
+    told = "\n".join(describe(check(recipe, 1).facts))
     assert "stage s: objective next_token, normalized by token" in told
     plain = load_recipe(made.path)
     assert objective_in(plain, plain.stages[0]).normalize == "weight"

@@ -14,6 +14,7 @@ from megacpt.config.model import load_model_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.model.split import plan_pipeline
 from megacpt.plan.check import check
+from megacpt.plan.describe import describe
 from megacpt.plan.memory import rank_parameters
 
 
@@ -64,14 +65,14 @@ def test_pipeline_lines_for_every_number_of_micro_batches_of_a_ramp(recipe_file)
         "--parallel.micro_batch_tokens=64",
         '--stages.s.batch_tokens=[["0", 64], ["512", 320]]',
     ]
-    lines = check(load_recipe(recipe_file(), flags), 2).lines
+    lines = describe(check(load_recipe(recipe_file(), flags), 2).facts)
     assert any(line == "pipeline 1f1b, layers of the 2 stages: 1, 1" for line in lines)
     assert any(line.startswith("  1 micro-batches: bubble 100.0%, at most 1 stage") for line in lines)
     assert any(line.startswith("  5 micro-batches: bubble 20.0%, at most 2 stage") for line in lines)
 
 
 def test_gradient_bytes_of_both_reductions(recipe_file):
-    lines = check(load_recipe(recipe_file(), ["--parallel.micro_batch_tokens=64"]), 4).lines
+    lines = describe(check(load_recipe(recipe_file(), ["--parallel.micro_batch_tokens=64"]), 4).facts)
     assert any('precision.reduce = "micro_batch": "step" keeps' in line for line in lines)
 
 
@@ -106,7 +107,10 @@ def test_the_picture_has_a_box_for_every_action(recipe_file, tmp_path):
 def test_an_expected_shape_is_compared_with_the_checkpoint(recipe_file, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     problems = check(load_recipe(recipe_file(), ["--model.expect=llama3.1-8b"]), 1).problems
-    assert any("hidden_size is 32, model.expect = llama3.1-8b has 4096" in str(problem) for problem in problems)
+    assert any(
+        'model.expect = "llama3.1-8b": hidden_size is 32, and that shape has 4096' in str(problem)
+        for problem in problems
+    )
     (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES["llama3.2-1b"]))
     recipe = load_recipe(recipe_file(), ["--model.expect=llama3.2-1b"])
     (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES["llama3.2-1b"]))
@@ -123,3 +127,39 @@ def test_the_environment_that_orders_all_streams_is_refused(recipe_file):
         env=os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     )
     assert out.returncode == 2 and "CUDA_DEVICE_MAX_CONNECTIONS = 1" in out.stderr
+
+
+def test_problems_and_facts_as_json(recipe_file, capsys):
+    """What `check` prints as text is data first: the same run as JSON, and problems with their places and values."""
+    assert run(["check", recipe_file(), "--json", "--world-size", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    facts = found["facts"]
+    assert found["problems"] == [] and facts["world_size"] == 2 and facts["layouts"][0]["layout"]["data_shard"] == 2
+    (stage,) = facts["stages"]
+    assert (stage["tokens"], stage["steps"], stage["micro_batches"]) == (2048, 8, 1)
+    assert facts["tokens"] == sum(domain["taken"] for domain in facts["domains"]) == 2048
+    assert set(stage["memory"]) == {"rank", "parts"} and sum(stage["memory"]["parts"].values()) > 0
+
+    assert run(["check", recipe_file(), "--json", "--stages.s.batch_tokens=200"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["facts"] is None
+    wrong = {
+        "where": "stages.s.batch_tokens",
+        "value": 200,
+        "text": "must be a multiple of seq_len = 64.",
+        "remedy": "Nearest: 192, 256.",
+    }
+    assert wrong in found["problems"]
+
+
+def test_problems_name_the_key_that_holds_the_layout_or_the_change(recipe_file):
+    """What the model refuses is placed under the stage that asks for it, as data: no text is edited."""
+    flags = [
+        "--stages.s.parallel.tensor=3",
+        '--stages.s.rope={type="llama3"}',
+    ]
+    wheres = [problem.where for problem in check(load_recipe(recipe_file(), flags), 3).problems]
+    assert "stages.s.parallel.tensor" in wheres
+    flags = ['--stages.s.freeze=["nothing.*"]']
+    (problem,) = check(load_recipe(recipe_file(), flags), 1).problems
+    assert problem.where == "stages.s.freeze" and "no parameter fits 'nothing.*'" in problem.text

@@ -140,11 +140,11 @@ def test_what_is_advised_fits():
     job = job_of("domain_adaptation", "none", 2)
     wide = replace(job, parallel=job.parallel.model_copy(update={"micro_batch_tokens": 16384}))
     assert peak(wide).gib > CARD_GIB
-    text = over_memory("adapt", wide, peak(wide), CARD_GIB)
+    text = str(over_memory("adapt", wide, peak(wide), CARD_GIB))
     assert "It fits with micro_batch_tokens = 8192 (58.8 GiB)" in text
     fitting = replace(wide, parallel=wide.parallel.model_copy(update={"micro_batch_tokens": 8192}), micro_batches=4)
     assert round(peak(fitting).gib, 1) == 58.8
-    tiny_card = over_memory("adapt", wide, peak(wide), 12.0)
+    tiny_card = str(over_memory("adapt", wide, peak(wide), 12.0))
     assert "It fits" not in tiny_card and "more ranks" in tiny_card
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from megacpt.config.base import PositiveInt, Section
+from megacpt.config.base import FilePath, NotNegativeInt, PositiveInt, Section
 from megacpt.errors import Problem
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class Curriculum(Section, heading="order (in [data] NAME)"):
 
     by: Literal["nll"] = "nll"
     """Quantity that orders the documents. `nll` is their mean loss under the model that scored them."""
-    scores: list[str] = Field(min_length=1)
+    scores: list[FilePath] = Field(min_length=1)
     """Score files that `megacpt score` wrote, one for each prepared set in the domain's `paths` and in that order. Globs are sorted by
     number."""
     buckets: int = Field(20, ge=1, le=10000)
@@ -30,11 +30,11 @@ class Curriculum(Section, heading="order (in [data] NAME)"):
 class Domain(Section, heading="[data] NAME", resume="frozen"):
     """A domain: prepared data under one name, of which a stage's mixture takes a share."""
 
-    paths: list[str] = Field(min_length=1)
+    paths: list[FilePath] = Field(min_length=1)
     """Prefixes of the prepared data (PREFIX.bin, .idx and .json). Globs of prefixes are sorted by number."""
-    holdout_documents: int = Field(0, ge=0)
+    holdout_documents: NotNegativeInt = 0
     """Number of documents that are kept for validation and never trained on."""
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: NotNegativeInt | None = None
     """Length in tokens below which a document is left out. By default there is no lower bound."""
     max_tokens: PositiveInt | None = None
     """Length in tokens above which a document is left out. By default there is no upper bound."""
@@ -53,7 +53,7 @@ class Packing(Section, heading="[packing]", resume="frozen"):
     long_items: Literal["refuse", "drop"] = "refuse"
     """What happens to an item (documents that `prepare --item-field` keeps together) that is longer than a row. `refuse` ends with an
     error; `drop` leaves it out of the training, with a warning that says how many there are."""
-    directory: str = "runs/.packing"
+    directory: FilePath = "runs/.packing"
     """Directory of the packing indices, which are named by their content and shared between runs."""
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megacpt.config.base import NotNegative, PositiveInt, Section, Share
+from megacpt.config.base import FilePath, NotNegative, PositiveInt, Section, Share
 from megacpt.errors import Problem, nearest
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class RecoveryGate(Section, heading="[gates] NAME, kind recovery", resume="free"
     """Kind of the gate: `recovery` asks whether short-context ability is back where the run began."""
     domains: list[str] = []
     """Domains whose validation losses, in rows of the first stage's `seq_len`, the recovery gate compares with the run's start."""
-    tasks: list[str] = []
+    tasks: list[FilePath] = []
     """Multiple-choice files whose accuracies the recovery gate compares with the run's start: lines of {"question", "choices",
     "answer"}."""
     tolerance: NotNegative = 0.02
@@ -52,7 +52,7 @@ class ForgettingGate(Section, heading="[gates] NAME, kind forgetting", resume="f
     """Kind of the gate: `forgetting` asks how much of what the base model knew was lost."""
     domains: list[str] = []
     """Domains whose validation losses, in rows of the first stage's `seq_len`, the forgetting gate compares with the run's start."""
-    tasks: list[str] = []
+    tasks: list[FilePath] = []
     """Multiple-choice files whose accuracies the forgetting gate compares with the run's start: lines of {"question", "choices",
     "answer"}."""
     max_rise: NotNegative = 0.05

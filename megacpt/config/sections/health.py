@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from megacpt.config.base import Positive, PositiveInt, Seconds, Section
+from megacpt.config.base import NotNegativeInt, Positive, PositiveInt, Seconds, Section
 
 
 class Health(Section, heading="[health]", resume="free"):
@@ -21,11 +21,11 @@ class Health(Section, heading="[health]", resume="free"):
     spike_mads: Positive | None = None
     """Skip an update whose loss or gradient norm lies this many median absolute deviations, times 1.4826 (the sigma of a normal
     distribution), above the median of the steps accepted last. By default only updates with numbers that are not finite are skipped."""
-    spike_window: int = Field(128, ge=8)
+    spike_window: int = Field(128, ge=8, le=1_000_000)
     """Number of accepted steps of the stage from which the spike rule takes its median. It acts once a quarter of them are there."""
     rollback_after: PositiveInt = 8
     """Number of skipped updates in a row after which the run goes back to the checkpoint before them and leaves out the data in between."""
-    max_rollbacks: int = Field(4, ge=0)
+    max_rollbacks: NotNegativeInt = 4
     """Number of rollbacks after which the next one ends the run with an error instead."""
     checksum_every_steps: PositiveInt = 100
     """Number of steps between two exact comparisons of the ranks that hold the same weights. There is one before each save too."""

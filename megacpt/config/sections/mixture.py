@@ -24,7 +24,7 @@ class OnlineMixture(Section, heading="online (in [mixture])"):
     """Share by which an adjustment pulls the weights back to the stage's own. 0 is the published rule, which has no fixed point."""
     floor: Share = 0.2
     """Lower bound of a domain's adjusted weight, as a part of the stage's own weight."""
-    cap: float = Field(4.0, ge=1)
+    cap: float = Field(4.0, ge=1, le=1e6)
     """Upper bound of a domain's adjusted weight, as a multiple of the stage's own weight."""
     dead_band: NotNegative = 2.0
     """Number of standard errors below which a change of a domain's loss counts as none."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megacpt.config.base import NoneAsWord, Positive, PositiveInt, Section
+from megacpt.config.base import FilePath, NoneAsWord, Positive, PositiveInt, Section
 from megacpt.errors import Problem
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ RopeChoice = Annotated[Rope | None, NoneAsWord("keep")]
 class Model(Section, heading="[model]", resume="frozen"):
     """The model that is trained: a Hugging Face directory, or a shape to be trained from scratch."""
 
-    pretrained: str | None = None
+    pretrained: FilePath | None = None
     """Hugging Face directory whose weights the run continues from: config.json, safetensors and tokenizer. Give either this, `config` or
     `architecture`."""
-    config: str | None = None
+    config: FilePath | None = None
     """A config.json that describes a model to be trained from scratch."""
     architecture: str | None = None
     """Name of a known shape to be trained from scratch: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama3.1-70b, llama3.1-405b,
@@ -55,7 +55,7 @@ class Model(Section, heading="[model]", resume="frozen"):
     expect: str | None = None
     """Name of the shape that the model in `model.pretrained` must have. With it, `check --no-files` checks the layout without reading
     the model."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """Tokenizer directory. It is required from scratch; by default it is the one of `model.pretrained`."""
     vocab_multiple: PositiveInt = 128
     """Number of rows to a multiple of which the trainer pads the vocabulary. An export never holds the padding. Tensor parallelism must

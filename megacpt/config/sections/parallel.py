@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from megacpt.config.base import KeptWord, NoneAsWord, NotNegative, PositiveInt, Section, Tokens
+from megacpt.config.base import KeptWord, NoneAsWord, NotNegative, NotNegativeInt, PositiveInt, Section, Tokens
 from megacpt.config.layout import resolve_layout
 from megacpt.config.merge import layouts_of
 from megacpt.errors import Problem
@@ -36,7 +36,7 @@ class Parallel(Section, heading="[parallel]", resume="free"):
     max_in_flight: PositiveInt | None = None
     """Upper bound on the activations that a rank keeps for the pipeline, in stages times micro-batches. By default there is none; set it to
     save memory at the price of idle time."""
-    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    stage_layers: list[NotNegativeInt] | None = None
     """Number of layers of each pipeline stage, from the first to the last. By default the layers are divided so that the heaviest stage is
     as light as possible, with embedding and head counted by `embedding_weight` and `head_weight`."""
     embedding_weight: NotNegative = 1.0
@@ -57,7 +57,7 @@ class Parallel(Section, heading="[parallel]", resume="free"):
     reshard_after_forward: Annotated[bool | None, NoneAsWord("auto")] = None
     """Whether FSDP frees a block's gathered weights between forward and backward. `auto` does so except under pipeline parallelism, as
     Llama 3 did. `false` saves one gather for each block and micro-batch."""
-    prefetch: int = Field(1, ge=0)
+    prefetch: NotNegativeInt = 1
     """Number of blocks whose weights FSDP gathers ahead of the computation. Raise it where gathers are not hidden and memory is left."""
     overlap: Literal["none", "chunked", "symmetric_memory"] = "none"
     """How forward hides the collectives of tensor parallelism behind matrix products. `chunked` cuts them in pieces; `symmetric_memory`

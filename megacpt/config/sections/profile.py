@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from megacpt.config.base import Section
+from megacpt.config.base import NotNegativeInt, PositiveInt, Section
 from megacpt.errors import Problem
 
 if TYPE_CHECKING:
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Profile(Section, heading="[profile]", resume="free"):
     """Traces of some steps, in `profile/` of the run directory."""
 
-    steps: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
     """First and last step of a Kineto trace. By default no step is traced."""
-    ranks: list[int] = [0]
+    ranks: list[NotNegativeInt] = [0]
     """Ranks that record a trace."""
     memory: bool = False
     """Record a CUDA memory snapshot over the traced steps as well."""

@@ -33,13 +33,19 @@ class OnFail(Section, heading="on_fail (in a stage)"):
 class Average(Section, heading="average (in a stage)"):
     """Weights averaged over the end of a stage (Polyak mean; Llama 3, section 3.4.3)."""
 
-    last: int = Field(5, ge=2)
+    last: int = Field(5, ge=2, le=10_000)
     """Number of snapshots, the last ones of the stage, that are averaged."""
     every_tokens: Tokens
     """Number of tokens between two snapshots."""
     decay: Literal["mean", "linear", "cosine", "1-sqrt"] = "mean"
     """Weights of the snapshots in the average: equal with `mean`, else those that emulate a decay of the learning rate over them (WSM,
     arXiv 2507.17634)."""
+
+
+MOST_LEVELS = 1000
+"""Of a batch ramp: `check` looks at the step of each."""
+MOST_MICRO_BATCHES = 1 << 20
+"""Of a step, times pipeline stages: its schedule is a list of actions in memory."""
 
 
 def _ramp(value: Any) -> Any:
@@ -53,6 +59,8 @@ def _ramp(value: Any) -> Any:
         raise ValueError(
             'write a token quantity, or pairs [position, tokens], for example [["0", "2Mi"], ["2B", "4Mi"]]'
         )
+    if len(value) > MOST_LEVELS:
+        raise ValueError(f"{len(value)} pairs are more than {MOST_LEVELS}; take larger steps")
     pairs = tuple((parse_tokens(at), parse_tokens(tokens)) for at, tokens in value)
     positions = [at for at, _ in pairs]
     if positions[0] != 0 or positions != sorted(set(positions)):
@@ -68,6 +76,8 @@ def _linear_ramp(value: dict) -> tuple[tuple[int, int], ...]:
     if increment < 1 or final <= start or (final - start) % increment:
         raise ValueError(f"final {final} must lie a whole number of increments {increment} above start {start}")
     levels = (final - start) // increment
+    if levels > MOST_LEVELS:
+        raise ValueError(f"{levels} increments are more than {MOST_LEVELS}; take a larger increment")
     if over < levels:
         raise ValueError(f"over = {over} tokens is too short for {levels} increments")
     return tuple((over * k // levels, start + k * increment) for k in range(levels + 1))
@@ -145,11 +155,15 @@ def problems(recipe: "Recipe", world_size: int) -> list[Problem]:
         if names.count(name) > 1
     ]
     for stage in recipe.stages:
-        found += [*_size_problems(recipe, stage), *_mixture_problems(recipe, stage), *_end_problems(recipe, stage)]
+        found += [
+            *_size_problems(recipe, stage, world_size),
+            *_mixture_problems(recipe, stage),
+            *_end_problems(recipe, stage),
+        ]
     return found
 
 
-def _size_problems(recipe: "Recipe", stage: Stage) -> list[Problem]:
+def _size_problems(recipe: "Recipe", stage: Stage, world_size: int) -> list[Problem]:
     where, found, parallel = f"stages.{stage.name}", [], parallel_in(recipe, stage)
     if stage.tokens == 0:
         found.append(Problem(f"{where}.tokens", 0, "a stage has at least one step.", "Write at least 1, or remove it."))
@@ -159,6 +173,15 @@ def _size_problems(recipe: "Recipe", stage: Stage) -> list[Problem]:
     found += multiple_problems("parallel.micro_batch_tokens", micro, f"{where}.seq_len", stage.seq_len)
     split = "2 chunks a context rank, each rank's tokens over tensor" if parallel.context > 1 else "parallel.tensor"
     found += multiple_problems(f"{where}: parallel.micro_batch_tokens", micro, split, unit)
+    data_ranks = max(1, world_size // (parallel.tensor * parallel.context * parallel.pipeline))
+    most = max((batch for _, batch in stage.batch_tokens), default=0)
+    actions = most // (data_ranks * micro) * parallel.pipeline * parallel.virtual_stages
+    if actions > MOST_MICRO_BATCHES:
+        text = (
+            f"a step of {most} tokens has {actions} micro-batches, counted on each pipeline stage; at most {MOST_MICRO_BATCHES} can be "
+            "scheduled."
+        )
+        found.append(Problem(f"{where}.batch_tokens", None, text, "Raise micro_batch_tokens, or lower batch_tokens."))
     if stage.seq_len < 2:
         found.append(
             Problem(f"{where}.seq_len", stage.seq_len, "a row of one token has no label.", "Write at least 2.")
@@ -183,9 +206,8 @@ def _mixture_problems(recipe: "Recipe", stage: Stage) -> list[Problem]:
         if domain not in recipe.data
     ]
     total = sum(stage.mixture.values())
-    if not 0 < total < float("inf"):
-        text = f"the weights sum to {total}."
-        found.append(Problem(where, None, text, "At least one must be positive, and the sum finite."))
+    if total == 0:
+        found.append(Problem(where, None, f"the weights sum to {total}.", "At least one must be positive."))
     return found
 
 

@@ -26,6 +26,8 @@ class Validation(Section, heading="[[validation]]", resume="frozen"):
 def problems(recipe: "Recipe", world_size: int) -> list[Problem]:
     found = []
     for i, validation in enumerate(recipe.validation):
+        if validation.max_tokens == 0:
+            found.append(Problem(f"validation.{i}.max_tokens", 0, "nothing would be validated.", "Write at least 1."))
         for domain in validation.domains:
             where = f"validation.{i}.domains"
             if domain not in recipe.data:
