@@ -247,10 +247,13 @@ def test_sets_with_and_without_items_are_no_domain(tmp_path, recipe_file):
     with pytest.raises(DataError, match=r"two: was prepared without --item-field, other sets of the domain with it"):
         DomainData(prefixes)
     path = recipe_file(data={"a": {"paths": prefixes}, "b": {"paths": prefixes[:1]}}, validation=[])
-    problems = check(load_recipe(path), 1).problems
+    problems = [str(p) for p in check(load_recipe(path), 1).problems]
     assert any("data.a: " in p and "was prepared with --item-field" in p for p in problems)
     assert not any("data.b: the longest item" in p for p in problems)
     short = check(load_recipe(path, ["--stages.s.seq_len=8", "--parallel.micro_batch_tokens=8"]), 1).problems
+    short = [str(problem) for problem in short]
+    view = check(load_recipe(path, ["--data.a.max_tokens=99"]), 1).problems
+    assert any("was prepared with --item-field" in str(problem) for problem in view), "in a view, too"
     assert any("data.b: the longest item has 11 tokens, a row 8" in p for p in short)
 
 
