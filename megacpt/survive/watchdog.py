@@ -1,4 +1,4 @@
-"""The watchdog: a process beside each node's ranks. It reads their heartbeats (points.py) and sees a rank that is silent for longer than
+"""The watchdog: a process beside each node's ranks. It reads their heartbeats (heartbeat.py) and sees a rank that is silent for longer than
 its phase allows, that failed, or that is gone. Then it keeps the evidence in the run directory, ends the node's ranks and writes into
 run.json what happened. So it does when what started the ranks (torchrun, the supervisor) is gone. Imports no torch.
 
