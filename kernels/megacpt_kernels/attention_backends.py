@@ -314,7 +314,7 @@ BACKENDS = {
     )
     for name in LIBRARIES
 } | {
-    "triton": Backend(_triton_forward, _triton_backward, ("seen", "seen_by")),
+    "triton": Backend(_triton_forward, _triton_backward, ("key_range", "query_range")),
     "cudnn": Backend(
         lambda q, k, v, bounds, longest, deterministic: _document_forward(_cudnn_forward, q, k, v, bounds),
         lambda dout, q, k, v, out, lse, bounds, longest, deterministic: _document_backward(

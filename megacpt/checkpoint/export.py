@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
-from megacpt.checkpoint.manifest import directory_name, list_steps, newest_sound, read_manifest
+from megacpt.checkpoint.manifest import directory_name, latest_intact_checkpoint, list_steps, read_manifest
 from megacpt.config.plan_file import load_plan
 from megacpt.config.resolve import RunPlan
 from megacpt.config.run_layout import AVERAGES, CHECKPOINTS, DTYPES, HUGGING_FACE
@@ -27,10 +27,10 @@ def find_checkpoint(run_directory: Path, step: int | None, folder: str = CHECKPO
         directory = checkpoints / directory_name(step)
         read_manifest(directory)
         return directory, step
-    found = newest_sound(checkpoints)
+    found = latest_intact_checkpoint(checkpoints)
     if found is None:
         raise ConfigError([f"{checkpoints}: no checkpoint there."], "the arguments")
-    return found[0], found[1].step
+    return found.directory, found.state.step
 
 
 def export(

@@ -22,12 +22,12 @@ from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.recompute import Kept
 from megacpt.parallel.tensor import (
-    Later,
+    DeferredWeightGrads,
+    NamedParameter,
     TensorAxis,
-    Weight,
     column_parallel,
     embedding,
-    replicated,
+    local_with_grad,
     row_parallel,
 )
 
@@ -84,10 +84,10 @@ class Table:
         self.axis = TensorAxis(mesh.tensor_group, options.overlap)
         self.parameters = {parameter.name: parameter for parameter in config.parameters}
 
-    def place(self, module: str) -> Weight | None:
+    def place(self, module: str) -> NamedParameter | None:
         """For `module`.weight and .bias; None if the table has no such weight."""
         weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
-        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
+        return NamedParameter(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
 
 
 class Attention(nn.Module):
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.axis, self.context_group = table.axis, mesh.context_group
 
     @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
-    def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: DeferredWeightGrads | None) -> Tensor:
         options, kept = self.options, gather.kept
         heads = lambda y: y.unflatten(1, (-1, self.head_dim))
         rotated = lambda k: rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
@@ -112,11 +112,11 @@ class Attention(nn.Module):
         out = context_attention(q, k, v, gather, options.attention_backend, options.deterministic)
         return row_parallel(out.flatten(1), self.o_proj, self.axis, later, gather.start_again, kept)
 
-    def _normed(self, heads: Tensor, norm: Weight | None) -> Tensor:
+    def _normed(self, heads: Tensor, norm: NamedParameter | None) -> Tensor:
         """[T, heads, d], each head divided by its root mean square, times the weight that all heads and ranks share."""
         if norm is None:
             return heads
-        rows = rms_norm(heads.flatten(0, 1), replicated(norm.weight), self.eps, self.options.operations)
+        rows = rms_norm(heads.flatten(0, 1), local_with_grad(norm.weight), self.eps, self.options.operations)
         return rows.view_as(heads)
 
 
@@ -127,7 +127,7 @@ class MLP(nn.Module):
         self.down_proj = table.place(f"{name}.down_proj")
         self.axis, self.operations = table.axis, options.operations
 
-    def forward(self, x: Tensor, kept: Kept, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept, later: DeferredWeightGrads | None) -> Tensor:
         gate, up = column_parallel(x, [self.gate_proj, self.up_proj], self.axis, later, kept=kept)
         hidden = swiglu(gate, up, self.operations)
         return row_parallel(hidden, self.down_proj, self.axis, later, kept=kept, last=True)
@@ -146,13 +146,16 @@ class Block(nn.Module):
         self.run = torch.compile(self._run) if options.compile else self._run
         self.recompute = "none"
 
-    def _run(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
-        before, after = replicated(self.input_layernorm.weight), replicated(self.post_attention_layernorm.weight)
+    def _run(self, x: Tensor, rotary: Rotary, gather: Gather, later: DeferredWeightGrads | None) -> Tensor:
+        before, after = (
+            local_with_grad(self.input_layernorm.weight),
+            local_with_grad(self.post_attention_layernorm.weight),
+        )
         out = self.self_attn(rms_norm(x, before, self.eps, self.operations), rotary, gather, later)
         normed, x = add_rms_norm(out, x, after, self.eps, self.operations)
         return x + self.mlp(normed, gather.kept, later)
 
-    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: DeferredWeightGrads | None) -> Tensor:
         kept = Kept(self.recompute)
         return kept.run(self.run, x, rotary, Gather(plan, self.self_attn.context_group, kept), later)
 
@@ -221,7 +224,7 @@ class Decoder(nn.Module):
         """The blocks of one of this rank's stages."""
         return [self.model.layers[str(i)] for i in self.plan.layers[stage]]
 
-    def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: Later | None = None) -> Tensor:
+    def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: DeferredWeightGrads | None = None) -> Tensor:
         """Runs a stage: the first begins with the embedding, the last ends with the final norm.
 
         Args:
@@ -238,7 +241,7 @@ class Decoder(nn.Module):
         for block in self.blocks(stage):
             x = block(x, rotary, inputs.plan, later)
         if stage == len(self.plan.layers) - 1:
-            x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
+            x = rms_norm(x, local_with_grad(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x
 
     def loss(self, x: Tensor, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
@@ -256,6 +259,6 @@ class Decoder(nn.Module):
         return token_losses(x, self.head, inputs.labels, self.config.vocab_size, self.axis, self.options.operations)
 
     @property
-    def head(self) -> Weight:
+    def head(self) -> NamedParameter:
         """The place of the head's weight, on the last stage: the embedding's where they are tied."""
         return self.lm_head or self.model.embed_tokens

@@ -22,10 +22,10 @@ from megacpt.parallel import fsdp
 from megacpt.parallel.pipeline.runtime import execute
 from megacpt.parallel.pipeline.schedule import Action, Schedule
 from megacpt.parallel.sharded import local_part
-from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
+from megacpt.parallel.tensor import DeferredWeightGrads, compute_deferred, sum_replicated_gradients
 
 
-def accumulate(
+def forward_backward(
     model: Decoder,
     micro_batches: Sequence[Batch],
     counts: StepCounts,
@@ -50,7 +50,7 @@ def accumulate(
 
 
 @torch.no_grad()
-def each_loss(
+def forward_losses(
     model: Decoder, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor, Tensor], None]
 ) -> None:
     """Forward only: `use(i, inputs, losses, right)` for each of `count` micro-batches, on the ranks of the last stage.
@@ -127,7 +127,7 @@ class _Gradients(_Work):
         wide = torch.float64 if model.compute == torch.float64 else torch.float32
         self.total = torch.zeros(len(objective.sums), dtype=wide, device=model.mesh.device)
         self.graphs: dict[tuple[int, int], tuple] = {}
-        self.later: dict[tuple[int, int], Later] = {}
+        self.later: dict[tuple[int, int], DeferredWeightGrads] = {}
         if every_micro_batch:
             fsdp.sync_gradients([model], True)
 
@@ -143,7 +143,7 @@ class _Gradients(_Work):
         key = action.stage, action.micro_batch
         x = None if received is None else received.detach().requires_grad_(action.stage > self.first_trained)
         if self.split:
-            self.later[key] = Later()
+            self.later[key] = DeferredWeightGrads()
         out = self.model(action.stage, x, self.inputs_of(action.micro_batch), self.later.get(key))
         if action.stage == self.last_stage:
             self.graphs[key] = x, out
@@ -183,7 +183,7 @@ class _Gradients(_Work):
 
     def _weights(self, action: Action, received: None) -> None:
         self._sync(action.stage)
-        drain(self.later.pop((action.stage, action.micro_batch)))
+        compute_deferred(self.later.pop((action.stage, action.micro_batch)))
         blocks = self.model.blocks(action.stage)
         fsdp.take_gradients(blocks)
         fsdp.sync_gradients(blocks, False)

@@ -14,21 +14,21 @@ from collections.abc import Collection, Mapping
 
 import torch
 from megacpt_kernels import adamw_
-from megacpt_kernels.adamw import Place
+from megacpt_kernels.adamw import ShardPosition
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megacpt.parallel.sharded import global_offset, local_part
 
 
-def place_of(name: str, parameter: Tensor) -> Place:
+def place_of(name: str, parameter: Tensor) -> ShardPosition:
     """Where this rank's part stands in the whole parameter."""
     key = zlib.crc32(name.encode())
     if not isinstance(parameter, DTensor):
-        return Place(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
+        return ShardPosition(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
     whole, offset = parameter.shape, global_offset(parameter)
     row, columns = math.prod(whole[1:]), math.prod(local_part(parameter).shape[1:])
-    return Place(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
+    return ShardPosition(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
 
 
 class AdamW:

@@ -7,8 +7,8 @@ Parameters are DTensors on the tp mesh. The Functions here take them whole, comp
 gradient with the parameter's spec: no DTensor dispatch in between. With one rank the collectives vanish.
 
 Backward gathers again instead of saving, while it computes the input's gradient, and sums that over the ranks while it
-computes the weights' gradients. With a `Later` the weights' gradients are left there to be computed (zero-bubble
-pipelines): `drain` does it. What needs no gradient gets none, and nothing is kept or gathered for it.
+computes the weights' gradients. With a `DeferredWeightGrads` the weights' gradients are left there to be computed (zero-bubble
+pipelines): `compute_deferred` does it. What needs no gradient gets none, and nothing is kept or gathered for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from megacpt.parallel.recompute import KEEP_ALL, Kept
 from megacpt.parallel.sharded import Placing, is_replicated, local_part, placing_of
 
 
-class Weight(nn.Module):
+class NamedParameter(nn.Module):
     """A named place for a weight, and its bias where it has one, so that their full names are Hugging Face's. Has no forward: the
     functions below take it, or its parameters.
 
@@ -92,7 +92,7 @@ class TensorAxis:
     gemm: Gemm = PLAIN
 
 
-class Later:
+class DeferredWeightGrads:
     """Parameters of a linear and what computes their gradients, None for one that needs none. (No list: FSDP would copy it on the way
     into a module.)"""
 
@@ -103,31 +103,31 @@ class Later:
 @torch.compiler.disable
 def column_parallel(
     x: Tensor,
-    places: Sequence[Weight],
+    places: Sequence[NamedParameter],
     axis: TensorAxis,
-    later: Later | None = None,
-    between: tuple[int, Callable[..., None]] | None = None,
+    later: DeferredWeightGrads | None = None,
+    on_first_products: tuple[int, Callable[..., None]] | None = None,
     kept: Kept = KEEP_ALL,
 ) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight in turn.
 
     Args:
         x: [t, h]. places: of weights [f, h], this rank's rows, and biases [f].
-        between: (n, function): is called with the first n products before the others are computed.
+        on_first_products: (n, function): is called with the first n products before the others are computed.
         kept: of the block that this is in.
     Returns:
         [T, f] for each weight.
     """
     linears, biases = _Linears(places), [place.bias for place in places]
-    return _Column.apply(axis, x, linears, later, between, kept, *linears.parameters(places), *biases)
+    return _Column.apply(axis, x, linears, later, on_first_products, kept, *linears.parameters(places), *biases)
 
 
 @torch.compiler.disable
 def row_parallel(
     x: Tensor,
-    place: Weight,
+    place: NamedParameter,
     axis: TensorAxis,
-    later: Later | None = None,
+    later: DeferredWeightGrads | None = None,
     before: Callable[[], None] | None = None,
     kept: Kept = KEEP_ALL,
     last: bool = False,
@@ -146,7 +146,7 @@ def row_parallel(
 
 
 @torch.no_grad()
-def drain(later: Later) -> None:
+def compute_deferred(later: DeferredWeightGrads) -> None:
     """Computes the gradients that were left for later and adds them to the weights'."""
     for parameters, compute in later.queue:
         for parameter, grad in zip(parameters, compute(), strict=True):
@@ -158,12 +158,12 @@ def drain(later: Later) -> None:
 class _Linears:
     """The linears of one call as they stand, tensor after tensor, in the arguments of its Function."""
 
-    def __init__(self, places: Sequence[Weight]):
+    def __init__(self, places: Sequence[NamedParameter]):
         parts = [place.parts() for place in places]
         self.names, self.counts = [place.name for place in places], [len(some) for some in parts]
         self.rows = [rows for some in parts for _, rows in some]
 
-    def parameters(self, places: Sequence[Weight]) -> list[DTensor]:
+    def parameters(self, places: Sequence[NamedParameter]) -> list[DTensor]:
         return [parameter for place in places for parameter, _ in place.parts()]
 
     def operands(self, tensors: Sequence[Tensor]) -> list[Operand]:
@@ -184,18 +184,18 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     Returns:
         [t, h].
     """
-    rows = rows_of(ids, replicated(weight), group.rank() * local_part(weight).shape[0], backend=backend)
+    rows = rows_of(ids, local_with_grad(weight), group.rank() * local_part(weight).shape[0], backend=backend)
     return _ScatterSum.apply(rows, group)
 
 
 @torch.compiler.disable
-def replicated(weight: DTensor) -> Tensor:
+def local_with_grad(weight: DTensor) -> Tensor:
     """The local tensor of a parameter. Where every tp rank holds it all, its gradient is partial: `sum_replicated_gradients`."""
     return _Local.apply(weight)
 
 
 def _products(
-    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis, between
+    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis, on_first_products
 ) -> tuple[Tensor, ...]:
     """gather(x) times each matrix, plus its bias."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
@@ -204,8 +204,8 @@ def _products(
         return _chunked_products(x, operands, biases, axis)
     tokens, out = gather_tokens(x, axis.group), []
     for i, (operand, bias) in enumerate(zip(operands, biases, strict=True)):
-        if between and i == between[0]:
-            between[1](*out)
+        if on_first_products and i == on_first_products[0]:
+            on_first_products[1](*out)
         out.append(axis.gemm.forward(tokens, operand, bias))
     return tuple(out)
 
@@ -241,7 +241,14 @@ def _summed_product(x: Tensor, operand: Operand, axis: TensorAxis) -> Tensor:
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, axis: TensorAxis, x: Tensor, linears: _Linears, later: Later | None, between, kept: Kept, *tensors
+        ctx,
+        axis: TensorAxis,
+        x: Tensor,
+        linears: _Linears,
+        later: DeferredWeightGrads | None,
+        on_first_products,
+        kept: Kept,
+        *tensors,
     ):
         count = sum(linears.counts)
         weights, biases = tensors[:count], tensors[count:]
@@ -257,7 +264,7 @@ class _Column(torch.autograd.Function):
         ctx.axis, ctx.linears, ctx.later = axis, linears, later
         ctx.weights = weights if later is not None else None
         ctx.save_for_backward(x if _any(ctx.wanted) else None, *local)
-        return kept.once(lambda: _products(x, linears.operands(local), shifts, axis, between))
+        return kept.once(lambda: _products(x, linears.operands(local), shifts, axis, on_first_products))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -326,7 +333,7 @@ class _Row(torch.autograd.Function):
         axis: TensorAxis,
         x: Tensor,
         linears: _Linears,
-        later: Later | None,
+        later: DeferredWeightGrads | None,
         before,
         kept: Kept,
         last: bool,

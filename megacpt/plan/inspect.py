@@ -9,7 +9,7 @@ import numpy as np
 
 from megacpt.checkpoint.manifest import decisions_of_run
 from megacpt.config.clock import Clock, Step
-from megacpt.config.model import load_model_config
+from megacpt.config.plan_file import base_of
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, Pick, StageData, open_domains, pad_token, stage_orders
 from megacpt.errors import ConfigError
@@ -36,7 +36,7 @@ def inspect_step(recipe: Recipe, number: int) -> InspectedStep:
     if not 1 <= number <= clock.num_steps:
         raise ConfigError([f"--step {number}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(number)
-    stage, config = recipe.stages[step.stage], load_model_config(recipe.model)
+    stage, config = recipe.stages[step.stage], base_of(recipe)
     domains = open_domains(recipe, list(stage.mixture))
     order, pad = stage_orders(recipe, clock, decisions)[step.stage], pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, order, domains, pad, config.vocab_size)

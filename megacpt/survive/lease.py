@@ -66,7 +66,7 @@ def process_of(pid: int) -> Process:
     return Process(pid, _start_of(pid), _machine())
 
 
-def process_told(facts: dict[str, Any]) -> Process | None:
+def process_from(facts: dict[str, Any]) -> Process | None:
     """The process that a file or the environment names; None for numbers that no process has."""
     pid, start, machine = (facts.get(key) for key in ("pid", "start", "machine"))
     if type(pid) is not int or type(start) is not int or not isinstance(machine, str):
@@ -112,7 +112,7 @@ class Supervised:
     attempt: str
     process: Process
 
-    def told(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         return {ATTEMPT: json.dumps({"attempt": self.attempt, **asdict(self.process)})}
 
 
@@ -122,7 +122,7 @@ def supervised() -> Supervised | None:
         told = parse_object(os.environ.get(ATTEMPT, ""))
     except JsonError:
         return None
-    process, attempt = process_told(told), told.get("attempt")
+    process, attempt = process_from(told), told.get("attempt")
     return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
@@ -164,7 +164,7 @@ class Owner:
     mark: tuple
     heard: float
 
-    def told(self, run: Path, seconds: float | None) -> str:
+    def describe(self, run: Path, seconds: float | None) -> str:
         """Who it is, for people."""
         pid, host = (self.process.pid if self.process else "unknown"), self.facts.get("host", "unknown")
         heard = "" if seconds is None else f", last heartbeat {max(0.0, seconds):.0f} s ago"
@@ -218,7 +218,7 @@ class Lease:
             if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
             if not told:
-                log.info(f"{self.run}: belongs to {found.told(self.run, None)}; waiting for it to leave")
+                log.info(f"{self.run}: belongs to {found.describe(self.run, None)}; waiting for it to leave")
                 told = True
             time.sleep(0.2)
             found = current_owner(self.run)
@@ -226,7 +226,7 @@ class Lease:
     def _refusal(self, owner: Owner) -> str:
         pid = f"kill -TERM {owner.process.pid}" if owner.process else "kill -TERM its process"
         return (
-            f"{self.run}: belongs to another job that trains in it: {owner.told(self.run, self._now() - owner.heard)}. Two jobs in one "
+            f"{self.run}: belongs to another job that trains in it: {owner.describe(self.run, self._now() - owner.heard)}. Two jobs in one "
             f"run directory would mix their checkpoints. Wait for it, ask it to save and leave ({pid} on {owner.facts.get('host')}), or "
             "take another run.name."
         )
@@ -297,13 +297,13 @@ class Lease:
             LeaseError: if the directory is another's by now. OSError: if that cannot be seen.
         """
         if not self.look():
-            raise LeaseError(f"{self.run}: {self.told_lost()}")
+            raise LeaseError(f"{self.run}: {self.describe_loss()}")
 
-    def told_lost(self) -> str:
+    def describe_loss(self) -> str:
         owner = None
         with contextlib.suppress(OSError):
             owner = current_owner(self.run)
-        by = f"to {owner.told(self.run, None)}" if owner else "to nobody: its lease was removed"
+        by = f"to {owner.describe(self.run, None)}" if owner else "to nobody: its lease was removed"
         return f"this job ({self.attempt}) owns the run directory no longer, it belongs {by}. Nothing more is written there."
 
     def release(self) -> None:
@@ -354,7 +354,7 @@ def current_owner(run: Path) -> Owner | None:
             continue
         try:
             facts = parse_object(first)
-            process = process_told(facts)
+            process = process_from(facts)
         except JsonError:
             facts, process = {}, None
         return Owner(number, process, facts, "released" in rest, (info.st_mtime_ns, info.st_size, first), info.st_mtime)

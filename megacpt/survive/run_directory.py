@@ -17,7 +17,7 @@ from megacpt.files import (
     Journal,
     JsonError,
     Record,
-    disk_told,
+    describe_os_error,
     read_object,
     read_records,
     remove_abandoned,
@@ -125,7 +125,7 @@ class RunDirectory:
         try:
             write_status(self.path, content)
         except OSError as error:
-            told = disk_told(error, self.path / STATUS)
+            told = describe_os_error(error, self.path / STATUS)
             if exit_code == 0:
                 raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
             if STATUS not in self.disk:
@@ -139,7 +139,7 @@ class RunDirectory:
         for journal in list(self.journals.values()) if self._writes() else ():
             journal.flush()
 
-    def _told(self, journal: Journal, problem: str) -> None:
+    def _report_journal(self, journal: Journal, problem: str) -> None:
         """A file cannot be written, or can be again."""
         name = journal.path.name
         if problem:
@@ -153,7 +153,7 @@ class RunDirectory:
             self.event("disk_again", *self._at, file=name, kept=journal.kept, lost=journal.lost)
         self.status("running")
 
-    def failed(self, error: BaseException) -> None:
+    def record_failure(self, error: BaseException) -> None:
         if isinstance(error, LeaseError):
             return
         self.status("failed", error.exit_code if isinstance(error, MegacptError) else 1, reason=str(error)[:2000])
@@ -176,7 +176,7 @@ class RunDirectory:
     def journal(self, name: str) -> Journal:
         """A file of the run to which records are added."""
         if name not in self.journals:
-            self.journals[name] = Journal(self.path / name, self._told)
+            self.journals[name] = Journal(self.path / name, self._report_journal)
         return self.journals[name]
 
     def has_rows(self) -> bool:

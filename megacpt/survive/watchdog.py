@@ -1,4 +1,4 @@
-"""The watchdog: a process beside each node's ranks. It reads their heartbeats (points.py) and sees a rank that is silent for longer than
+"""The watchdog: a process beside each node's ranks. It reads their heartbeats (heartbeat.py) and sees a rank that is silent for longer than
 its phase allows, that failed, or that is gone. Then it keeps the evidence in the run directory, ends the node's ranks and writes into
 run.json what happened. So it does when what started the ranks (torchrun, the supervisor) is gone. Imports no torch.
 
@@ -29,7 +29,7 @@ from typing import Any
 from megacpt import heartbeat, log
 from megacpt.config.run_layout import INCIDENTS, STATUS, incident_folder
 from megacpt.errors import ConfigError, LeaseError, MegacptError
-from megacpt.files import JsonError, disk_told, read_object, write_atomically
+from megacpt.files import JsonError, describe_os_error, read_object, write_atomically
 from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
 from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
@@ -53,28 +53,28 @@ class Watch:
     def __init__(self, run: Path, folder: Path | None, rank: int):
         self.run, self.folder, self.rank, self.attempt = run, folder, rank, ""
         if supervised():
-            self.joined(attempt_name())
+            self.join(attempt_name())
 
-    def joined(self, attempt: str) -> None:
+    def join(self, attempt: str) -> None:
         """All ranks have met, and share a name for this attempt."""
         self.attempt = attempt
         if self.folder:
             write_atomically(self.folder / "attempt", attempt)
 
-    def failed(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Tells the other ranks, so that none waits for this one, and the supervisor, which sees only torchrun's exit code."""
         if isinstance(error, LeaseError):  # nothing of this start belongs there
-            self.done()
+            self.report_done()
             return
         if supervised() or (self.folder and os.path.isdir(self.run)):
             folder = _incident(self.run, self.attempt or self.folder.name)
-            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _failure_facts(error), self.folder)
         if not self.folder:
             return
         heartbeat.set_deadline("failed", 0.0)
         heartbeat.begin(None)
 
-    def done(self) -> None:
+    def report_done(self) -> None:
         if self.folder:
             heartbeat.set_deadline("done", 0.0)
             heartbeat.begin(None)
@@ -83,7 +83,7 @@ class Watch:
 def tell_supervisor(run: Path, error: BaseException) -> None:
     """Of a start that fails before the ranks meet; through torchrun the supervisor sees no exit code."""
     if supervised():
-        Watch(run, None, int(os.environ.get("RANK", "0"))).failed(error)
+        Watch(run, None, int(os.environ.get("RANK", "0"))).report_failure(error)
 
 
 def start(run: Path, enabled: bool) -> Watch:
@@ -138,7 +138,7 @@ def _private_folder() -> Path:
     return path
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _failure_facts(error: BaseException) -> dict[str, Any]:
     return {
         "time": time.time(),
         "kind": type(error).__name__,
@@ -328,15 +328,15 @@ class Watchdog:
         status = "hung" if kind == "hung" else "failed"
         told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
         _write(folder / "conclusion.json", told, self.folder)
-        if not self._may_say(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
+        if not self._may_conclude(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
         try:
             write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
         except OSError as error:
-            log.say(f"megacpt watchdog: {disk_told(error, self.run / STATUS)}")
+            log.say(f"megacpt watchdog: {describe_os_error(error, self.run / STATUS)}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
 
-    def _may_say(self, run: dict[str, Any]) -> bool:
+    def _may_conclude(self, run: dict[str, Any]) -> bool:
         """Whether run.json is this start's to write: nobody else has begun since, and nobody else owns the directory."""
         attempt = self._attempt()
         try:
@@ -353,7 +353,7 @@ def _send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
+def read_conclusion(run: Path, attempt: str) -> dict[str, Any]:
     """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
     for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
         if _holds(told := _read(folder / "conclusion.json"), _CONCLUSION):

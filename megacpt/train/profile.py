@@ -8,7 +8,7 @@ import torch
 
 from megacpt.compat import dump_memory, record_memory
 from megacpt.config.sections.profile import Profile
-from megacpt.files import disk_told
+from megacpt.files import describe_os_error
 from megacpt.log import info, warn
 
 
@@ -47,7 +47,7 @@ class Profiler:
                 dump_memory(str(file.with_name(f"{file.stem}-memory.pickle")))
         except (OSError, RuntimeError) as error:  # a profile is not worth a run
             warn(
-                disk_told(error, file)
+                describe_os_error(error, file)
                 if isinstance(error, OSError)
                 else f"{file}: the profile was not written: {error}"
             )

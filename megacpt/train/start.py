@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from megacpt import log
 from megacpt.checkpoint.load import load_training
-from megacpt.checkpoint.manifest import RunState, newest_sound
+from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.model import load_base_config, with_rope
-from megacpt.config.plan_file import read_plan, save_plan
+from megacpt.config.model import with_rope
+from megacpt.config.plan_file import base_of, read_plan, save_plan
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, resolve
 from megacpt.config.resume import changes_on_resume
@@ -32,7 +32,6 @@ from megacpt.config.sections.model import Model
 from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.family.base import ModelConfig
 from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
 from megacpt.model.base_files import (
@@ -105,7 +104,7 @@ def open_session(
         keep_base(plan, directory, start.mode, compute)
         model = optimizer = None
         try:
-            exact = held_exactly(plan, start.path, compute)
+            exact = frozenset() if start.mode == "scratch" else held_exactly(plan, start.path, compute)
             model, optimizer = build(plan, stage, compute, device, exact)
             fill(plan, directory, model, optimizer, start)
             break
@@ -144,7 +143,7 @@ def open_session(
 
 def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], again: bool) -> Start:
     """scratch, pretrained or resume; never guessed beyond what `run.start` says."""
-    found, asked = newest_sound(directory.checkpoints, damaged), recipe.run.start
+    found, asked = latest_intact_checkpoint(directory.checkpoints, damaged), recipe.run.start
     if again and found:
         asked = "resume"
     if asked == "resume" and not found:
@@ -158,10 +157,9 @@ def choose_start(recipe: Recipe, directory: RunDirectory, damaged: set[int], aga
         )
     if not found:
         return Start(asked if asked != "auto" else "pretrained" if recipe.model.pretrained else "scratch")
-    path, state, complaints = found
-    for complaint in complaints if not damaged else ():
+    for complaint in found.complaints if not damaged else ():
         log.warn(f"skipped a damaged checkpoint: {complaint}")
-    return Start("resume", path, state, tuple(complaints))
+    return Start("resume", found.directory, found.state, found.complaints)
 
 
 def resolve_run(
@@ -172,7 +170,7 @@ def resolve_run(
     Raises:
         ConfigError: naming each fact on which ranks differ, and what a resume may not change. DataError: for other data.
     """
-    config, small = given_config(recipe, directory, start), digests(base_files(recipe.model))
+    config, small = base_of(recipe), digests(base_files(recipe.model))
     weights = weight_files(recipe.model) if start.mode == "pretrained" else []
     agree(
         {
@@ -224,14 +222,6 @@ def kept_before(directory: RunDirectory, now: Collection[str]) -> Kept:
     side = directory.path / HUGGING_FACE
     copies = {path.name: path for path in side.iterdir() if path.name in now} if side.is_dir() else {}
     return Kept(digests(copies), {})
-
-
-def given_config(recipe: Recipe, directory: RunDirectory, start: Start) -> ModelConfig:
-    """The base model's config.json; a run that is resumed has a copy of its own, should the base be gone."""
-    copy, given = directory.path / HUGGING_FACE / "config.json", recipe.model.pretrained or recipe.model.config
-    if start.state and given and not Path(given).exists() and copy.is_file():
-        return read_config(copy)
-    return load_base_config(recipe.model)
 
 
 def check_resume(plan: RunPlan, directory: RunDirectory, state: RunState, fingerprints: dict[str, str]) -> list[str]:

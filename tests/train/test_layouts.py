@@ -208,7 +208,7 @@ def filled_row() -> tuple[int, float, float]:
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.inputs import to_inputs
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.optim.clip import grad_norm
     from megacpt.parallel.mesh import build_mesh
 
@@ -222,7 +222,7 @@ def filled_row() -> tuple[int, float, float]:
     positions = np.concatenate([np.arange(12), np.arange(52)])[None]
     batch = Batch(tokens, labels, positions, np.array([0, 12]), np.array([0, 2]), [""])
     mine = int((to_inputs(batch, mesh).labels >= 0).sum())
-    loss = accumulate(model, [batch], StepCounts(11, 11, 1), "step")
+    loss = forward_backward(model, [batch], StepCounts(11, 11, 1), "step")
     return mine, loss.item(), grad_norm(model.counted_parameters(), mesh).item()
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Parallel(Section, heading="[parallel]", resume="free"):
-    """How the ranks share the model and the data. Any two layouts compute the same, so a resume may change all of it."""
+    """How the ranks share the model and the data. Any two layouts compute the same."""
 
     tensor: PositiveInt = 1
     """Number of ranks that share each weight matrix (tensor parallelism with sequence parallelism). Raise it, up to the GPUs of one node,

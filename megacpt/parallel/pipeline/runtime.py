@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.pipeline.schedule import Action, Schedule
-from megacpt.parallel.pipeline.simulate import channel, lower, made, needed
+from megacpt.parallel.pipeline.simulate import channel, input_of, lower_to_ops, output_of
 
 
-class Work(Protocol):
+class StageExecutor(Protocol):
     """What stages do. Tensors between stages have shape(micro_batch) and dtype."""
 
     dtype: torch.dtype
@@ -29,14 +29,14 @@ class Work(Protocol):
         """Runs an action on the activation or gradient that it needs; returns the one that it makes."""
 
 
-def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
+def execute(schedule: Schedule, work: StageExecutor, mesh: Mesh) -> None:
     """Runs this rank's part of a schedule. All pipeline ranks call it with the same schedule."""
     here: dict[tuple, Tensor] = {}
     room: dict[tuple, Tensor] = {}
     receiving: dict[tuple, tuple[dist.Work, Tensor]] = {}
     sending: deque[tuple[dist.Work, Tensor]] = deque()
     rank = mesh.pipeline_rank
-    program = lower(schedule, rank)
+    program = lower_to_ops(schedule, rank)
 
     def make_room(at: int) -> None:
         """For what is received before the next action."""
@@ -58,7 +58,7 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
             sending.append((dist.isend(tensor, group=group, group_dst=op.peer), tensor))
             del tensor
         else:
-            tensor = needed(op.action, schedule)
+            tensor = input_of(op.action, schedule)
             if tensor in receiving:
                 handle, buffer = receiving.pop(tensor)
                 handle.wait()
@@ -67,7 +67,7 @@ def execute(schedule: Schedule, work: Work, mesh: Mesh) -> None:
                 del buffer
             else:
                 result = work.run(op.action, here.pop(tensor, None))
-            if given := made(op.action, schedule):
+            if given := output_of(op.action, schedule):
                 here[given[0]] = result.contiguous()
             del result
             make_room(at)
@@ -85,7 +85,7 @@ def connect(schedule: Schedule, mesh: Mesh) -> None:
     """
     edges = set()
     for rank in range(len(schedule.ranks)):
-        for op in lower(schedule, rank):
+        for op in lower_to_ops(schedule, rank):
             if op.kind == "send":
                 edges.add((rank, op.peer, op.tensor[0], channel(rank, op.peer, op.tensor)))
     token = torch.zeros(1, device=mesh.device)

@@ -8,7 +8,7 @@ from megacpt.config.timeline import Event
 from megacpt.errors import GateError
 from megacpt.evaluate.gates import GateRunner, Outcome
 from megacpt.evaluate.needle import heat_map
-from megacpt.files import disk_told
+from megacpt.files import describe_os_error
 from megacpt.survive.run_directory import plain_numbers
 from megacpt.train.saving import save_checkpoint
 from megacpt.train.session import Session
@@ -79,6 +79,6 @@ def draw(session: Session, name: str, picture, step: int) -> None:
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(file)
         except OSError as error:  # the numbers stand in the decision
-            log.warn(disk_told(error, file))
+            log.warn(describe_os_error(error, file))
     if session.board:
         session.board.picture(f"gates/{name}", picture, step)

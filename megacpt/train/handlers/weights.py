@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from megacpt import log
-from megacpt.checkpoint.average import average_weights, averaged
+from megacpt.checkpoint.average import average_into, average_weights
 from megacpt.checkpoint.manifest import directory_name, list_steps
 from megacpt.checkpoint.save import prune, tensors_of
 from megacpt.checkpoint.save import save as write_checkpoint
@@ -88,7 +88,7 @@ def write_average(session: Session, event: Event, folders: list[Path], steps: li
     with session.slow("save"):
         saver.wait()  # its thread talks on the group that is used here
         weights = average_weights(session.stage.recipe.average.decay, len(steps))
-        averaged(tensors["model"], folders, weights)
+        average_into(tensors["model"], folders, weights)
         check_finite(session.optimizer, event.step)
         facts = session.directory.facts | {"average_of": steps, "weights": weights}
         output, state = session.directory.path / AVERAGES, session.state_after(event)
