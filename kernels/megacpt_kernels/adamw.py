@@ -7,7 +7,10 @@ name of the tensor and the element's index in the whole tensor: any sharding giv
 hash lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018, public domain).
 """
 
-from collections.abc import Sequence
+# torch names its updates of lists of tensors as private, and has no others:
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +77,10 @@ def adamw_(
         scale = torch.ones((), device=weights[0].device) if inverse_clip is None else inverse_clip.float()
         numbers = (*betas, 1 - betas[0], 1 - betas[1], lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5)
         places = places or [ShardPosition()] * len(weights)
+        update: Callable[..., None] = _launch if fast else _rounded
         for *tensors, place in zip(weights, grads, exp_avgs, exp_avg_sqs, places, strict=True):
             where = (place.start, place.columns, place.stride, _keys(seed, step, place.key))
-            (_launch if fast else _rounded)(*tensors, scale, *numbers, eps, 1 - lr * weight_decay, *where)
+            update(*tensors, scale, *numbers, eps, 1 - lr * weight_decay, *where)
     else:
         _torch(weights, grads, exp_avgs, exp_avg_sqs, *settings)
 

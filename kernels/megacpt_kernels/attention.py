@@ -177,9 +177,10 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout: Tensor, _):
+    def backward(ctx, *grads: Tensor):
         how = dict(backend=ctx.backend, deterministic=ctx.deterministic)
-        return *attention_backward(dout, *ctx.saved_tensors, ctx.documents, **how), None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attention_backward(grads[0], q, k, v, out, lse, ctx.documents, **how), None, None, None
 
 
 def attention_forward(

@@ -9,6 +9,9 @@ sees whole are multiplied without a mask. Backward is two kernels, one a tile of
 tile of queries: sums have one order, results the same bits.
 """
 
+# Triton annotates reductions as tuples, too, as those over several values give, which no kernel here has:
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
 import math
 
 import torch

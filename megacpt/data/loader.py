@@ -78,19 +78,21 @@ def make_batch(
     weights = np.ones(shape, np.float32) if any(entry and entry[0].domain.weighted for entry in rows) else None
     for i, entry in enumerate(rows):
         at = 0
-        for document, offset, length in entry[0].row(entry[2]) if entry else []:
-            piece = entry[0].domain.read(document, offset, length)
+        index, name, row = entry or (None, "", 0)
+        for document, offset, length in index.row(row) if index else []:
+            assert index is not None
+            piece = index.domain.read(document, offset, length)
             if length and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
                 wrong = int(piece.max()) if int(piece.max()) >= vocab_size else int(piece.min())
                 raise DataError(
-                    f"domain {entry[1]}, document {document}: token id {wrong} is outside the model's vocabulary of "
+                    f"domain {name}, document {document}: token id {wrong} is outside the model's vocabulary of "
                     f"{vocab_size}. The data was prepared with another tokenizer, or is damaged."
                 )
             tokens[i, at : at + length] = piece
             labels[i, at : at + length - 1] = piece[1:]
             positions[i, at : at + length] = np.arange(length)
             if weights is not None:
-                weights[i, at : at + length - 1] = entry[0].domain.label_weights(document, offset, length)
+                weights[i, at : at + length - 1] = index.domain.label_weights(document, offset, length)
             starts.append(i * seq_len + at)
             at += length
         if at < seq_len:

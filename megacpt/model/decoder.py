@@ -18,6 +18,7 @@ from megacpt.model.rope import RopeTables
 from megacpt.model.split import PipelinePlan
 from megacpt.parallel.context import ContextPlan, Gather, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs, token_losses
+from megacpt.parallel.fsdp import Sharding
 from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.recompute import Kept
@@ -28,6 +29,7 @@ from megacpt.parallel.tensor import (
     column_parallel,
     embedding,
     local_with_grad,
+    outside_graphs,
     row_parallel,
 )
 
@@ -84,10 +86,14 @@ class Table:
         self.axis = TensorAxis(mesh.tensor_group, options.overlap)
         self.parameters = {parameter.name: parameter for parameter in config.parameters}
 
-    def place(self, module: str) -> NamedParameter | None:
-        """For `module`.weight and .bias; None if the table has no such weight."""
-        weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
-        return NamedParameter(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
+    def place(self, module: str) -> NamedParameter:
+        """For `module`.weight and .bias."""
+        weight, bias = self.parameters[f"{module}.weight"], self.parameters.get(f"{module}.bias")
+        return NamedParameter(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of)
+
+    def optional_place(self, module: str) -> NamedParameter | None:
+        """The same; None if the table has no such weight."""
+        return self.place(module) if f"{module}.weight" in self.parameters else None
 
 
 class Attention(nn.Module):
@@ -95,15 +101,20 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (table.place(f"{name}.{letter}_proj") for letter in "qkv")
         self.o_proj = table.place(f"{name}.o_proj")
-        self.q_norm, self.k_norm = table.place(f"{name}.q_norm"), table.place(f"{name}.k_norm")
+        self.q_norm, self.k_norm = table.optional_place(f"{name}.q_norm"), table.optional_place(f"{name}.k_norm")
         self.head_dim, self.eps, self.options = table.config.head_dim, table.config.rms_norm_eps, options
         self.axis, self.context_group = table.axis, mesh.context_group
 
-    @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
+    @outside_graphs  # collectives between its products: it stays outside the graphs of a compiled block
     def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: DeferredWeightGrads | None) -> Tensor:
         options, kept = self.options, gather.kept
-        heads = lambda y: y.unflatten(1, (-1, self.head_dim))
-        rotated = lambda k: rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(1, (-1, self.head_dim))
+
+        def rotated(k: Tensor) -> Tensor:
+            return rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
+
         made = [self.k_proj, self.v_proj, self.q_proj]
         start = (2, lambda k, v: gather.start(heads(k), heads(v), rotated))  # travels while the queries are computed
         k, v, q = map(heads, column_parallel(x, made, self.axis, later, start, kept))
@@ -174,6 +185,14 @@ class Trunk(nn.Module):
         if is_last:
             self.norm = table.place("model.norm")
 
+    def blocks(self) -> dict[int, Block]:
+        """By the number of the layer."""
+        found: dict[int, Block] = {}
+        for layer, block in self.layers.items():
+            assert isinstance(block, Block), f"layer {layer} is a {type(block).__name__}"
+            found[int(layer)] = block
+        return found
+
 
 class Decoder(nn.Module):
     """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
@@ -183,7 +202,11 @@ class Decoder(nn.Module):
 
     Attributes:
         first_trained: the first pipeline stage that has a backward.
+        compute: the type of the computation. sharding: of the weights. Both by build.py.
     """
+
+    compute: torch.dtype
+    sharding: Sharding
 
     def __init__(
         self,
@@ -198,7 +221,7 @@ class Decoder(nn.Module):
         table = Table(config, mesh, dtype_of, options)
         self.axis = table.axis
         self.model = Trunk(table, mesh, options, plan)
-        self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
+        self.lm_head = table.optional_place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
         built = {name for name, _ in self.named_parameters()}
         mine = {int(layer) for layer in self.model.layers}
         missing = [p.name for p in config.parameters if p.layer in mine and p.name not in built]
@@ -212,7 +235,7 @@ class Decoder(nn.Module):
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none, selective or full: what each block keeps until its backward, see parallel/recompute.py."""
-        for block in self.model.layers.values():
+        for block in self.all_blocks():
             block.recompute = mode
 
     def counted_parameters(self) -> list[nn.Parameter]:
@@ -222,7 +245,12 @@ class Decoder(nn.Module):
 
     def blocks(self, stage: int) -> list[Block]:
         """The blocks of one of this rank's stages."""
-        return [self.model.layers[str(i)] for i in self.plan.layers[stage]]
+        mine = self.model.blocks()
+        return [mine[i] for i in self.plan.layers[stage]]
+
+    def all_blocks(self) -> list[Block]:
+        """The blocks of this rank."""
+        return list(self.model.blocks().values())
 
     def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: DeferredWeightGrads | None = None) -> Tensor:
         """Runs a stage: the first begins with the embedding, the last ends with the final norm.
@@ -240,6 +268,7 @@ class Decoder(nn.Module):
         rotary = (*self.rope.up_to(inputs.longest), inputs.positions)
         for block in self.blocks(stage):
             x = block(x, rotary, inputs.plan, later)
+        assert x is not None, f"stage {stage} got nothing from the one before"
         if stage == len(self.plan.layers) - 1:
             x = rms_norm(x, local_with_grad(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x

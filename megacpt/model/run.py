@@ -43,7 +43,7 @@ def forward_backward(
     scale = 1.0 / objective.normalizer(counts)
     work = _Gradients(model, schedule, micro_batches, objective, scale, reduce == "micro_batch")
     execute(schedule, work, model.mesh)
-    fsdp.finish(model, list(model.model.layers.values()), model.sharding)
+    fsdp.finish(model, model.all_blocks(), model.sharding)
     sum_replicated_gradients(list(model.parameters()), model.mesh.tensor_group)
     sum_tied_gradients(model)
     return model.mesh.sum_over_tokens(work.total)
@@ -61,13 +61,14 @@ def forward_losses(
     """
     schedule = model.plan.schedule(count).forward_only()
     execute(schedule, _Losses(model, schedule, batch_of, use), model.mesh)
-    fsdp.free_weights([model, *model.model.layers.values()])
+    fsdp.free_weights([model, *model.all_blocks()])
 
 
 def sum_tied_gradients(model: Decoder) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
     table = dict(model.named_parameters()).get(model.config.embedding)
     if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None and table.requires_grad:
+        assert table.grad is not None, f"{model.config.embedding} has no gradient on an end of the pipeline"
         dist.all_reduce(local_part(table.grad), group=model.mesh.ends)
 
 

@@ -91,12 +91,15 @@ class AdamW:
         self._passed_by = frozenset(frozen) | {name for name, p in self.parameters.items() if p.grad is None}
         self._count(1)
         for (decay, count), names in self._groups(weight_decay).items():
-            tensors = [[local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
+            exp_avg, exp_avg_sq = (
+                [local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)
+            )
             weights = [local_part(self.parameters[name]) for name in names]
-            grads = [local_part(self.parameters[name].grad) for name in names]
+            grads = [local_part(grad) for name in names if (grad := self.parameters[name].grad) is not None]
             places = [self.places[name] for name in names]
-            settings = (lr, betas, eps, decay, count, inverse_clip)
-            adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
+            adamw_(
+                weights, grads, exp_avg, exp_avg_sq, lr, betas, eps, decay, count, inverse_clip, places, self.seed, self.backend
+            )  # fmt: skip
 
     def take_back(self) -> None:
         """The last update was not made: no parameter has counted it."""

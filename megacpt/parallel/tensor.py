@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,14 @@ from megacpt.parallel.gemm import PLAIN, Gemm, Operand
 from megacpt.parallel.recompute import KEEP_ALL, Kept
 from megacpt.parallel.sharded import Placing, is_replicated, local_part, placing_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`, whose annotation loses what the function takes and returns."""
+    return cast(Callable[P, R], torch.compiler.disable(function))
+
 
 class NamedParameter(nn.Module):
     """A named place for a weight, and its bias where it has one, so that their full names are Hugging Face's. Has no forward: the
@@ -38,6 +47,9 @@ class NamedParameter(nn.Module):
         name: of the place in the model.
         rows: of the local tensors, those that this rank uses: all, or one head of a parameter that has fewer heads than there are ranks.
     """
+
+    weight: DTensor
+    bias: DTensor | None
 
     def __init__(
         self,
@@ -53,7 +65,7 @@ class NamedParameter(nn.Module):
             unit = mesh.get_local_rank() // (mesh.size() // weight.units) * weight.unit
             self.rows = slice(unit, unit + weight.unit)
         empty = partial(_empty, vocab_multiple=vocab_multiple, mesh=mesh, dtype_of=dtype_of)
-        self.weight = empty(weight)
+        self.register_parameter("weight", empty(weight))
         self.register_parameter("bias", None if bias is None else empty(bias))
 
     def parts(self) -> list[tuple[DTensor, slice]]:
@@ -100,7 +112,7 @@ class DeferredWeightGrads:
         self.queue: list[tuple[list[DTensor], Callable[[], list[DTensor | None]]]] = []
 
 
-@torch.compiler.disable
+@outside_graphs
 def column_parallel(
     x: Tensor,
     places: Sequence[NamedParameter],
@@ -122,7 +134,7 @@ def column_parallel(
     return _Column.apply(axis, x, linears, later, on_first_products, kept, *linears.parameters(places), *biases)
 
 
-@torch.compiler.disable
+@outside_graphs
 def row_parallel(
     x: Tensor,
     place: NamedParameter,
@@ -188,7 +200,7 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     return _ScatterSum.apply(rows, group)
 
 
-@torch.compiler.disable
+@outside_graphs
 def local_with_grad(weight: DTensor) -> Tensor:
     """The local tensor of a parameter. Where every tp rank holds it all, its gradient is partial: `sum_replicated_gradients`."""
     return _Local.apply(weight)
@@ -271,7 +283,8 @@ class _Column(torch.autograd.Function):
         x, *local = ctx.saved_tensors
         linears, gemm, group = ctx.linears, ctx.axis.gemm, ctx.axis.group
         operands, wants_weights = linears.operands(local), _any(ctx.wanted)
-        gathered = start_gather(x, group) if wants_weights and ctx.later is None else None
+        later: DeferredWeightGrads | None = ctx.later
+        gathered = start_gather(x, group) if wants_weights and later is None else None
         summed = None
         if ctx.needs_input_grad[1]:
             dx = gemm.input_gradient(grads[0], operands[0])
@@ -286,10 +299,10 @@ class _Column(torch.autograd.Function):
         ]
         each = list(zip(grads, operands, ctx.wanted, rows, places, strict=True))
         dweights: list[DTensor | None] = [None] * len(local)
-        if wants_weights and ctx.later is None:
+        if gathered is not None:
             tokens = gathered.wait()
             dweights = [grad for one in each for grad in _weight_gradients(gemm, tokens, *one)]
-        elif wants_weights:
+        elif wants_weights and later is not None:
             shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
             waiting = [(own, one) for own, one in zip(linears.split(ctx.weights), each, strict=True) if any(one[2])]
 
@@ -299,7 +312,7 @@ class _Column(torch.autograd.Function):
                 return _weight_gradients(gemm, shared.pop() if last else shared[0], *one)
 
             for i, (own, one) in enumerate(waiting, 1):
-                ctx.later.queue.append((own, partial(compute, one, i == len(waiting))))
+                later.queue.append((own, partial(compute, one, i == len(waiting))))
         return None, summed and summed.wait(), None, None, None, None, *dweights, *dbiases
 
 
@@ -346,18 +359,25 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(x if any(ctx.wanted) else None, *local)
         if last and kept.again:
             return x.new_empty((x.shape[0] // axis.group.size(), local[0].shape[0]))
-        compute = lambda: _summed_product(x, linears.operands(local)[0], axis)
+
+        def compute() -> Tensor:
+            return _summed_product(x, linears.operands(local)[0], axis)
+
         return compute() if last else kept.once(compute)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         wants_dx = ctx.needs_input_grad[1]
         if ctx.before and wants_dx:
             ctx.before()
         x, *local = ctx.saved_tensors
         linears, gemm = ctx.linears, ctx.axis.gemm
         (operand,), grad = linears.operands(local), gather_tokens(grad, ctx.axis.group)
-        compute = lambda: _weight_gradients(gemm, x, grad, operand, ctx.wanted, linears.rows, ctx.places)
+
+        def compute() -> list[DTensor | None]:
+            return _weight_gradients(gemm, x, grad, operand, ctx.wanted, linears.rows, ctx.places)
+
         dweights: list[DTensor | None] = [None] * len(local)
         dx = gemm.input_gradient(grad, operand) if wants_dx else None
         if any(ctx.wanted) and ctx.later is None:
@@ -375,7 +395,8 @@ class _ScatterSum(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         return gather_tokens(grad, ctx.group), None
 
 
@@ -386,7 +407,8 @@ class _Local(torch.autograd.Function):
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         return ctx.place.wrap(grad.contiguous())
 
 

@@ -38,6 +38,12 @@ class Op(NamedTuple):
     tensor: tuple[str, int, int] | None = None
     peer: int = -1
 
+    @property
+    def message(self) -> tuple[str, int, int]:
+        """`tensor` of a send or a receive."""
+        assert self.tensor is not None, self
+        return self.tensor
+
 
 def input_of(action: Action, schedule: Schedule) -> tuple[str, int, int] | None:
     """The tensor from another stage that an action takes."""
@@ -136,8 +142,8 @@ def check_messages(schedule: Schedule, messages: Sequence[Sequence[Op]] | None =
                         break
                 else:
                     ends = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
-                    queues[(*ends, *channel(*ends, op.tensor))][op.kind == "receive"].append(op.tensor)
-                    posted[rank].add(op.tensor)
+                    queues[(*ends, *channel(*ends, op.message))][op.kind == "receive"].append(op.message)
+                    posted[rank].add(op.message)
                 at[rank] += 1
                 moved = True
         for (source, target, *_), (sends, receives) in queues.items():
