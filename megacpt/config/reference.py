@@ -65,8 +65,8 @@ def _on_resume(section: type[Section]) -> str:
         return ""
     keys: dict[Resume, list[str]] = {}
     for name, field in section.model_fields.items():
-        own = next((item.rule for item in field.metadata if isinstance(item, OnResume)), section.resume)
-        keys.setdefault(own, []).append(f"`{name}`")
+        own: Resume | None = next((item.rule for item in field.metadata if isinstance(item, OnResume)), None)
+        keys.setdefault(own or section.resume, []).append(f"`{name}`")
     if len(keys) == 1:
         return f" A resume {_RESUME[section.resume]}{' any of it' if section.resume == 'frozen' else ' all of it'}."
     return " " + " ".join(f"A resume {_RESUME[rule]}: {', '.join(names)}." for rule, names in keys.items())
@@ -101,7 +101,7 @@ def _kind(field: dict[str, Any]) -> str:
         return "tokens"
     if field.get("type") == "array":
         return f"list of {_kind(field['items'])}" if "items" in field else "list"
-    return {"object": "table"}.get(field.get("type"), str(field.get("type", "table")))
+    return "table" if field.get("type") == "object" else str(field.get("type", "table"))
 
 
 if __name__ == "__main__":

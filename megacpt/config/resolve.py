@@ -70,8 +70,7 @@ class ResolvedStage:
 
     @property
     def micro_batch_tokens(self) -> int:
-        assert self.parallel.micro_batch_tokens is not None
-        return self.parallel.micro_batch_tokens
+        return self.parallel.tokens_at_once
 
     @property
     def micro_batch_rows(self) -> int:

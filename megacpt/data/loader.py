@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -278,7 +278,7 @@ def load_step(
     return StepData(batches, data.count(picks), data.visible_pairs(picks))
 
 
-def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Iterator[StepData]:
+def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Generator[StepData, None, None]:
     """`make(n)` for each n, a few steps ahead in a thread. An error there is raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

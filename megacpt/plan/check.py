@@ -12,7 +12,7 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import resolve
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.run_layout import path_problems
-from megacpt.config.sections.data import Domain
+from megacpt.config.sections.data import Curriculum, Domain
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
@@ -26,7 +26,8 @@ from megacpt.family.base import ModelConfig
 from megacpt.family.rope import least_theta, theta_by_rule
 from megacpt.model.split import PipelinePlan, plan_pipeline, stage_weights
 from megacpt.optim.schedule import rate_of_step
-from megacpt.parallel.pipeline.simulate import simulate
+from megacpt.parallel.pipeline.schedule import Schedule
+from megacpt.parallel.pipeline.simulate import Simulation, simulate
 from megacpt.plan.describe import filling
 from megacpt.plan.facts import (
     CurriculumFacts,
@@ -173,9 +174,15 @@ def _layout_facts(
     reduction = _reduction_facts(recipe, parallel, layout, config, plan, max(counts))
     if parallel.pipeline == 1:
         return LayoutFacts(key, layout, plan.name, reduction=reduction)
-    played = {count: simulate(schedule, stage_weights(plan, parallel)) for count, schedule in schedules.items()}
+    played = {count: _simulated(schedule, plan, parallel) for count, schedule in schedules.items()}
     facts = tuple(ScheduleFacts(count, found.bubble, max(found.peak)) for count, found in played.items())
     return LayoutFacts(key, layout, plan.name, tuple(map(len, plan.layers)), facts, reduction)
+
+
+def _simulated(schedule: Schedule, plan: PipelinePlan, parallel: Parallel) -> Simulation:
+    found = simulate(schedule, stage_weights(plan, parallel))
+    assert found is not None, f"{plan.name} deadlocks"
+    return found
 
 
 def _reduction_facts(
@@ -195,7 +202,7 @@ def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> l
     """The different numbers of micro-batches that steps under a layout have."""
     counts = set()
     for stage in (stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel):
-        micro = parallel_in(recipe, stage).micro_batch_tokens
+        micro = parallel_in(recipe, stage).tokens_at_once
         counts |= {max(1, -(-batch // (data_ranks * micro))) for _, batch in stage.batch_tokens}
     return sorted(counts)
 
@@ -224,7 +231,7 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
     exact = bool(recipe.model.pretrained) and config.dtype in (recipe.precision.compute or "bfloat16", None)
-    counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
+    counts = {max(1, -(-batch // (layout.data * parallel.tokens_at_once))) for _, batch in stage.batch_tokens}
     jobs = [
         Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
             widths[recipe.precision.compute], state, _trainable(recipe, stage, config), exact)
@@ -268,7 +275,7 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     parallel = max(layouts_of(recipe).values(), key=lambda p: p.pipeline * p.virtual_stages)
     plan = plan_pipeline(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
-    found = simulate(plan.schedule(count), stage_weights(plan, parallel))
+    found = _simulated(plan.schedule(count), plan, parallel)
     return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
@@ -288,7 +295,7 @@ def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> d
             _check_labels(name, domain, prefix, manifest, report)
         _check_items(recipe, name, domain, prefixes, report)
         if domain.order:
-            _check_scores(name, domain, prefixes, report)
+            _check_scores(name, domain.order, prefixes, report)
         documents, tokens[name] = _selected(manifests, domain)
         if domain.holdout_documents >= documents:
             text = f"the domain has {documents} documents; some must be left to train on."
@@ -324,9 +331,9 @@ def _check_items(recipe: Recipe, name: str, domain: Domain, prefixes: Sequence[s
     report.problems += [Problem(f"data.{name}", None, problem) for problem in item_problems(prefixes, rows)]
 
 
-def _check_scores(name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
+def _check_scores(name: str, order: Curriculum, prefixes: Sequence[str], report: Report) -> None:
     try:
-        found = score_problems(expand_files(domain.order.scores), prefixes)
+        found = score_problems(expand_files(order.scores), prefixes)
     except DataError as error:
         found = [str(error)]
     report.problems += [Problem(f"data.{name}.order.scores", None, problem) for problem in found]
@@ -373,7 +380,7 @@ def _stage_facts(
     parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
     first, last, objective = clock.step(numbers[0]), clock.step(numbers[-1]), objective_in(recipe, stage)
-    rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
+    rows, rates = layout.data * parallel.tokens_at_once // stage.seq_len, schedule_in(recipe, stage)
     return StageFacts(
         name=stage.name,
         tokens=clock.stage_tokens(index),
@@ -381,7 +388,7 @@ def _stage_facts(
         batch_tokens=tuple(batch for _, batch in stage.batch_tokens),
         seq_len=stage.seq_len,
         layout=layout,
-        micro_batch_tokens=parallel.micro_batch_tokens,
+        micro_batch_tokens=parallel.tokens_at_once,
         micro_batches=-(-last.rows // rows),
         micro_batch_rows=rows,
         rows=last.rows,

@@ -66,7 +66,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """T."""
-        return self.parallel.micro_batch_tokens // self.layout.context
+        return self.parallel.tokens_at_once // self.layout.context
 
     @functools.cached_property
     def plan(self) -> PipelinePlan:
@@ -368,7 +368,7 @@ class _Walk:
         if stage == self.last:
             kept += 2 * local * job.config.hidden_size * job.width + 4 * local
         if stage == self.mine[0]:
-            kept += 36 * tokens + (24 * job.parallel.micro_batch_tokens if job.layout.context > 1 else 0)
+            kept += 36 * tokens + (24 * job.parallel.tokens_at_once if job.layout.context > 1 else 0)
         return kept
 
     def _deferred(self, stage: int) -> float:
@@ -397,7 +397,7 @@ class _Walk:
     def _gathered_keys(self) -> float:
         """Gathered K and V and the rank's slices of them."""
         job = self.job
-        return 8 * job.parallel.micro_batch_tokens * job.features[1] * job.width if job.layout.context > 1 else 0
+        return 8 * job.parallel.tokens_at_once * job.features[1] * job.width if job.layout.context > 1 else 0
 
     def _start(self, stage: int) -> float:
         """Temporaries of a backward's fullest moment before its weights' gradients are put away."""
@@ -470,10 +470,10 @@ def _alternatives(job: Job) -> Iterable[tuple[str, Job]]:
 
 def _smaller_micro_batch(job: Job) -> int | None:
     """Half of the rows, if there is more than one."""
-    rows = job.parallel.micro_batch_tokens // job.seq_len
+    rows = job.parallel.tokens_at_once // job.seq_len
     half = rows // 2 * job.seq_len
     return half if rows > 1 and half % token_unit(job.layout.tensor, job.layout.context) == 0 else None
 
 
 def _more_micro_batches(job: Job, micro_batch_tokens: int) -> int:
-    return -(-job.micro_batches * job.parallel.micro_batch_tokens // micro_batch_tokens)
+    return -(-job.micro_batches * job.parallel.tokens_at_once // micro_batch_tokens)

@@ -259,7 +259,7 @@ def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bo
         keys = [key for key in now | was if now.get(key) != was.get(key)]
         problems += [f"{key} = {now.get(key)}: the run began with {was.get(key)}." for key in keys]
     for what, new, old in (("tokenizer", plan.files, before.files), ("weights", plan.weights, before.weights)):
-        names = sorted(name for name in new | old if name not in (*NO_IDS, "config.json")) if present and old else []
+        names = sorted(name for name in {*new, *old} if name not in (*NO_IDS, "config.json")) if present and old else []
         for name in names:
             if new.get(name) != old.get(name):
                 known = [digest[:12] if digest else "nothing" for digest in (new.get(name), old.get(name))]
@@ -279,8 +279,9 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
         side, model = directory.path / HUGGING_FACE, plan.recipe.model
         side.mkdir(parents=True, exist_ok=True)
         if mode != "resume":
-            copy_side_files(model.pretrained, model.tokenizer or model.pretrained, side)
+            copy_side_files(model.pretrained, model.tokenizer_path, side)
             if mode == "pretrained":
+                assert model.pretrained is not None, "choose_start has found it"
                 dtypes = pretrained_dtypes(plan.base, model.pretrained)
             else:
                 name = "bfloat16" if compute == torch.bfloat16 else "float32"
@@ -296,10 +297,12 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
 def fill(plan: RunPlan, directory: RunDirectory, model: Decoder, optimizer: AdamW, start: Start) -> None:
     """Weights and moments. Collective."""
     if start.state:
+        assert start.path is not None, "a state comes from a checkpoint"
         load_training(start.path, optimizer, start.state.num_updates, start.state.missed)
         if names := not_finite(named_tensors(optimizer)):
             raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
     elif start.mode == "pretrained":
+        assert plan.recipe.model.pretrained is not None, "choose_start has found it"
         load_pretrained(model, plan.model, plan.recipe.model.pretrained)
     else:
         initialize(model, plan.model, plan.recipe.run.seed)

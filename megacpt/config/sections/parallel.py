@@ -64,6 +64,12 @@ class Parallel(Section, heading="[parallel]", resume="free"):
     needs GPUs that share memory (NVLink)."""
 
     @property
+    def tokens_at_once(self) -> int:
+        """`micro_batch_tokens` of a stage's layout, in which one row is filled in where the recipe gives none (merge.parallel_in)."""
+        assert self.micro_batch_tokens is not None, "a layout that no stage was merged into"
+        return self.micro_batch_tokens
+
+    @property
     def schedule_name(self) -> str:
         return self.schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved")
 
