@@ -327,11 +327,10 @@ def _check_labels(name: str, domain: Domain, prefix: str, manifest: dict, report
 
 
 def _check_items(recipe: Recipe, name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
-    """Whether each item fits the rows in which the domain is read, where all of them are."""
-    if domain.max_tokens is not None or domain.labels or recipe.packing.long_items != "refuse":
-        return
+    """Whether all sets have items or none, and whether each item fits the rows that read the domain, where no view leaves some out."""
+    whole = domain.max_tokens is None and not domain.labels and recipe.packing.long_items == "refuse"
     validated = any(name in validation.domains for validation in recipe.validation)
-    rows = [stage.seq_len for stage in recipe.stages if validated or stage.mixture.get(name)]
+    rows = [stage.seq_len for stage in recipe.stages if whole and (validated or stage.mixture.get(name))]
     report.problems += [Problem(f"data.{name}", None, problem) for problem in item_problems(prefixes, rows)]
 
 
