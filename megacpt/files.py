@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>[0-9]+)-(?P<start>[0-9
 _ASIDE = ".tmp-old-"
 
 
-def disk_told(error: OSError, path: str | Path | None = None) -> str:
+def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     """In a sentence: which file, what is wrong, the way out."""
     where = error.filename if path is None else path
     text = f"{where or 'a file'}: {error.strerror or error}"
@@ -47,7 +47,7 @@ def disk_told(error: OSError, path: str | Path | None = None) -> str:
             while not folder.is_dir():
                 folder = folder.parent
             text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
-    ways = {
+    ways: dict[int | None, str] = {
         errno.ENOSPC: "Make room",
         errno.EDQUOT: "Make room in the quota",
         errno.EFBIG: "A limit of the file's size (ulimit -f) is reached; raise it",
@@ -110,21 +110,31 @@ def new_folder(final: Path) -> Iterator[Path]:
             sync_directory(Path(folder))
         os.rename(partial, final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     sync_directory(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes whatever has the name: a folder with all that is in it, as far as that can be done, a file, a link, a pipe. Raises OSError
+    if something that is no folder stays."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def publish_folder(partial: Path, final: Path) -> None:
     """A folder whose files are on the disk becomes `final`. What has that name is set aside first, never half removed under it:
     `restore_folder` brings it back after a kill in between."""
     aside = final.parent / f"{_ASIDE}{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
+    remove(aside)
+    if os.path.lexists(final):
         os.rename(final, aside)
     os.rename(partial, final)
     sync_directory(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
 
 
 def restore_folders(parent: Path) -> None:
@@ -172,7 +182,7 @@ def remove_abandoned(folder: Path) -> list[str]:
     for path in entries:
         if (found := _TEMPORARY.fullmatch(path.name)) and _is_abandoned(path, **found.groupdict()):
             with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                remove(path)
                 removed.append(path.name)
     return removed
 
@@ -351,7 +361,7 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             size = os.fstat(handle).st_size
             if self._sound is not None and self._sound < size:  # half a line is worse than none

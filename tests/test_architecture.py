@@ -314,3 +314,24 @@ def test_names_in_a_run_directory_stand_in_one_room():
         "gates",
         "run.json",
     ]
+
+
+READS_JSON = {
+    "megacpt/files.py": "the one reader",
+    "megacpt/data/text.py": "lines of a user's text, each counted as bad or good",
+    "megacpt/data/tokenizer.py": "what the tokenizers' library has just read",
+    "megacpt/data/pieces.py": "what the tokenizers' library writes itself",
+    "megacpt/survive/watchdog.py": "an argument that its parent process gives",
+}
+
+
+def reads_json(source: str) -> bool:
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = [(f.value.id, f.attr) for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)]
+    return bool({("json", "load"), ("json", "loads")} & set(names))
+
+
+def test_json_files_are_read_in_one_room():
+    """Whatever stands in one, files.py makes one error of it; a reader of its own forgets one of the kinds."""
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "megacpt").rglob("*.py") if reads_json(path.read_text())}
+    assert found == READS_JSON.keys()

@@ -21,7 +21,7 @@ def average_weights(decay: str, count: int) -> list[float]:
 
 
 @torch.no_grad()
-def averaged(parameters: dict[str, Any], directories: Sequence[Path], weights: Sequence[float]) -> None:
+def average_into(parameters: dict[str, Any], directories: Sequence[Path], weights: Sequence[float]) -> None:
     """Fills parameters with the weighted mean of some checkpoints, summed in at least fp32. All ranks call it."""
     parts = {name: local_part(parameter) for name, parameter in parameters.items()}
     total = {

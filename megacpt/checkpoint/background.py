@@ -1,4 +1,4 @@
-"""Saving behind the training: tensors are copied to host memory, the rest happens in a thread, on the group for objects.
+"""Saving in the background: tensors are copied to host memory, the rest happens in a thread, on the group for objects.
 
 The copies stay: a second save writes into the same host memory, after the first has ended.
 """
@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Saver:
-    """One save at a time, behind the training or not; all ranks make one and call it alike.
+    """One save at a time, in the background or not; all ranks make one and call it alike.
 
     Args:
         how, prune, fence: as of `save`.

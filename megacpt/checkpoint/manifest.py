@@ -100,7 +100,7 @@ def write_manifest(directory: Path, state: RunState, facts: dict[str, Any], item
     _write(directory, Manifest(state, facts, files, items))
 
 
-def amend(directory: Path, state: RunState) -> None:
+def rewrite_state(directory: Path, state: RunState) -> None:
     """Another state for the same tensors: a checkpoint to which a run goes back knows what is skipped from there on."""
     manifest = read_manifest(directory)
     _write(directory, Manifest(state, manifest.facts, manifest.files, manifest.items))
@@ -142,10 +142,10 @@ def read_manifest(directory: Path) -> Manifest:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({_told(error)}).") from None
+        raise CheckpointError(f"{path}: not a manifest ({_describe(error)}).") from None
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, JsonError | OSError) else f"{type(error).__name__}: {error}"
 
 
@@ -204,20 +204,30 @@ def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:
 def decisions_of_run(run_directory: Path) -> Decisions:
     """What a run has decided up to its newest checkpoint; none without one."""
     try:
-        found = newest_sound(run_directory / CHECKPOINTS)
+        found = latest_intact_checkpoint(run_directory / CHECKPOINTS)
     except CheckpointError:
         return Decisions()
-    return found[1].decisions if found else Decisions()
+    return found.state.decisions if found else Decisions()
 
 
-def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, RunState, list[str]] | None:
-    """(folder, state, what was wrong with newer ones) of the newest checkpoint that is whole; None without any. Sizes and the small
-    files are compared; the shards by who reads them.
+@dataclass(frozen=True)
+class IntactCheckpoint:
+    """Attributes: complaints: what is wrong with newer ones."""
+
+    directory: Path
+    state: RunState
+    complaints: tuple[str, ...]
+
+
+def latest_intact_checkpoint(checkpoints: Path, bad: Iterable[int] = ()) -> IntactCheckpoint | None:
+    """The newest checkpoint that is whole; None without any. Sizes and the small files are compared; the shards by who reads them.
 
     Args:
         bad: steps that were found damaged when they were read.
+    Raises:
+        CheckpointError: if there are checkpoints, and none is whole.
     """
-    complaints = []
+    complaints: list[str] = []
     for step in reversed(list_steps(checkpoints)):
         directory = checkpoints / directory_name(step)
         try:
@@ -226,12 +236,12 @@ def newest_sound(checkpoints: Path, bad: Iterable[int] = ()) -> tuple[Path, RunS
             manifest = read_manifest(directory)
             small = {name: rows for name, rows in manifest.items.items() if not name.endswith(".distcp")}
             check_items(directory, small)
-            return directory, manifest.state, complaints
+            return IntactCheckpoint(directory, manifest.state, tuple(complaints))
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:
         raise CheckpointError(
-            f"{checkpoints}: no checkpoint is sound:\n  "
+            f"{checkpoints}: no checkpoint is intact:\n  "
             + "\n  ".join(complaints)
             + "\nRestore one from a copy, or start anew in another run directory."
         )

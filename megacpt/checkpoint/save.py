@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from megacpt.checkpoint.manifest import (
     write_manifest,
 )
 from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, disk_told, publish_folder, restore_folders, sync_directory
+from megacpt.files import DISK_ERRORS, describe_os_error, publish_folder, remove, restore_folders, sync_directory
 from megacpt.parallel.sharded import copies, local_part
 
 
@@ -69,19 +69,22 @@ def save(
     removed: list[int] = []
     try:
         needed = sum(_gathered(_stored_bytes(tensors), group))
-        with together(group):
+        with all_ranks_or_none(group):
             if dist.get_rank() == 0:
                 fence()
-                _begin(partial, needed)
+                _prepare_folder(partial, needed)
             heartbeat.reach("save.staged", state.step)
         writer = CheckedWriter(partial)
-        with together(group), warnings.catch_warnings():  # what fails inside, fails on all ranks: it has collectives
+        with (
+            all_ranks_or_none(group),
+            warnings.catch_warnings(),
+        ):  # what fails inside, fails on all ranks: it has collectives
             warnings.simplefilter("ignore")
             dcp.save(tensors, storage_writer=writer, process_group=group)
-        with together(group):
+        with all_ranks_or_none(group):
             heartbeat.reach("save.after_shards", state.step, lambda: partial)
             check_items(partial, writer.written)
-        with together(group):
+        with all_ranks_or_none(group):
             if dist.get_rank() == 0:
                 heartbeat.reach("save.before_manifest", state.step)
                 fence()
@@ -92,9 +95,9 @@ def save(
                     publish_folder(partial, final)
                 sync_directory(checkpoints)
                 heartbeat.reach("save.after_rename", state.step)
-    except NotOnAll as error:
+    except FailedOnSomeRank as error:
         if dist.get_rank() == 0 and how == "rename" and _is_ours(fence):
-            shutil.rmtree(partial, ignore_errors=True)  # the room is needed
+            remove(partial)  # the room is needed
         raise SaveError(f"the checkpoint of step {state.step} was not saved: {error}") from None
     if dist.get_rank() == 0:
         try:
@@ -114,12 +117,12 @@ def _is_ours(fence: Callable[[], None]) -> bool:
     return True
 
 
-class NotOnAll(SaveError):
+class FailedOnSomeRank(SaveError):
     """What went wrong, on which ranks: the same on all."""
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None):
+def all_ranks_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
     """A part of the work that succeeds or fails on all ranks. It holds no collective, or one rank would leave the others there."""
     problem = None
     try:
@@ -128,17 +131,17 @@ def together(group: dist.ProcessGroup | None):
         dcp.api.CheckpointException
     ) as error:  # it is the same on all ranks, with a cause for each that failed: each tells its own
         mine = error.failures.get(dist.get_rank(group)) if error.failures else (error,)
-        problem = _told(mine[0]) if mine else None
+        problem = _describe(mine[0]) if mine else None
     except Exception as error:
-        problem = _told(error)
+        problem = _describe(error)
     found = [f"rank {rank}: {text}" for rank, text in enumerate(_gathered(problem, group)) if text]
     if found:
-        raise NotOnAll("; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else ""))
+        raise FailedOnSomeRank("; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else ""))
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename:
-        return disk_told(error)
+        return describe_os_error(error)
     return str(error) if isinstance(error, MegacptError) else f"{type(error).__name__}: {error}"
 
 
@@ -161,12 +164,12 @@ def _stored_bytes(tree: dict[str, Any]) -> float:
     return total
 
 
-def _begin(partial: Path, needed: float) -> None:
+def _prepare_folder(partial: Path, needed: float) -> None:
     """An empty folder on a disk with room."""
     if (partial / MANIFEST).exists():  # published by its manifest: it is none any more from here on
         os.remove(partial / MANIFEST)
         sync_directory(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir(parents=True)
     free, wanted = shutil.disk_usage(partial).free, int(needed * 1.05) + (1 << 20)
     if free < wanted:
@@ -224,7 +227,7 @@ class _SummedFiles(dcp.filesystem.FileSystem):
         self.opened: dict[str, _Summed] = {}
 
     @contextmanager
-    def create_stream(self, path, mode: str):
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:  # all of a file that torch uses
         with super().create_stream(path, mode) as file:
             stream = _Summed(file)
             self.opened[Path(path).name] = stream
@@ -237,7 +240,9 @@ class _SummedFiles(dcp.filesystem.FileSystem):
                     raise
                 with suppress(OSError):  # what is still in its buffer finds no room either
                     file.close()
-                raise CheckpointError(f"{disk_told(cause, path)} {stream.at:,} bytes of it were written.") from None
+                raise CheckpointError(
+                    f"{describe_os_error(cause, path)} {stream.at:,} bytes of it were written."
+                ) from None
 
 
 class CheckedWriter(dcp.FileSystemWriter):
@@ -249,7 +254,7 @@ class CheckedWriter(dcp.FileSystemWriter):
 
     def __init__(self, path: Path):
         # Nothing is copied ahead: that is for tensors on a GPU, and makes the thread wait again and again for all that its stream has
-        # to do, of which the training's own is one, though what is saved behind the training lies in host memory.
+        # to do, of which the training's own is one, though what is saved in the background lies in host memory.
         super().__init__(path, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
         self.fs = _SummedFiles()
         self.written: Items = {}
@@ -272,6 +277,7 @@ class CheckedWriter(dcp.FileSystemWriter):
     def finish(self, metadata, results) -> None:
         super().finish(metadata, results)
         for result in (result for some in results for result in some):
+            assert isinstance(result, _Checked), "write_data makes no others"
             info = result.storage_data
             self.items.setdefault(info.relative_path, []).append((info.offset, info.length, result.crc32))
 
@@ -291,11 +297,11 @@ def prune(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> li
     keep = {*sound[-keep_last:], *good[-1:]} | {s for s in sound if keep_every_steps and s % keep_every_steps == 0}
     removed = [step for step in steps if sound and step < sound[-1] and step not in keep]
     for step in removed:
-        remove(checkpoints, step)
+        remove_checkpoint(checkpoints, step)
     return removed
 
 
-def remove(checkpoints: Path, step: int) -> None:
+def remove_checkpoint(checkpoints: Path, step: int) -> None:
     """Its manifest first: half a checkpoint is none."""
     directory = checkpoints / directory_name(step)
     (directory / MANIFEST).unlink(missing_ok=True)
@@ -307,4 +313,4 @@ def recover_interrupted_saves(checkpoints: Path) -> None:
     """What a kill left: a checkpoint that was about to be replaced comes back, unfinished ones go. One process, before others look."""
     restore_folders(checkpoints)
     for left in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -40,7 +39,7 @@ from megacpt.data.indexed import CheckedFile, IndexedDataset, Numbers
 from megacpt.data.manifest import crc32_of
 from megacpt.data.select import Selection, kept, long_items, withheld_by_bucket
 from megacpt.errors import DataError
-from megacpt.files import new_folder, read_object, sealed, unsealed, write_atomically
+from megacpt.files import new_folder, read_object, remove, sealed, unsealed, write_atomically
 from megacpt.log import info, short_number, warn
 
 VERSION = 3
@@ -151,7 +150,7 @@ def open_index(domain: DomainData, selection: Selection, cache: str, workers: in
                 pass
             except Unsound as error:
                 warn(f"{final}: the packing index is damaged and is built again: {error}")
-                shutil.rmtree(final) if final.is_dir() and not final.is_symlink() else final.unlink()
+                remove(final)
             _build(domain, selection, final, workers)
         return PackingIndex(final, domain, selection.seq_len)
     except OSError as error:

@@ -134,7 +134,7 @@ def _facts_of(
 
 def _require_gigatoken() -> None:
     try:
-        import gigatoken  # noqa: F401
+        import gigatoken  # noqa: F401 # pyright: ignore[reportMissingImports] optional
     except ImportError:
         raise ConfigError(
             ["--engine gigatoken: is not installed. pip install gigatoken, or use --engine tokenizers."],
@@ -214,9 +214,7 @@ def _bad_lines_message(parts: Path, pieces: list[Piece], bad: int, limit: int, l
         if (parts / f"{i:06d}.json").exists():
             shown += [b for b in read_piece_report(parts, i)["bad_examples"] if b not in shown]
     lines = "\n".join(f"  {path}:{line}: {reason}" for path, line, reason in shown[:SHOWN_BAD_LINES])
-    return (
-        f"{bad} records could not be read, more than --max-bad-lines {limit}:\n{lines}\nMend them or raise the limit."
-    )
+    return f"{bad} records could not be read, more than --max-bad-lines {limit}:\n{lines}\nFix them or raise the limit."
 
 
 class _Progress:

@@ -29,7 +29,7 @@ from megacpt.family.base import (
 )
 from megacpt.model.split import PipelinePlan, plan_pipeline
 from megacpt.parallel.pipeline.schedule import Schedule
-from megacpt.parallel.pipeline.simulate import lower, needed
+from megacpt.parallel.pipeline.simulate import input_of, lower_to_ops
 
 GIB = 2**30
 CARD_GIB = 79.1
@@ -66,7 +66,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """T."""
-        return self.parallel.micro_batch_tokens // self.layout.context
+        return self.parallel.tokens_at_once // self.layout.context
 
     @functools.cached_property
     def plan(self) -> PipelinePlan:
@@ -370,7 +370,7 @@ class _Walk:
         if stage == self.last:
             kept += 2 * local * job.config.hidden_size * job.width + 4 * local
         if stage == self.mine[0]:
-            kept += 36 * tokens + (24 * job.parallel.micro_batch_tokens if job.layout.context > 1 else 0)
+            kept += 36 * tokens + (24 * job.parallel.tokens_at_once if job.layout.context > 1 else 0)
         return kept
 
     def _deferred(self, stage: int) -> float:
@@ -399,7 +399,7 @@ class _Walk:
     def _gathered_keys(self) -> float:
         """Gathered K and V and the rank's slices of them."""
         job = self.job
-        return 8 * job.parallel.micro_batch_tokens * job.features[1] * job.width if job.layout.context > 1 else 0
+        return 8 * job.parallel.tokens_at_once * job.features[1] * job.width if job.layout.context > 1 else 0
 
     def _start(self, stage: int) -> float:
         """Temporaries of a backward's fullest moment before its weights' gradients are put away."""
@@ -437,11 +437,11 @@ class _Walk:
 def _most_waiting(schedule: Schedule, rank: int) -> int:
     """Most receives that a rank's program has posted and not used."""
     waiting = most = 0
-    for op in lower(schedule, rank):
+    for op in lower_to_ops(schedule, rank):
         if op.kind == "receive":
             waiting += 1
             most = max(most, waiting)
-        elif op.kind == "run" and (tensor := needed(op.action, schedule)):
+        elif op.kind == "run" and (tensor := input_of(op.action, schedule)):
             waiting -= schedule.placement[tensor[1]] != rank
     return most
 
@@ -478,10 +478,10 @@ def _alternatives(job: Job) -> Iterable[tuple[str, Job]]:
 
 def _smaller_micro_batch(job: Job) -> int | None:
     """Half of the rows, if there is more than one."""
-    rows = job.parallel.micro_batch_tokens // job.seq_len
+    rows = job.parallel.tokens_at_once // job.seq_len
     half = rows // 2 * job.seq_len
     return half if rows > 1 and half % token_unit(job.layout.tensor, job.layout.context) == 0 else None
 
 
 def _more_micro_batches(job: Job, micro_batch_tokens: int) -> int:
-    return -(-job.micro_batches * job.parallel.micro_batch_tokens // micro_batch_tokens)
+    return -(-job.micro_batches * job.parallel.tokens_at_once // micro_batch_tokens)

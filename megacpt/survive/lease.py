@@ -66,7 +66,7 @@ def process_of(pid: int) -> Process:
     return Process(pid, _start_of(pid), _machine())
 
 
-def process_told(facts: dict[str, Any]) -> Process | None:
+def process_from(facts: dict[str, Any]) -> Process | None:
     """The process that a file or the environment names; None for numbers that no process has."""
     pid, start, machine = (facts.get(key) for key in ("pid", "start", "machine"))
     if type(pid) is not int or type(start) is not int or not isinstance(machine, str):
@@ -112,17 +112,17 @@ class Supervised:
     attempt: str
     process: Process
 
-    def told(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         return {ATTEMPT: json.dumps({"attempt": self.attempt, **asdict(self.process)})}
 
 
 def supervised() -> Supervised | None:
     """By whom this process was started, if it was by `megacpt supervise`."""
     try:
-        told = parse_object(os.environ.get(ATTEMPT, ""))
+        facts = parse_object(os.environ.get(ATTEMPT, ""))
     except JsonError:
         return None
-    process, attempt = process_told(told), told.get("attempt")
+    process, attempt = process_from(facts), facts.get("attempt")
     return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
@@ -164,7 +164,7 @@ class Owner:
     mark: tuple
     heard: float
 
-    def told(self, run: Path, seconds: float | None) -> str:
+    def describe(self, run: Path, seconds: float | None) -> str:
         """Who it is, for people."""
         pid, host = (self.process.pid if self.process else "unknown"), self.facts.get("host", "unknown")
         heard = "" if seconds is None else f", last heartbeat {max(0.0, seconds):.0f} s ago"
@@ -209,7 +209,7 @@ class Lease:
             (self.run / STOP_REQUEST).write_text("")
 
     def _wait_for(self, owner: Owner) -> None:
-        begin, told, found = time.monotonic(), False, owner
+        begin, said, found = time.monotonic(), False, owner
         while found and found.number == owner.number and not found.released:
             alive = found.process.alive() if found.process else None
             passed = time.monotonic() - begin
@@ -217,16 +217,16 @@ class Lease:
                 return
             if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
-            if not told:
-                log.info(f"{self.run}: belongs to {found.told(self.run, None)}; waiting for it to leave")
-                told = True
+            if not said:
+                log.info(f"{self.run}: belongs to {found.describe(self.run, None)}; waiting for it to leave")
+                said = True
             time.sleep(0.2)
             found = current_owner(self.run)
 
     def _refusal(self, owner: Owner) -> str:
         pid = f"kill -TERM {owner.process.pid}" if owner.process else "kill -TERM its process"
         return (
-            f"{self.run}: belongs to another job that trains in it: {owner.told(self.run, self._now() - owner.heard)}. Two jobs in one "
+            f"{self.run}: belongs to another job that trains in it: {owner.describe(self.run, self._now() - owner.heard)}. Two jobs in one "
             f"run directory would mix their checkpoints. Wait for it, ask it to save and leave ({pid} on {owner.facts.get('host')}), or "
             "take another run.name."
         )
@@ -297,13 +297,13 @@ class Lease:
             LeaseError: if the directory is another's by now. OSError: if that cannot be seen.
         """
         if not self.look():
-            raise LeaseError(f"{self.run}: {self.told_lost()}")
+            raise LeaseError(f"{self.run}: {self.describe_loss()}")
 
-    def told_lost(self) -> str:
+    def describe_loss(self) -> str:
         owner = None
         with contextlib.suppress(OSError):
             owner = current_owner(self.run)
-        by = f"to {owner.told(self.run, None)}" if owner else "to nobody: its lease was removed"
+        by = f"to {owner.describe(self.run, None)}" if owner else "to nobody: its lease was removed"
         return f"this job ({self.attempt}) owns the run directory no longer, it belongs {by}. Nothing more is written there."
 
     def release(self) -> None:
@@ -354,7 +354,7 @@ def current_owner(run: Path) -> Owner | None:
             continue
         try:
             facts = parse_object(first)
-            process = process_told(facts)
+            process = process_from(facts)
         except JsonError:
             facts, process = {}, None
         return Owner(number, process, facts, "released" in rest, (info.st_mtime_ns, info.st_size, first), info.st_mtime)
@@ -388,19 +388,20 @@ class Keeper:
     """
 
     def __init__(self, ask: Callable[[str], None], agents: Sequence[Process]):
-        self.ask, self.agents, self.lease = ask, agents, None
+        self.ask, self.agents = ask, agents
+        self.lease: Lease | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._thread.start()
 
     def _keep(self) -> None:
-        beat, told = time.monotonic(), set()
+        beat, said = time.monotonic(), set()
         while not self._over.wait(LOOK_SECONDS):
             try:
                 beat = self._look(beat)
             except Exception as error:  # the next round must come: without it the lease is lost, and no stop is heard
-                if (text := f"{type(error).__name__}: {error}") not in told:
-                    told.add(text)
+                if (text := f"{type(error).__name__}: {error}") not in said:
+                    said.add(text)
                     log.warn(f"the thread that keeps the run directory goes on after {text}")
 
     def _look(self, beat: float) -> float:

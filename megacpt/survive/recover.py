@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megacpt import log
-from megacpt.checkpoint.manifest import RunState, amend, directory_name, list_steps, read_manifest, verify
-from megacpt.checkpoint.save import remove, together
+from megacpt.checkpoint.manifest import RunState, directory_name, list_steps, read_manifest, rewrite_state, verify
+from megacpt.checkpoint.save import all_ranks_or_none, remove_checkpoint
 from megacpt.config.decisions import Decisions, Skip
 from megacpt.errors import CheckpointError, NumbersError
 
@@ -56,7 +56,7 @@ def find_target(checkpoints: Path, decisions: Decisions, streak: Streak, group: 
         NumbersError: if nothing was saved before the streak.
     """
     found = [0]
-    with together(group):
+    with all_ranks_or_none(group):
         if dist.get_rank() == 0:
             for step in reversed(list_steps(checkpoints)):
                 if step >= streak.first:
@@ -74,12 +74,12 @@ def find_target(checkpoints: Path, decisions: Decisions, streak: Streak, group: 
     if found[0]:
         return found[0] - 1
     have = list_steps(checkpoints)
-    told = (
+    reason = (
         f"{', '.join(map(str, have))} were saved in the streak: remove them" if have else "nothing was saved before it"
     )
     raise NumbersError(
         f"{streak.last - streak.first + 1} updates in a row, from step {streak.first} on, were skipped, and there is no checkpoint from "
-        f"before ({told}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and "
+        f"before ({reason}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and "
         "the model's config.json."
     )
 
@@ -105,13 +105,13 @@ def rewind(
     group: dist.ProcessGroup | None,
 ) -> None:
     """Makes a checkpoint the newest, and lets it know what is left out behind it. Collective; rank 0 writes."""
-    with together(group):
+    with all_ranks_or_none(group):
         if dist.get_rank() == 0:
             fence()
             directory = checkpoints / directory_name(target)
             state = read_manifest(directory).state
-            amend(directory, replace(state, decisions=state.decisions.plus(decision)))
+            rewrite_state(directory, replace(state, decisions=state.decisions.plus(decision)))
             for folder in (checkpoints, *snapshots.glob("*/")):
                 for newer in list_steps(folder):
                     if newer > target:
-                        remove(folder, newer)
+                        remove_checkpoint(folder, newer)

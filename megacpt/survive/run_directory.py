@@ -17,7 +17,7 @@ from megacpt.files import (
     Journal,
     JsonError,
     Record,
-    disk_told,
+    describe_os_error,
     read_object,
     read_records,
     remove_abandoned,
@@ -125,11 +125,11 @@ class RunDirectory:
         try:
             write_status(self.path, content)
         except OSError as error:
-            told = disk_told(error, self.path / STATUS)
+            text = describe_os_error(error, self.path / STATUS)
             if exit_code == 0:
-                raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
+                raise SaveError(f"the run is {status}, but run.json cannot say so: {text}") from None
             if STATUS not in self.disk:
-                log.warn(told)
+                log.warn(text)
             self.disk[STATUS] = error.strerror or str(error)
         else:
             self.disk.pop(STATUS, None)
@@ -139,7 +139,7 @@ class RunDirectory:
         for journal in list(self.journals.values()) if self._writes() else ():
             journal.flush()
 
-    def _told(self, journal: Journal, problem: str) -> None:
+    def _report_journal(self, journal: Journal, problem: str) -> None:
         """A file cannot be written, or can be again."""
         name = journal.path.name
         if problem:
@@ -153,7 +153,7 @@ class RunDirectory:
             self.event("disk_again", *self._at, file=name, kept=journal.kept, lost=journal.lost)
         self.status("running")
 
-    def failed(self, error: BaseException) -> None:
+    def record_failure(self, error: BaseException) -> None:
         if isinstance(error, LeaseError):
             return
         self.status("failed", error.exit_code if isinstance(error, MegacptError) else 1, reason=str(error)[:2000])
@@ -176,13 +176,13 @@ class RunDirectory:
     def journal(self, name: str) -> Journal:
         """A file of the run to which records are added."""
         if name not in self.journals:
-            self.journals[name] = Journal(self.path / name, self._told)
+            self.journals[name] = Journal(self.path / name, self._report_journal)
         return self.journals[name]
 
     def has_rows(self) -> bool:
         """Whether a step of the run has been trained."""
         try:
-            return any(_is_row(record) for record in read_records(self.path / METRICS))
+            return any(_row(record) is not None for record in read_records(self.path / METRICS))
         except (OSError, JsonError):
             return False
 
@@ -196,10 +196,11 @@ class RunDirectory:
             return
         kept, damaged = {}, []
         for record in read_records(path):
-            if not _is_row(record):
+            row = _row(record)
+            if row is None:
                 damaged.append(record.number)
-            elif record.row["step"] <= step:
-                kept[record.row["step"]] = record.line + b"\n"
+            elif row["step"] <= step:
+                kept[row["step"]] = record.line + b"\n"
         for line in damaged:
             log.warn(f"{path}: line {line} is damaged and was left out")
         if damaged:
@@ -222,13 +223,15 @@ def useful_seconds(directory: Path) -> float:
     seconds: dict[int, float] = {}
     with contextlib.suppress(OSError):
         for record in read_records(directory / METRICS):
-            if _is_row(record) and _fits("step_s", record.row.get("step_s")):
-                seconds[record.row["step"]] = 0.0 if record.row.get("skipped") else record.row["step_s"]
+            row = _row(record)
+            if row is not None and _fits("step_s", row.get("step_s")):
+                seconds[row["step"]] = 0.0 if row.get("skipped") else row["step_s"]
     return math.fsum(seconds.values())
 
 
-def _is_row(record: Record) -> bool:
-    return record.row is not None and _fits("step", record.row.get("step"))
+def _row(record: Record) -> dict[str, Any] | None:
+    """The row of a step that a line holds, if it is one."""
+    return record.row if record.row is not None and _fits("step", record.row.get("step")) else None
 
 
 YEAR = 366 * 86400.0

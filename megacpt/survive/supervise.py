@@ -27,12 +27,12 @@ from megacpt.checkpoint.manifest import MANIFEST, directory_name, list_steps, re
 from megacpt.config.load import load_recipe
 from megacpt.config.recipe import Recipe
 from megacpt.config.rules import problems_of
-from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST, path_problems
+from megacpt.config.run_layout import CHECKPOINTS, LEDGER, STOP_REQUEST, misplaced, path_problems
 from megacpt.errors import UNFINISHED, CheckpointError, ConfigError, SaveError
 from megacpt.files import Journal
 from megacpt.survive.lease import REPEAT_SECONDS, Supervised, new_attempt, process_of, request_stop
 from megacpt.survive.run_directory import read_status, useful_seconds
-from megacpt.survive.watchdog import told_by_ranks
+from megacpt.survive.watchdog import read_conclusion
 
 UNUSABLE_STATES = ("down", "drain", "drng", "drained", "fail", "failg", "unk", "boot", "pow", "maint", "inval", "futr")
 """Beginnings of the states in which Slurm's sinfo shows a node that cannot be used; a star behind one: it does not answer."""
@@ -80,11 +80,12 @@ def status_of(command: Sequence[str]) -> str:
 def supervise(command: Sequence[str], options: Options) -> int:
     """Runs the command until its run is finished, stopped through this process, or beyond help. Returns the exit code."""
     recipe = recipe_of(command)
-    if problems := path_problems(recipe.directory):
-        raise ConfigError(problems, "the recipe")
-    run, without_progress, attempt = Path(recipe.directory), 0, 0
+    run = Path(recipe.directory)
+    if problems := path_problems(recipe.directory) or misplaced(run):
+        raise ConfigError(problems)
+    without_progress, attempt = 0, 0
     checkpoints, unfinished = run / CHECKPOINTS, UNFINISHED if _requires_the_end(command) else 0
-    stop, ledger = _Stop(), Journal(run / LEDGER, _told)
+    stop, ledger = _Stop(), Journal(run / LEDGER, _report_journal)
     while True:
         attempt += 1
         nodes = _choose_nodes(recipe, options) if "SLURM_JOB_NODELIST" in os.environ else []
@@ -131,7 +132,7 @@ def pause(first_seconds: float, without_progress: int) -> float:
     return min(300.0, first_seconds * 2.0 ** min(32, max(0, without_progress - 1)))
 
 
-def _told(ledger: Journal, problem: str) -> None:
+def _report_journal(ledger: Journal, problem: str) -> None:
     state = f"{problem}. Lines are kept and written when that works again." if problem else "is written again"
     log.warn(f"{ledger.path}: {state}")
 
@@ -176,7 +177,7 @@ class _Started:
         return found if ours and "status" in found else {}
 
     def outcome(self) -> dict[str, Any]:
-        return self.status() or told_by_ranks(self.run, self.name) or {"status": "not started"}
+        return self.status() or read_conclusion(self.run, self.name) or {"status": "not started"}
 
 
 def newest_step(checkpoints: Path) -> int:
@@ -308,7 +309,9 @@ def _end(child: subprocess.Popen) -> None:
 def _environment(nodes: list[str], attempt: int, name: str) -> dict[str, str]:
     """What launch/torchrun.sh reads: every attempt meets under a name of its own. And what the ranks are told of their supervisor."""
     job = os.environ.get("SLURM_JOB_ID", str(os.getpid()))
-    more = {"RUN_ID": f"{os.environ.get('RUN_ID', job)}-{attempt}"} | Supervised(name, process_of(os.getpid())).told()
+    more = {"RUN_ID": f"{os.environ.get('RUN_ID', job)}-{attempt}"} | Supervised(
+        name, process_of(os.getpid())
+    ).environment()
     if nodes:
         port = os.environ.get("RENDEZVOUS", ":29500").rpartition(":")[2]
         more |= {"NNODES": str(len(nodes)), "RENDEZVOUS": f"{nodes[0]}:{port}"}
@@ -317,8 +320,7 @@ def _environment(nodes: list[str], attempt: int, name: str) -> dict[str, str]:
 
 def _filled(command: Sequence[str], nodes: list[str]) -> list[str]:
     """The command with {nodes} and {num_nodes} of this attempt in it. No shell reads it."""
-    filled = lambda text: text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes)))
-    return [filled(text) for text in command]
+    return [text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes))) for text in command]
 
 
 def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
@@ -327,11 +329,11 @@ def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
     Raises:
         SaveError: if they are fewer than `min_nodes`, or no number of them fits.
     """
-    told = os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"
-    each = int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
+    given = os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"
+    each = int(given) if re.fullmatch("[0-9]{1,6}", given) else 0
     if not each:
         raise ConfigError(
-            [f"{told} processes a node (NPROC, SLURM_GPUS_ON_NODE): give a number from 1."], "the environment"
+            [f"{given} processes a node (NPROC, SLURM_GPUS_ON_NODE): give a number from 1."], "the environment"
         )
     names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     unusable = unusable_nodes(_states(names))

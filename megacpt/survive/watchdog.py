@@ -1,4 +1,4 @@
-"""The watchdog: a process beside each node's ranks. It reads their heartbeats (points.py) and sees a rank that is silent for longer than
+"""The watchdog: a process beside each node's ranks. It reads their heartbeats (heartbeat.py) and sees a rank that is silent for longer than
 its phase allows, that failed, or that is gone. Then it keeps the evidence in the run directory, ends the node's ranks and writes into
 run.json what happened. So it does when what started the ranks (torchrun, the supervisor) is gone. Imports no torch.
 
@@ -29,7 +29,7 @@ from typing import Any
 from megacpt import heartbeat, log
 from megacpt.config.run_layout import INCIDENTS, STATUS, incident_folder
 from megacpt.errors import ConfigError, LeaseError, MegacptError
-from megacpt.files import JsonError, disk_told, read_object, write_atomically
+from megacpt.files import JsonError, describe_os_error, read_object, write_atomically
 from megacpt.heartbeat import POINTS, Beat, Heartbeat, read_beat
 from megacpt.survive.lease import Process, agents, attempt_name, current_owner, gone, process_state, supervised
 
@@ -53,28 +53,29 @@ class Watch:
     def __init__(self, run: Path, folder: Path | None, rank: int):
         self.run, self.folder, self.rank, self.attempt = run, folder, rank, ""
         if supervised():
-            self.joined(attempt_name())
+            self.join(attempt_name())
 
-    def joined(self, attempt: str) -> None:
+    def join(self, attempt: str) -> None:
         """All ranks have met, and share a name for this attempt."""
         self.attempt = attempt
         if self.folder:
             write_atomically(self.folder / "attempt", attempt)
 
-    def failed(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Tells the other ranks, so that none waits for this one, and the supervisor, which sees only torchrun's exit code."""
         if isinstance(error, LeaseError):  # nothing of this start belongs there
-            self.done()
+            self.report_done()
             return
+        attempt = self.attempt or (self.folder.name if self.folder else "")
         if supervised() or (self.folder and os.path.isdir(self.run)):
-            folder = _incident(self.run, self.attempt or self.folder.name)
-            _write(folder / f"failed-rank-{self.rank:05d}.json", _told(error), self.folder)
+            folder = _incident(self.run, attempt)
+            _write(folder / f"failed-rank-{self.rank:05d}.json", _failure_facts(error), self.folder)
         if not self.folder:
             return
         heartbeat.set_deadline("failed", 0.0)
         heartbeat.begin(None)
 
-    def done(self) -> None:
+    def report_done(self) -> None:
         if self.folder:
             heartbeat.set_deadline("done", 0.0)
             heartbeat.begin(None)
@@ -83,7 +84,7 @@ class Watch:
 def tell_supervisor(run: Path, error: BaseException) -> None:
     """Of a start that fails before the ranks meet; through torchrun the supervisor sees no exit code."""
     if supervised():
-        Watch(run, None, int(os.environ.get("RANK", "0"))).failed(error)
+        Watch(run, None, int(os.environ.get("RANK", "0"))).report_failure(error)
 
 
 def start(run: Path, enabled: bool) -> Watch:
@@ -138,7 +139,7 @@ def _private_folder() -> Path:
     return path
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _failure_facts(error: BaseException) -> dict[str, Any]:
     return {
         "time": time.time(),
         "kind": type(error).__name__,
@@ -276,7 +277,10 @@ class Watchdog:
                 os.write(pipe, b"1\n")
                 os.close(pipe)
         until = time.monotonic() + 3.0
-        stack = lambda rank: self.folder / f"rank-{rank:05d}.stack"
+
+        def stack(rank: int) -> Path:
+            return self.folder / f"rank-{rank:05d}.stack"
+
         asked = [rank for rank, found in ranks.items() if found["state"] != "T"]  # a stopped one cannot answer
         while time.monotonic() < until and not all(stack(r).exists() and stack(r).stat().st_size for r in asked):
             time.sleep(0.1)
@@ -326,17 +330,17 @@ class Watchdog:
         ranks = _all_ranks(folder, self.folder)
         code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
-        told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        _write(folder / "conclusion.json", told, self.folder)
-        if not self._may_say(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
+        outcome = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
+        _write(folder / "conclusion.json", outcome, self.folder)
+        if not self._may_conclude(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
         try:
-            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | outcome)
         except OSError as error:
-            log.say(f"megacpt watchdog: {disk_told(error, self.run / STATUS)}")
+            log.say(f"megacpt watchdog: {describe_os_error(error, self.run / STATUS)}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
 
-    def _may_say(self, run: dict[str, Any]) -> bool:
+    def _may_conclude(self, run: dict[str, Any]) -> bool:
         """Whether run.json is this start's to write: nobody else has begun since, and nobody else owns the directory."""
         attempt = self._attempt()
         try:
@@ -353,11 +357,11 @@ def _send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def told_by_ranks(run: Path, attempt: str) -> dict[str, Any]:
+def read_conclusion(run: Path, attempt: str) -> dict[str, Any]:
     """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
     for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
-        if _holds(told := _read(folder / "conclusion.json"), _CONCLUSION):
-            return told
+        if _holds(facts := _read(folder / "conclusion.json"), _CONCLUSION):
+            return facts
         if failures := _failures(folder):
             code, suspects, reason = conclusion("failed", {}, failures)
             return {"status": "failed", "exit_code": code, "suspects": suspects, "reason": reason}
@@ -406,6 +410,11 @@ def _main_thread(dump: str) -> list[str]:
     return [line.strip() for line in last.splitlines() if line.startswith("  File")]
 
 
+def _progress(found: dict[str, Any]) -> tuple[int, int]:
+    """How far a rank has come: its step, and its last point there."""
+    return found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1
+
+
 def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> tuple[int, list[int], str]:
     """(exit code, suspects, reason) of what was found on all nodes."""
     missing = sorted(rank for rank, found in ranks.items() if found.get("gone"))
@@ -413,9 +422,9 @@ def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> 
     if kind == "hung" and ranks:
         idle = [r for r, found in ranks.items() if found["state"] == "T" or not found.get("waits", False)]
         if not idle or len(idle) == len(ranks) > 1:
-            progress = lambda found: (found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1)
-            least = min(map(progress, ranks.values()))
-            idle = [rank for rank, found in ranks.items() if progress(found) == least]
+            progress = {rank: _progress(found) for rank, found in ranks.items()}
+            least = min(progress.values())
+            idle = [rank for rank in ranks if progress[rank] == least]
         first = min(ranks.values(), key=lambda found: found["budget_seconds"] - found["silent_seconds"])
         names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in sorted(idle)[:8])
         return 75, sorted(idle), (

@@ -14,7 +14,7 @@ from megacpt import heartbeat
 from megacpt.checkpoint.save import recover_interrupted_saves
 from megacpt.config.recipe import Recipe
 from megacpt.errors import ConfigError, LeaseError, MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, disk_told
+from megacpt.files import DISK_ERRORS, describe_os_error
 from megacpt.parallel.mesh import device_of_process, restart_process_group, share, start_process_group
 from megacpt.survive import watchdog
 from megacpt.survive.lease import Keeper, agents, attempt_name
@@ -39,53 +39,53 @@ def train(recipe: Recipe) -> str:
     keeper = Keeper(stop.ask, [] if recipe.health.watchdog else agents())
     try:
         start_process_group(device, recipe.health.start_timeout_seconds)
-        watch.joined(share("attempt", attempt_name()))
+        watch.join(share("attempt", attempt_name()))
         directory = RunDirectory(recipe.directory, dist.get_rank() == 0, watch.attempt)
         _own(directory)
         keeper.lease = directory.lease
         try:
             status = _train(recipe, directory, device, stop)
         except BaseException as error:
-            directory.failed(error)
+            directory.record_failure(error)
             raise
         directory.status(status, 0, signal=stop.signal or ("on another rank" if stop.agreed else None))
         dist.destroy_process_group()
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            error = SaveError(disk_told(error))
-        watch.failed(error)
+            error = SaveError(describe_os_error(error))
+        watch.report_failure(error)
         raise error
     finally:
         keeper.close()
         stop.close()
         if directory:
             directory.close()
-    watch.done()
+    watch.report_done()
     return status
 
 
 def _own(directory: RunDirectory) -> None:
     """Makes this job the owner of the run's folder, without what a kill left. All ranks raise what is wrong with it."""
-    kind, told = "", ""
+    kind, text = "", ""
     try:
         if directory.write:
             directory.make()
             recover_interrupted_saves(directory.checkpoints)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kind, told = "full", disk_told(error, directory.path)
+            kind, text = "full", describe_os_error(error, directory.path)
         else:
             why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
-            kind, told = "config", f"run.directory: {directory.path} {why}"
+            kind, text = "config", f"run.directory: {directory.path} {why}"
     except ConfigError as error:
-        kind, told = "config", "\n".join(map(str, error.problems))
+        kind, text = "config", "\n".join(map(str, error.problems))
     except LeaseError as error:
-        kind, told = "lease", str(error)
-    kind, _, told = share("directory", f"{kind}:{told}").partition(":")
+        kind, text = "lease", str(error)
+    kind, _, text = share("directory", f"{kind}:{text}").partition(":")
     if kind == "config":
-        raise ConfigError(told.split("\n"))
+        raise ConfigError(text.split("\n"))
     if kind:
-        raise {"lease": LeaseError, "full": SaveError}[kind](told)
+        raise {"lease": LeaseError, "full": SaveError}[kind](text)
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:

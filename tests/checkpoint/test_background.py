@@ -1,4 +1,4 @@
-"""Saving behind the training on a GPU, which this machine need not have: torch.cuda says it is there and counts what is asked of it."""
+"""Saving in the background on a GPU, which this machine need not have: torch.cuda says it is there and counts what is asked of it."""
 
 import threading
 from collections import Counter

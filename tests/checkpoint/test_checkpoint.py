@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.export import export_average
 from megacpt.checkpoint.load import SafeReader, StoredModel, load
-from megacpt.checkpoint.manifest import RunState, list_steps, newest_sound, verify
+from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint, list_steps, verify
 from megacpt.checkpoint.save import prune, recover_interrupted_saves, save, tensors_of
 from megacpt.config.decisions import Decisions
 from megacpt.errors import CheckpointError, ConfigError
@@ -49,9 +49,10 @@ def saved(mesh, tmp_path):
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(saved, mesh):
-    path, state, complaints = newest_sound(saved)
+    found = latest_intact_checkpoint(saved)
+    path, state, complaints = found.directory, found.state, found.complaints
     assert (state.step, state.tokens, state.num_updates, state.stage, state.fingerprints) == (3, 30, 3, "s", {"a": "x"})
-    assert complaints == [] and path.name == "step-00000003"
+    assert complaints == () and path.name == "step-00000003"
     fresh = tensors(mesh, 99)
     load(path, tensors_of(*fresh))
     assert all(torch.equal(a, b) for a, b in zip(flat(*fresh), flat(*tensors(mesh, 3)), strict=True))
@@ -86,7 +87,8 @@ def test_a_damaged_newest_is_reported_and_the_one_before_is_used(saved, complain
         verify(saved / "step-00000003")
     assert complaint in str(found.value)
     read = {3} if complaint == "CRC32" else ()  # a shard's damage is found by who reads it
-    path, state, complaints = newest_sound(saved, read)
+    found = latest_intact_checkpoint(saved, read)
+    path, state, complaints = found.directory, found.state, found.complaints
     assert state.step == 2 and path.name == "step-00000002"
     assert len(complaints) == 1 and "step-00000003" in complaints[0] and (read or complaint in complaints[0])
 
@@ -94,9 +96,9 @@ def test_a_damaged_newest_is_reported_and_the_one_before_is_used(saved, complain
 def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(saved):
     for step in (1, 2, 3):
         damage_bit(saved / f"step-{step:08d}")
-    with pytest.raises(CheckpointError, match="no checkpoint is sound"):
-        newest_sound(saved, {1, 2, 3})
-    assert newest_sound(saved / "none") is None
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
+        latest_intact_checkpoint(saved, {1, 2, 3})
+    assert latest_intact_checkpoint(saved / "none") is None
 
 
 def test_leftovers_do_not_count_and_do_not_block(saved, mesh):
@@ -105,7 +107,7 @@ def test_leftovers_do_not_count_and_do_not_block(saved, mesh):
     (saved / "step-4").mkdir()
     assert list_steps(saved) == [1, 2, 3]
     save(saved, tensors_of(*tensors(mesh, 4)), RunState(4, 40, 4, "s"), {})
-    assert newest_sound(saved)[1].step == 4 and not (saved / "step-00000004/rubbish").exists()
+    assert latest_intact_checkpoint(saved).state.step == 4 and not (saved / "step-00000004/rubbish").exists()
 
 
 def test_retention(saved, mesh):
@@ -123,7 +125,7 @@ def test_what_a_kill_left_is_mended(saved):
     (saved / ".tmp-step-00000007").mkdir()
     (saved / ".tmp-removed-step-00000001").mkdir()
     recover_interrupted_saves(saved)
-    assert newest_sound(saved)[1].step == 3 == verify(saved / "step-00000003").step
+    assert latest_intact_checkpoint(saved).state.step == 3 == verify(saved / "step-00000003").step
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
     shutil.copytree(saved / "step-00000003", saved / ".tmp-old-step-00000003")
     recover_interrupted_saves(saved)

@@ -330,7 +330,7 @@ def test_the_watchdog_outlives_a_disk_that_takes_nothing(tmp_path, monkeypatch, 
     monkeypatch.setattr(watchdog, "write_atomically", refused)
     monkeypatch.setattr(run_directory, "write_atomically", refused)
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.1)
-    watchdog._write(run / "incidents/x/failed-rank-00000.json", watchdog._told(SaveError("no room")), beats)
+    watchdog._write(run / "incidents/x/failed-rank-00000.json", watchdog._failure_facts(SaveError("no room")), beats)
     Watchdog(beats, run, 2, 2).watch()
     assert other.wait(LONG_SECONDS) in (-15, -9)
     told = capfd.readouterr().err
@@ -387,3 +387,32 @@ def test_recipe_and_run_json_are_written_in_one_act(recipe_file, tmp_path, monke
     monkeypatch.undo()
     directory.metrics({"step": 1, "tokens": 2})
     assert status(tmp_path)["status"] == "running" and directory.disk == {}
+
+
+IN_THE_WAY = {
+    "file": lambda path: path.write_text("x"),
+    "folder": lambda path: (path / "deep").mkdir(parents=True),
+    "pipe": lambda path: os.mkfifo(path),
+    "link": lambda path: path.symlink_to(path.parent),
+    "circle": lambda path: path.symlink_to(path.name),
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("way", IN_THE_WAY)
+def test_whatever_is_in_a_folders_way_is_set_aside_and_removed(tmp_path, way):
+    """As a checkpoint that is saved again meets it; what a link leads to is not touched."""
+    IN_THE_WAY[way](tmp_path / "final")
+    IN_THE_WAY[way](tmp_path / ".tmp-old-final")
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial/a").write_text("a")
+    files.publish_folder(tmp_path / "partial", tmp_path / "final")
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "a"]
+
+
+def test_a_journal_does_not_wait_for_the_reader_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "j")
+    told = []
+    journal = files.Journal(tmp_path / "j", lambda _, problem: told.append(problem))
+    journal.add(b"1\n")
+    assert len(told) == 1 and told[0] and journal.waiting == [b"1\n"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megacpt.checkpoint import manifest
 from megacpt.checkpoint.load import SafeReader, StoredModel
-from megacpt.checkpoint.manifest import RunState, newest_sound, read_manifest
+from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint, read_manifest
 from megacpt.checkpoint.save import save
 from megacpt.config.decisions import Baseline, Decisions
 from megacpt.config.load import load_recipe
@@ -164,7 +164,7 @@ def test_manifests_that_are_signed_but_wrong(checkpoint, key, value):
         path.write_text(json.dumps({"crc32": manifest._crc(json.loads(json.dumps(content))), **content}))
         found = read_manifest(checkpoint)
         assert isinstance(found.state.step, int) and isinstance(found.files, dict)
-        newest_sound(checkpoint.parent)
+        latest_intact_checkpoint(checkpoint.parent)
     except CheckpointError:
         pass
     finally:

@@ -245,7 +245,9 @@ def test_a_stop_request_is_for_who_is_meant(tmp_path, monkeypatch):
     asked = []
     keeper = module.Keeper(asked.append, [])
     try:
-        monkeypatch.setenv(module.ATTEMPT, module.Supervised("mine", process_of(os.getpid())).told()[module.ATTEMPT])
+        monkeypatch.setenv(
+            module.ATTEMPT, module.Supervised("mine", process_of(os.getpid())).environment()[module.ATTEMPT]
+        )
         request_stop(tmp_path, "mine", "SIGUSR1")
         lease = Lease(tmp_path, "mine.0")
         lease.take()
@@ -317,7 +319,7 @@ def test_no_look_at_the_owner_is_without_an_end(tmp_path, monkeypatch):
 def test_an_owner_that_no_process_can_be_is_unknown(tmp_path, content):
     owner_file(tmp_path, 5).write_bytes(content)
     found = current_owner(tmp_path)
-    assert found.number == 5 and found.process is None and "process unknown on" in found.told(tmp_path, None)
+    assert found.number == 5 and found.process is None and "process unknown on" in found.describe(tmp_path, None)
 
 
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b'{"why":' * 9000, b"\xff\xfe", b"9" * 5000, b"[1]"])

@@ -132,7 +132,7 @@ def test_incidents_may_hold_anything(tmp_path):
     (folder / "node-c.json").write_text(json.dumps({"ranks": [1]}))
     assert list(module._failures(folder)) == [7] and list(module._all_ranks(folder)) == [0]
     (folder / "conclusion.json").write_text(json.dumps({"status": 3, "exit_code": 2}))
-    assert module.told_by_ranks(tmp_path, "a") == {
+    assert module.read_conclusion(tmp_path, "a") == {
         "status": "failed",
         "exit_code": 76,
         "suspects": [7],
@@ -144,7 +144,7 @@ def test_incidents_may_hold_anything(tmp_path):
 def test_the_watchdog_speaks_where_the_lease_cannot_be_read(tmp_path):
     (tmp_path / "lease/00000001.json").mkdir(parents=True)
     watchdog = Watchdog(tmp_path / "beats", tmp_path, 1, 1)
-    assert watchdog._may_say({"attempt_id": "beats"}) and not watchdog._may_say({"attempt_id": "another"})
+    assert watchdog._may_conclude({"attempt_id": "beats"}) and not watchdog._may_conclude({"attempt_id": "another"})
 
 
 @pytest.mark.parametrize(
@@ -229,5 +229,5 @@ def test_the_heartbeat_of_who_leaves_is_read(tmp_path):
 
     watch = module.Watch(tmp_path / "none", tmp_path, 0)
     heartbeat.begin(Heartbeat(tmp_path / "rank-00000.beat", 0))
-    watch.failed(ValueError("x"))
+    watch.report_failure(ValueError("x"))
     assert module.read_beat(tmp_path / "rank-00000.beat").phase == "failed"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
-from megacpt.checkpoint.manifest import newest_sound
+from megacpt.checkpoint.manifest import latest_intact_checkpoint
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe
 from megacpt.config.timeline import timeline
@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_does_each_event_once(path, whole, tmp_path, stop
     """A stop saves at once, before what is still due after the step: the next start does it."""
     found, run = whole_run(whole, path, tmp_path), tmp_path / "run"
     (before,) = on_ranks(1, handled, path, [], stop)
-    state = newest_sound(run / "checkpoints")[1]
+    state = latest_intact_checkpoint(run / "checkpoints").state
     assert (state.done, state.step) == before[-1] == ("train", int(stop[-1]))
     (after,) = on_ranks(1, handled, path, [], "")
     assert before + after == found["done"]
@@ -131,11 +131,11 @@ def test_the_comparison_sees_an_event_that_is_done_twice(path, whole, tmp_path):
 def forgetful(path: str) -> list[tuple[str, int]]:
     from megacpt.train import start
 
-    found = start.newest_sound
+    found = start.latest_intact_checkpoint
 
     def without_position(*arguments):
-        folder, state, complaints = found(*arguments)
-        return folder, replace(state, done="train"), complaints
+        checkpoint = found(*arguments)
+        return replace(checkpoint, state=replace(checkpoint.state, done="train"))
 
-    start.newest_sound = without_position
+    start.latest_intact_checkpoint = without_position
     return handled(path, ["--run.stop_at_step=3"], "")
