@@ -51,6 +51,7 @@ setup(
             "pyyaml>=6",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "basedpyright>=1.40",  # a build of pyright whose wheel holds all of it; the package pyright downloads itself at its first run
             "matplotlib>=3.9",
             "lm-eval[hf]>=0.4.9",
             "liger-kernel>=0.8; platform_system == 'Linux'",

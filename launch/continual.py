@@ -226,13 +226,14 @@ def report(out: Path, seconds: float, growth: str) -> str:
     parameters = rows_of(out / "replay/metrics.jsonl")[-1]
     lines = [
         "# A continual pre-training on two cores", "",
-        "Written by `python launch/continual.py EN ZH DIR --report docs/continual.md` from the runs' own files. Text: Python's manual in",
-        "English and Chinese with the manual's folders as topics, the standard library's sources as code. A base of 4 layers and 128",
-        f"features is trained on English, its vocabulary grown for Chinese, and continued for {parameters['tokens']:,} tokens, with and",
-        f"without replay. This took {seconds:.0f} s.", "",
+        "`python launch/continual.py EN ZH DIR --report docs/continual.md` writes this page from the files of its runs. The text is",
+        "Python's manual in English and Chinese, with the manual's folders as topics, and the standard library's sources as code. A base",
+        "model of 4 layers and 128 features is trained on English, its vocabulary is grown for Chinese, and its pre-training continues for",
+        f"{parameters['tokens']:,} tokens, with and without replay. All of this took {seconds:.0f} s.", "",
         "```", *re.sub(r"\S*/", "", growth).strip().splitlines(), "```", "",
         "## Loss by domain", "",
-        "Before, and after with a quarter of English replay and without (in rows of the stage: 128 tokens before, 512 after).", "",
+        "Losses before the run, and after it with a quarter of English replay and without, in rows of the stage: 128 tokens before, 512",
+        "after.", "",
         "| domain | before | after, with replay | after, without |", "|---|---|---|---|",
     ]  # fmt: skip
     lines += [
@@ -255,7 +256,7 @@ def report(out: Path, seconds: float, growth: str) -> str:
         "## Mixture over time",
         "",
     ]
-    lines += ["Shares inside the group of Chinese topics, with replay; their sum stays.", ""]
+    lines += ["Shares of the Chinese topics inside their group, in the run with replay. Their sum does not change.", ""]
     lines += ["| stage | tokens | zh-library | zh-c | zh-rest | sum |", "|---|---|---|---|---|---|"]
     for event in kinds("replay", "mixture"):
         if event["weights"]:
@@ -269,7 +270,7 @@ def report(out: Path, seconds: float, growth: str) -> str:
         "",
         "## Forgetting",
         "",
-        "Loss of English in rows of 128 tokens, as the gates measured it at the ends of stages.",
+        "Loss on English in rows of 128 tokens, as the gates measured it at the end of each stage.",
         "",
     ]
     lines += ["| stage | with replay | without |", "|---|---|---|"]

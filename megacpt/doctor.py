@@ -7,10 +7,14 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from megacpt.config.layout import resolve_layout
 from megacpt.config.sections.parallel import Parallel
 from megacpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 AXES = ("tp", "cp", "pp", "dp_shard", "dp_replicate")
 
@@ -45,6 +49,7 @@ def report(world_size: int = 1) -> list[str]:
     import torch.distributed as dist
     from megacpt_kernels.attention import available_backends, resolve_backend
     from megacpt_kernels.backend import find_apex, use_triton
+    from torch.cuda import nccl
 
     import megacpt
 
@@ -72,12 +77,10 @@ def report(world_size: int = 1) -> list[str]:
         lines.append("optimizer: apex is available")
     except ValueError as error:
         lines.append(f"optimizer: {error}")
-    nccl = (
-        ".".join(map(str, torch.cuda.nccl.version()))
-        if dist.is_nccl_available() and device == "cuda"
-        else "not available"
+    nccl_version = (
+        ".".join(map(str, nccl.version())) if dist.is_nccl_available() and device == "cuda" else "not available"
     )
-    lines.append(f"NCCL {nccl}; gloo {'available' if dist.is_gloo_available() else 'not available'}")
+    lines.append(f"NCCL {nccl_version}; gloo {'available' if dist.is_gloo_available() else 'not available'}")
     lines.append(open_files(world_size))
     lines.append(f"disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB free")
     return lines
@@ -114,7 +117,10 @@ def operations_checked(device: str) -> list[str]:
     )
 
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     ids, table, weight = torch.tensor([0, 5, 5, 7, 1, 2, 3, 4]), random(8, 64), random(64)
     q, k, v, positions = (
         random(8, 4, 16),
@@ -134,7 +140,10 @@ def operations_checked(device: str) -> list[str]:
         ),
     }
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    here = lambda x: x.to(device, dtype if x.dtype == torch.float64 else x.dtype)
+
+    def here(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, dtype if x.dtype == torch.float64 else x.dtype)
+
     lines = []
     for name, run in compute.items():
         try:
@@ -171,7 +180,7 @@ def axes(parallel: Parallel, size: int | None = None, repeats: int = 10) -> list
     mesh = build_mesh(layout, device)
     size = size or (1 << 26 if device.type == "cuda" else 1 << 20)
     tensor = torch.ones(size // 4, device=device)
-    mine: dict[str, float] = {"host": platform.node()}
+    mine: dict[str, Any] = {"host": platform.node()}
     for axis in AXES:
         group = mesh.groups[axis]
         if group.size() > 1:
@@ -204,7 +213,7 @@ def slowest(everyone: list[dict], size: int, ranks: dict[str, int]) -> list[str]
     return lines
 
 
-def _seconds(run: Callable[[], None], device, repeats: int) -> list[float]:
+def _seconds(run: Callable[[], object], device: "torch.device", repeats: int) -> list[float]:
     import torch
 
     from megacpt.parallel.mesh import meet

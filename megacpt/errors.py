@@ -1,6 +1,7 @@
 """Errors for users. Each message says what is wrong, the numbers, and the way out; the class carries the exit code."""
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,9 +43,9 @@ class Problem:
 
 
 def show_value(value: Any) -> str:
-    """A value as the recipe writes it, cut where it is long."""
-    if isinstance(value, bool):
-        return str(value).lower()
+    """A value as TOML and JSON write it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, int) and value.bit_length() > 256:
         return (
             f"a number of about {round(value.bit_length() * 0.30103)} digits"  # Python refuses to write far longer ones

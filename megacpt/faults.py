@@ -37,7 +37,7 @@ def parse_faults(text: str) -> list[Fault]:
     faults, problems = [], []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         action, _, rest = part.partition(":")
-        given = dict(pair.partition("=")[::2] for pair in rest.split(","))
+        given = {key: value for key, _, value in (pair.partition("=") for pair in rest.split(","))}
         unknown = given.keys() - {"point", "rank", "step", "budget", "once"}
         if action not in ACTIONS or given.get("point") not in heartbeat.POINTS or unknown:
             problems.append(

@@ -39,7 +39,7 @@ _TEMPORARY = re.compile(r"\.tmp-.+?--(?P<host>.+)-(?P<pid>[0-9]+)-(?P<start>[0-9
 _ASIDE = ".tmp-old-"
 
 
-def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
+def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     """In a sentence: which file, what is wrong, the way out."""
     where = error.filename if path is None else path
     text = f"{where or 'a file'}: {error.strerror or error}"
@@ -49,7 +49,7 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
             while not folder.is_dir():
                 folder = folder.parent
             text += f" ({shutil.disk_usage(folder).free:,} bytes free)"
-    ways = {
+    ways: dict[int | None, str] = {
         errno.ENOSPC: "Make room",
         errno.EDQUOT: "Make room in the quota",
         errno.EFBIG: "A limit of the file's size (ulimit -f) is reached; raise it",

@@ -22,13 +22,13 @@ def local_count() -> None:
     """dp, cp: the loss is divided by the labels of this rank's rows (Megatron-LM issue 7452, finding 9)."""
     import megacpt.train.step as step
 
-    original = step.accumulate
+    original = step.forward_backward
 
     def local(model, batches, counts, *rest):
         labels = sum(_labels_of(model, batch) for batch in batches)
         return original(model, batches, replace(counts, weight=labels), *rest)
 
-    step.accumulate = local
+    step.forward_backward = local
 
 
 def _labels_of(model, micro_batch) -> int:
@@ -60,8 +60,8 @@ def doubled_weights() -> None:
     """zero-bubble: one weight gradient of each action is added twice."""
     import megacpt.model.run as run
 
-    original = run.drain
-    run.drain = lambda later: (later.queue.append(later.queue[0]), original(later))
+    original = run.compute_deferred
+    run.compute_deferred = lambda later: (later.queue.append(later.queue[0]), original(later))
 
 
 def counted_twice() -> None:

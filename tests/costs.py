@@ -11,6 +11,9 @@ from collections import defaultdict
 import pytest
 
 _SHOWN = 15
+BUDGET = {"train": 4000, "faults": 450, "model": 200, "kernels": 150, "test_quickstart.py": 300, "parallel": 100}
+"""CPU seconds that a folder may take with --full, where train holds the table of all layouts."""
+BUDGET_OF_OTHERS = 80
 
 
 def pytest_addoption(parser):
@@ -45,23 +48,43 @@ class Costs:
         test[0] += report.duration
         test[1] += report.cpu_seconds
 
-    def pytest_terminal_summary(self, terminalreporter):
-        dearest = sorted(self.tests.items(), key=lambda found: -found[1][1])
+    def by_folder(self) -> dict[str, list[float]]:
+        """[wall, CPU] seconds, the dearest first."""
         folders: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for name, seconds in dearest:
+        for name, seconds in self.tests.items():
             for i in range(2):
                 folders[folder_of(name)][i] += seconds[i]
+        return dict(sorted(folders.items(), key=lambda found: -found[1][1]))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session):
+        over = [name for name, (_, cpu) in self.by_folder().items() if cpu > budget_of(name)]
+        if _FULL and over and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        folders = self.by_folder()
         line = terminalreporter.write_line
-        line("seconds (wall, CPU) by folder, setup and teardown included:")
-        total = [sum(seconds[i] for seconds in folders.values()) for i in range(2)]
-        for folder, (wall, cpu) in [*sorted(folders.items(), key=lambda found: -found[1][1]), ("all", total)]:
-            line(f"  {folder:24} {wall:7.1f} {cpu:7.1f}")
+        line(f"seconds (wall, CPU{', budget of CPU' if _FULL else ''}) by folder, setup and teardown included:")
+        for folder, (wall, cpu) in folders.items():
+            over = "  OVER ITS BUDGET" if _FULL and cpu > budget_of(folder) else ""
+            line(f"  {folder:24} {wall:7.1f} {cpu:7.1f}" + (f" {budget_of(folder):7}{over}" if _FULL else ""))
+        wall, cpu = (sum(seconds[i] for seconds in folders.values()) for i in range(2))
+        line(f"  {'all':24} {wall:7.1f} {cpu:7.1f}" + (f" {sum(map(budget_of, folders)):7}" if _FULL else ""))
+        dearest = sorted(self.tests.items(), key=lambda found: -found[1][1])
         line(f"the {_SHOWN} dearest tests by CPU seconds (wall, CPU):")
         for name, (wall, cpu) in dearest[:_SHOWN]:
             line(f"  {wall:7.1f} {cpu:7.1f} {name}")
         if self.file:
             with open(self.file, "w") as file:
                 json.dump({name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in dearest}, file, indent=0)
+
+
+_FULL = bool(os.environ.get("MEGACPT_TEST_FULL"))
+
+
+def budget_of(folder: str) -> int:
+    return BUDGET.get(folder, BUDGET_OF_OTHERS)
 
 
 def folder_of(test: str) -> str:

@@ -89,12 +89,18 @@ def body(path: str, flags: list[str], breakage: str = "") -> dict[str, Any]:
 
 
 def train(path: str, flags: list[str], layout: str, directory: Path, breakage: str = "") -> list[dict[str, Any]]:
+    axes = {word.rstrip("0123456789") for word in layout.split()}
+    two_rows = axes & {"tp", "cp"} and not axes & {
+        "pp",
+        "v",
+    }  # its cost is its collectives; 3 micro-batches, the last half filled
     common = [
         "--validation=[]",
         "--log.tensorboard=false",
         "--precision.compute=float64",
         f"--run.directory={directory}",
     ]
+    flags = [*flags, "--parallel.micro_batch_tokens=128"] if two_rows else flags
     return on_ranks(world_size(layout), body, path, [*common, *flags, *flags_of(layout)], breakage)
 
 

@@ -155,7 +155,7 @@ def on_layout(layout: str, name: str, made: list[Any], weights: dict[str, Tensor
         for key, parameter in model.named_parameters():
             fill_shard(parameter, config.shapes()[key], lambda box, key=key: weights[key][box])
     counts = counts_of(made)
-    sums = run.accumulate(model, made[mesh.data_rank :: mesh.layout.data], counts, reduce, objective)
+    sums = run.forward_backward(model, made[mesh.data_rank :: mesh.layout.data], counts, reduce, objective)
     shards = {}
     for key, parameter in model.named_parameters():
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -14,6 +14,7 @@ fi
 
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
+"$VENV_PYTHON" -m basedpyright
 
 # A worker that has nothing left takes over tests of another one. What starts four processes or more runs alone (tests/shared.py).
 cores="$("$VENV_PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"

@@ -25,7 +25,7 @@ def test_the_quickstart_and_its_export_in_lm_eval(tmp_path):
     events = [json.loads(line) for line in (ROOT / "runs/quickstart/events.jsonl").read_text().splitlines()]
     losses = [event["losses"] for event in events if event["kind"] == "validation"]
     assert losses[-1]["code"] < losses[0]["code"] - 1
-    assert 0 <= run_lm_eval(ROOT / "runs/quickstart/export", tmp_path) <= 1
+    assert 0 <= run_lm_eval(ROOT / "runs/quickstart/export", tmp_path, by_command_line=True) <= 1
 
 
 @pytest.mark.parametrize("code", [3, 75])

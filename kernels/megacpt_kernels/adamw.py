@@ -7,7 +7,10 @@ name of the tensor and the element's index in the whole tensor: any sharding giv
 hash lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018, public domain).
 """
 
-from collections.abc import Sequence
+# torch names its updates of lists of tensors as private, and has no others:
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +23,7 @@ _WORD = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardPosition:
     """Which part of a tensor a local one is: rows of a rectangle of it, flattened.
 
     Attributes:
@@ -46,7 +49,7 @@ def adamw_(
     weight_decay: float,
     step: int,
     inverse_clip: Tensor | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[ShardPosition] | None = None,
     seed: int = 0,
     backend: str = "auto",
 ) -> None:
@@ -73,10 +76,11 @@ def adamw_(
         fast = use_triton(backend, weights[0])
         scale = torch.ones((), device=weights[0].device) if inverse_clip is None else inverse_clip.float()
         numbers = (*betas, 1 - betas[0], 1 - betas[1], lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5)
-        places = places or [Place()] * len(weights)
+        places = places or [ShardPosition()] * len(weights)
+        update: Callable[..., None] = _launch if fast else _rounded
         for *tensors, place in zip(weights, grads, exp_avgs, exp_avg_sqs, places, strict=True):
             where = (place.start, place.columns, place.stride, _keys(seed, step, place.key))
-            (_launch if fast else _rounded)(*tensors, scale, *numbers, eps, 1 - lr * weight_decay, *where)
+            update(*tensors, scale, *numbers, eps, 1 - lr * weight_decay, *where)
     else:
         _torch(weights, grads, exp_avgs, exp_avg_sqs, *settings)
 
@@ -148,12 +152,12 @@ def _rounded(
     scale,
     beta1,
     beta2,
-    rest1,
-    rest2,
-    rate,
-    root,
+    one_minus_beta1,
+    one_minus_beta2,
+    step_size,
+    inv_sqrt_correction,
     eps,
-    keep,
+    decay_factor,
     start,
     columns,
     stride,
@@ -161,9 +165,9 @@ def _rounded(
 ) -> None:
     """As the kernel, in torch."""
     g = grad.float() / scale
-    m = exp_avg.float() * beta1 + g * rest1
-    v = exp_avg_sq.float() * beta2 + g * g * rest2
-    w = weight.float() * keep - rate * m / (v.sqrt() * root + eps)
+    m = exp_avg.float() * beta1 + g * one_minus_beta1
+    v = exp_avg_sq.float() * beta2 + g * g * one_minus_beta2
+    w = weight.float() * decay_factor - step_size * m / (v.sqrt() * inv_sqrt_correction + eps)
     local = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
     index = start + local // columns * stride + local % columns
     for salt, (tensor, value) in enumerate(((weight, w), (exp_avg, m), (exp_avg_sq, v)), 1):
@@ -172,7 +176,9 @@ def _rounded(
 
 
 def _round_torch(x: Tensor, index: Tensor, key: int, salt: int) -> Tensor:
-    mix = lambda y: _xor_shift(_xor_shift(_xor_shift(y, 16) * 0x7FEB352D & _WORD, 15) * 0x846CA68B & _WORD, 16)
+    def mix(y: Tensor) -> Tensor:
+        return _xor_shift(_xor_shift(_xor_shift(y, 16) * 0x7FEB352D & _WORD, 15) * 0x846CA68B & _WORD, 16)
+
     noise = mix(mix(mix(index & _WORD ^ key) ^ index >> 32) ^ salt) & 0xFFFF
     bits = x.contiguous().view(torch.int32)
     up = ((bits + noise.int()) & -65536).view(torch.float32)
@@ -185,26 +191,29 @@ def _xor_shift(x: Tensor, by: int) -> Tensor:
 
 @operation(
     "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor scale, float beta1, float beta2, "
-    "float rest1, float rest2, float rate, float root, float eps, float keep, int start, int columns, int stride, int key) -> ()",
+    "float one_minus_beta1, float one_minus_beta2, float step_size, float inv_sqrt_correction, float eps, float decay_factor, "
+    "int start, int columns, int stride, int key) -> ()",
     lambda *arguments: None,
 )
 def _launch(
-    weight, grad, exp_avg, exp_avg_sq, scale, beta1, beta2, rest1, rest2, rate, root, eps, keep, start, columns, stride, key
+    weight, grad, exp_avg, exp_avg_sq, scale, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, inv_sqrt_correction,
+    eps, decay_factor, start, columns, stride, key,
 ) -> None:  # fmt: skip
     size = weight.numel()
     if size:
-        rounded = lambda x: x.dtype == torch.bfloat16
+        rounded_weight, rounded_avg, rounded_sq = (x.dtype == torch.bfloat16 for x in (weight, exp_avg, exp_avg_sq))
         _kernel[(triton.cdiv(size, _BLOCK),)](
-            weight, grad, exp_avg, exp_avg_sq, scale, size, beta1, beta2, rest1, rest2, rate, root, eps, keep,
-            start, columns, stride, key - 2**32 if key >= 2**31 else key,
-            ROUND_WEIGHT=rounded(weight), ROUND_AVG=rounded(exp_avg), ROUND_SQ=rounded(exp_avg_sq),
+            weight, grad, exp_avg, exp_avg_sq, scale, size, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size,
+            inv_sqrt_correction, eps, decay_factor, start, columns, stride, key - 2**32 if key >= 2**31 else key,
+            ROUND_WEIGHT=rounded_weight, ROUND_AVG=rounded_avg, ROUND_SQ=rounded_sq,
             BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
 @jit
 def _kernel(
-    weight, grad, exp_avg, exp_avg_sq, scale, size, beta1, beta2, rest1, rest2, rate, root, eps, keep, start, columns, stride, key,
+    weight, grad, exp_avg, exp_avg_sq, scale, size, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, inv_sqrt_correction,
+    eps, decay_factor, start, columns, stride, key,
     ROUND_WEIGHT: tl.constexpr, ROUND_AVG: tl.constexpr, ROUND_SQ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     divisor = tl.load(scale)
@@ -212,10 +221,10 @@ def _kernel(
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) / divisor
-        m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
-        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
-        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * keep
-        w -= rate * m / (tl.sqrt(v) * root + eps)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * one_minus_beta1
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * one_minus_beta2
+        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * decay_factor
+        w -= step_size * m / (tl.sqrt(v) * inv_sqrt_correction + eps)
         if ROUND_WEIGHT or ROUND_AVG or ROUND_SQ:
             begin = tl.program_id(0).to(tl.int64) * BLOCK
             lane = (begin % columns).to(tl.int32) + tl.arange(0, BLOCK)  # division by element in 32 bits

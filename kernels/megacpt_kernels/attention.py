@@ -77,14 +77,14 @@ class Documents:
         return [getattr(self, name) for name in BACKENDS[backend].bounds]
 
     @functools.cached_property
-    def seen(self) -> Tensor:
+    def key_range(self) -> Tensor:
         """int32 [2, t_q]: first and last key that each query sees. Made on the device."""
         query = torch.arange(self.q[-1], dtype=torch.int32, device=self.cu_q.device)
         document = torch.bucketize(query, self.cu_q[1:], right=True)
         return torch.stack([self.cu_k[document], self.cu_k[document + 1] - self.cu_q[document + 1] + query])
 
     @functools.cached_property
-    def seen_by(self) -> Tensor:
+    def query_range(self) -> Tensor:
         """int32 [2, t_k]: first and last query that sees each key."""
         key = torch.arange(self.k[-1], dtype=torch.int32, device=self.cu_k.device)
         document = torch.bucketize(key, self.cu_k[1:], right=True)
@@ -177,9 +177,10 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout: Tensor, _):
+    def backward(ctx, *grads: Tensor):
         how = dict(backend=ctx.backend, deterministic=ctx.deterministic)
-        return *attention_backward(dout, *ctx.saved_tensors, ctx.documents, **how), None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attention_backward(grads[0], q, k, v, out, lse, ctx.documents, **how), None, None, None
 
 
 def attention_forward(

@@ -78,6 +78,13 @@ def find(module: str, name: str) -> Callable | None:
         return None
 
 
+def _known(module: str, name: str) -> Callable:
+    """A function of a package that `missing_library` has found."""
+    function = find(module, name)
+    assert function is not None, f"{module} has no {name}"
+    return function
+
+
 @functools.cache
 def arguments_of(function: Callable) -> dict[str, bool]:
     """{name: whether it must be given} of a function or an operation of torch."""
@@ -142,8 +149,8 @@ def _library_forward(
     q, k, v = (_padded(x) for x in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "query": q, "key": k, "value": v}
     if name == "varlen":
-        tensors["return_aux"] = find(library.module, "AuxRequest")(lse=True)
-    result = _call(find(library.module, library.forward), tensors, library, bounds, longest, deterministic, d)
+        tensors["return_aux"] = _known(library.module, "AuxRequest")(lse=True)
+    result = _call(_known(library.module, library.forward), tensors, library, bounds, longest, deterministic, d)
     return result[0][..., :d].contiguous(), result[1].contiguous()
 
 
@@ -170,10 +177,11 @@ def _library_backward(
     tensors |= {"lse": lse, "softmax_lse": lse} | into
     if name == "varlen":  # dropout's state, as its forward makes it
         tensors["rng_state"] = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    function = find(library.backward_module, library.backward)
+    function = _known(library.backward_module, library.backward)
     result = _call(function, tensors, library, bounds, longest, deterministic, d)
     grads = into.values() if "dq" in arguments_of(function) else result
-    return tuple(x[..., :d].contiguous() for x in grads)
+    dq, dk, dv = (x[..., :d].contiguous() for x in grads)
+    return dq, dk, dv
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -224,16 +232,17 @@ def _document_backward(
     kernel: Callable, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernel(dout, q, k, v, out, lse [count, heads, length] or None, mask) -> (dq, dk, dv)` on each run of documents."""
-    dout, grads = dout.contiguous(), tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dout = dout.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for q0, lq, k0, lk, n in _runs(bounds):
         of_queries = functools.partial(_heads_first, begin=q0, length=lq, count=n)
         of_keys = functools.partial(_heads_first, begin=k0, length=lk, count=n)
         part_lse = lse[:, q0 : q0 + n * lq].unflatten(1, (n, lq)).transpose(0, 1).contiguous() if lse.numel() else None
         inputs = (of_queries(dout), of_queries(q), of_keys(k), of_keys(v), of_queries(out), part_lse)
         parts = kernel(*inputs, _corner_mask(lq, lk, q))
-        for whole, part, place in zip(grads, parts, (of_queries, of_keys, of_keys), strict=True):
+        for whole, part, place in zip((dq, dk, dv), parts, (of_queries, of_keys, of_keys), strict=True):
             place(whole).copy_(part)
-    return grads
+    return dq, dk, dv
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -256,7 +265,11 @@ def _any_backward(dout, q, k, v, out, lse, mask):
     """By plain products in at least fp32, block of queries by block, from scores that are computed again: SDPA's backward needs what its
     autograd kept, which differs with the kernel that torch chose."""
     (n, heads, length, d), (kv, keys) = q.shape, k.shape[1:3]
-    grouped = lambda x: wide_of(x).unflatten(1, (kv, heads // kv))  # [n, kv, group, length, d]
+
+    def grouped(x: Tensor) -> Tensor:
+        """[n, heads, length, d] -> [n, kv, group, length, d]"""
+        return wide_of(x).unflatten(1, (kv, heads // kv))
+
     k, v = wide_of(k), wide_of(v)
     dq, dk, dv = grouped(torch.empty_like(q)), torch.zeros_like(k), torch.zeros_like(v)
     at, rows = torch.arange(keys, device=q.device), max(1, SCORES // max(1, n * heads * keys))
@@ -305,7 +318,8 @@ def _triton_forward(q, k, v, bounds, longest, deterministic):
 
 
 def _triton_backward(dout, q, k, v, out, lse, bounds, longest, deterministic):
-    return flash_attention.backward(dout, q, k, v, out, lse, *bounds, 1 / math.sqrt(q.shape[2]))
+    key_range, query_range = bounds
+    return flash_attention.backward(dout, q, k, v, out, lse, key_range, query_range, 1 / math.sqrt(q.shape[2]))
 
 
 BACKENDS = {
@@ -314,7 +328,7 @@ BACKENDS = {
     )
     for name in LIBRARIES
 } | {
-    "triton": Backend(_triton_forward, _triton_backward, ("seen", "seen_by")),
+    "triton": Backend(_triton_forward, _triton_backward, ("key_range", "query_range")),
     "cudnn": Backend(
         lambda q, k, v, bounds, longest, deterministic: _document_forward(_cudnn_forward, q, k, v, bounds),
         lambda dout, q, k, v, out, lse, bounds, longest, deterministic: _document_backward(

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ BACKENDS = ("auto", "triton", "torch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def jit(function):
-    """`triton.jit`, or the function itself where there is no Triton (it is then never called)."""
+def jit(function: Callable) -> Any:
+    """`triton.jit`, or the function itself where there is no Triton (it is then never called). Any: a kernel is called as `kernel[grid](…)`
+    with tensors for its pointers and plain numbers for its constexprs, which no annotation of Triton's describes."""
     return triton.jit(function) if triton else function
 
 

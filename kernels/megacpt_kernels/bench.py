@@ -9,14 +9,18 @@ with float64 before anything is timed; for a kernel that is wrong a line says so
 device, to see that everything works; its times mean nothing.
 """
 
+# torch names its updates of lists of tensors as private, and has no others:
+# pyright: reportPrivateImportUsage=false
+
 import argparse
 import csv
 import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +45,7 @@ from megacpt_kernels import (
 from megacpt_kernels.attention import available_backends
 from megacpt_kernels.backend import triton
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "gpu", "driver", "torch", "triton", "op", "pass", "shape", "dtype", "backend", "model_bytes", "model_flops", "floor_us", "median_us",
     "p20_us", "p80_us", "pct_of_measured_copy", "pct_of_measured_matmul", "speedup_vs_eager", "speedup_vs_compile", "speedup_vs_liger",
     "peak_extra_MiB", "max_rel_err",
@@ -57,7 +61,7 @@ class Row:
     op: str
     which: str
     shape: str
-    runs: dict[str, Callable[[], object]]
+    runs: Mapping[str, Callable[[], object]]
     bytes: int = 0
     flops: int = 0
     check: Callable[[], float] | None = None
@@ -142,9 +146,12 @@ def main() -> None:
 
 def _machine(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
+    driver: Callable[[], int] | None = getattr(
+        torch._C, "_cuda_getDriverVersion", None
+    )  # only where torch is built with CUDA
     return {
         "gpu": torch.cuda.get_device_name() if cuda else "CPU",
-        "driver": str(torch._C._cuda_getDriverVersion()) if cuda else "",
+        "driver": str(driver()) if cuda and driver else "",
         "torch": torch.__version__,
         "triton": triton.__version__ if triton else "not installed",
     }
@@ -195,7 +202,10 @@ def _time(run: Callable[[], object], device: torch.device, tiny: bool) -> dict[s
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / inner)
     times.sort()
-    pick = lambda part: times[min(len(times) - 1, int(part * len(times)))]
+
+    def pick(part: float) -> float:
+        return times[min(len(times) - 1, int(part * len(times)))]
+
     return {"median": statistics.median(times), "p20": pick(0.2), "p80": pick(0.8), "peak": float(peak)}
 
 
@@ -213,38 +223,44 @@ def _lines(row: Row, rates: dict, error: float, machine: dict, dtype: torch.dtyp
     lines = []
     for backend, found in row.found.items():
         copy, matmul = _share(row, rates, found["median"])
-        faster = lambda peer, mine=found["median"]: f"{base[peer] / mine:.3f}" if peer in base else ""
+        faster = {peer: f"{seconds / found['median']:.3f}" for peer, seconds in base.items()}
         lines.append({
             **machine, "op": row.op, "pass": row.which, "shape": row.shape, "dtype": str(dtype).removeprefix("torch."), "backend": backend,
             "model_bytes": row.bytes, "model_flops": row.flops, "floor_us": f"{1e6 * _floor(row, rates):.2f}",
             "median_us": f"{1e6 * found['median']:.2f}", "p20_us": f"{1e6 * found['p20']:.2f}", "p80_us": f"{1e6 * found['p80']:.2f}",
             "pct_of_measured_copy": f"{copy:.1f}" if row.bytes else "", "pct_of_measured_matmul": f"{matmul:.1f}" if row.flops else "",
-            "speedup_vs_eager": faster("eager"), "speedup_vs_compile": faster("compiled"), "speedup_vs_liger": faster("liger"),
+            "speedup_vs_eager": faster.get("eager", ""), "speedup_vs_compile": faster.get("compiled", ""),
+            "speedup_vs_liger": faster.get("liger", ""),
             "peak_extra_MiB": f"{found['peak'] / 2**20:.1f}", "max_rel_err": f"{error:.3g}" if backend == "ours" else "",
         })  # fmt: skip
     return lines
 
 
 def _table_line(row: Row, rates: dict, error: float) -> str:
-    time_of = lambda name: f"{1e6 * row.found[name]['median']:.1f}" if name in row.found else ""
+    microseconds = {name: f"{1e6 * found['median']:.1f}" for name, found in row.found.items()}
     share = ""
     if "ours" in row.found:
         copy, matmul = _share(row, rates, row.found["ours"]["median"])
         share = f"{copy if row.bytes and copy >= matmul else matmul:.0f} %"
     known = ("ours", "eager", "compiled", "liger")
     libraries = {name: found["median"] for name, found in row.found.items() if name not in known}
-    best = min(libraries, key=libraries.get) if libraries else None
+    best = min(libraries, key=libraries.__getitem__) if libraries else None
     cells = [
-        row.op, row.which, row.shape, f"{1e6 * _floor(row, rates):.1f}", time_of("ours"), share, time_of("eager"), time_of("compiled"),
-        time_of("liger"), f"{best} {time_of(best)}" if best else "", f"{error:.2g}",
+        row.op, row.which, row.shape, f"{1e6 * _floor(row, rates):.1f}", microseconds.get("ours", ""), share,
+        microseconds.get("eager", ""), microseconds.get("compiled", ""), microseconds.get("liger", ""),
+        f"{best} {microseconds[best]}" if best else "", f"{error:.2g}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
+def _tuple_of(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)
+
+
 def _error(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> float:
     """The largest relative difference of some tensors from float64 ones."""
-    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
-    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(got, want, strict=True))
+    pairs = zip(_tuple_of(got), _tuple_of(want), strict=True)
+    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs)
 
 
 def _both(
@@ -261,26 +277,27 @@ def _both(
     """Forward and backward of a function, beside the plain one eager and compiled. The first rows are checked in float64."""
     functions = {"ours": ours, "eager": eager, "compiled": torch.compile(eager)} | ({"liger": liger} if liger else {})
     given = [x.detach().clone().requires_grad_() for x in inputs]
-    tuple_of = lambda y: y if isinstance(y, tuple) else (y,)
-    cotangents = [torch.randn_like(y) for y in tuple_of(ours(*given))]
+    cotangents = [torch.randn_like(y) for y in _tuple_of(ours(*given))]
 
     def checked() -> float:
         few = [x[:rows_checked] if x.shape[0] == inputs[0].shape[0] else x for x in inputs]
         some = [x.detach().clone().requires_grad_() for x in few]
         exact = [x.detach().double().requires_grad_() for x in few]
-        got, want = tuple_of(ours(*some)), tuple_of(eager(*exact))
+        got, want = _tuple_of(ours(*some)), _tuple_of(eager(*exact))
         cut = [c[: y.shape[0]] for c, y in zip(cotangents, got, strict=True)]
         first = torch.autograd.grad(got, some, cut)
         second = torch.autograd.grad(want, exact, [c.double() for c in cut])
         return _error((*got, *first), (*want, *second))
 
-    with_no_grad = lambda f: torch.no_grad()(lambda: f(*[x.detach() for x in given]))
+    def with_no_grad(f: Callable) -> Callable[[], object]:
+        return torch.no_grad()(lambda: f(*[x.detach() for x in given]))
+
     yield Row(op, "forward", shape, {name: with_no_grad(f) for name, f in functions.items()}, forward, check=checked)
     runs = {}
     for name, f in functions.items():
         fresh = [x.detach().clone().requires_grad_() for x in inputs]
         try:
-            out = tuple_of(f(*fresh))
+            out = _tuple_of(f(*fresh))
         except Exception:  # shown already with the forward
             continue
         runs[name] = lambda out=out, fresh=fresh: torch.autograd.grad(out, fresh, cotangents, retain_graph=True)
@@ -306,17 +323,25 @@ def _rows_of_rms_norm(s: Shapes, device, dtype) -> Iterator[Row]:
     )
     size, peer = x.numel() * x.element_size(), _liger("rms_norm", "LigerRMSNormFunction")
     liger = peer and (lambda x, w: peer.apply(x, w, 1e-5, 0.0, "llama", False))
-    ours = lambda x, w: rms_norm(x, w, 1e-5)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return rms_norm(x, w, 1e-5)
+
     yield from _both("rms_norm", f"{s.tokens}x{s.hidden}", ours, _plain_norm, [x, weight], 2 * size, 3 * size, liger)
 
 
 def _rows_of_add_rms_norm(s: Shapes, device, dtype) -> Iterator[Row]:
-    make = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
-    x, residual, weight = make(s.tokens, s.hidden), make(s.tokens, s.hidden), make(s.hidden)
+    shapes = (s.tokens, s.hidden), (s.tokens, s.hidden), (s.hidden,)
+    x, residual, weight = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     size, peer = x.numel() * x.element_size(), _liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
     liger = peer and (lambda x, r, w: peer.apply(x, r, w, 1e-5, 0.0, "llama", False))
-    plain = lambda x, r, w: (_plain_norm(x + r, w), x + r)
-    ours = lambda x, r, w: add_rms_norm(x, r, w, 1e-5)
+
+    def plain(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return _plain_norm(x + r, w), x + r
+
+    def ours(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, r, w, 1e-5)
+
     yield from _both(
         "add_rms_norm", f"{s.tokens}x{s.hidden}", ours, plain, [x, residual, weight], 4 * size, 4 * size, liger
     )
@@ -334,11 +359,17 @@ def _rows_of_rope(s: Shapes, device, dtype) -> Iterator[Row]:
     def plain(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         rows = positions[: len(q)]
         c, t = (torch.cat([x, x], -1)[rows][:, None].to(q.dtype) for x in (cos, sin))
-        turned = lambda x: torch.cat([-x[..., s.head_dim // 2 :], x[..., : s.head_dim // 2]], -1)
+
+        def turned(x: Tensor) -> Tensor:
+            return torch.cat([-x[..., s.head_dim // 2 :], x[..., : s.head_dim // 2]], -1)
+
         return q * c + turned(q) * t, k * c + turned(k) * t
 
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
-    ours = lambda q, k: rope_qk(q, k, cos, sin, positions[: len(q)])
+
+    def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_qk(q, k, cos, sin, positions[: len(q)])
+
     shape = f"{s.tokens}x({s.heads}+{s.kv})x{s.head_dim}"
     yield from _both("rope_qk", shape, ours, plain, [q, k], moved, moved)
     yield Row("rope_qk_", "in place", shape, {"ours": lambda: rope_qk_(q, k, cos, sin, positions)}, moved)
@@ -348,7 +379,10 @@ def _rows_of_swiglu(s: Shapes, device, dtype) -> Iterator[Row]:
     gate, up = (torch.randn(s.tokens, s.ffn, device=device, dtype=dtype) for _ in range(2))
     size, peer = gate.numel() * gate.element_size(), _liger("swiglu", "LigerSiLUMulFunction")
     liger = peer and (lambda g, u: peer.apply(g, u))
-    plain = lambda g, u: F.silu(g) * u
+
+    def plain(g: Tensor, u: Tensor) -> Tensor:
+        return F.silu(g) * u
+
     yield from _both("swiglu", f"{s.tokens}x{s.ffn}", swiglu, plain, [gate, up], 3 * size, 5 * size, liger)
 
 
@@ -370,6 +404,7 @@ def _rows_of_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         return torch.autograd.grad(F.cross_entropy(x.float(), target, reduction="sum"), x)[0]
 
     def liger() -> Tensor:
+        assert peer is not None
         x = logits.detach().requires_grad_()
         return torch.autograd.grad(peer.apply(x, target, None, -100, 0.0, 0.0, "sum")[0], x)[0]
 
@@ -379,7 +414,9 @@ def _rows_of_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         x = logits.detach().requires_grad_()
         return torch.autograd.grad(compiled(x), x)[0]
 
-    ours = lambda weights: lambda: cross_entropy_(logits, target, 0, s.vocab, weights)
+    def ours(weights: Tensor | None) -> Callable[[], object]:
+        return lambda: cross_entropy_(logits, target, 0, s.vocab, weights)
+
     shape = f"{s.tokens}x{s.vocab}"
     runs = {"ours": ours(label_weights(target, 1e-3)), "eager": plain, "compiled": plain_compiled} | (
         {"liger": liger} if peer else {}
@@ -416,9 +453,10 @@ def _rows_of_linear_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
 
         shape = f"{tokens}x{s.hidden}x{s.vocab}"
         weights = label_weights(target)
-        ours = lambda a, w, target=target, weights=weights: linear_cross_entropy(
-            a, w, target, 0, s.vocab, weights, scale=1e-4
-        )
+
+        def ours(a: Tensor, w: Tensor, target: Tensor = target, weights: Tensor = weights) -> Tensor:
+            return linear_cross_entropy(a, w, target, 0, s.vocab, weights, scale=1e-4)
+
         runs = {"ours": run(ours)}
         if tokens == s.tokens:
             runs["eager"] = run(lambda a, w, target=target: F.cross_entropy((a @ w.t()).float(), target))
@@ -433,9 +471,11 @@ def _rows_of_linear_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
         torch.randn(s.tokens, s.hidden, device=device, dtype=dtype),
         torch.randint(0, s.vocab, (s.tokens,), device=device),
     )
-    exact = lambda: _error(
-        linear_lse(x[:64], weight, target[:64], 0, s.vocab)[0], (x[:64].double() @ weight.double().t()).logsumexp(-1)
-    )
+
+    def exact() -> float:
+        want = (x[:64].double() @ weight.double().t()).logsumexp(-1)
+        return _error(linear_lse(x[:64], weight, target[:64], 0, s.vocab)[0], want)
+
     runs = {
         "ours": lambda: linear_lse(x, weight, target, 0, s.vocab),
         "eager": lambda: (x @ weight.t()).float().logsumexp(-1),
@@ -451,14 +491,17 @@ def _rows_of_linear_cross_entropy(s: Shapes, device, dtype) -> Iterator[Row]:
 
 
 def _rows_of_adamw(s: Shapes, device, dtype) -> Iterator[Row]:
-    make = lambda kind=torch.float32: torch.randn(s.parameters, device=device).abs().to(kind)
+
+    def make(kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(s.parameters, device=device).abs().to(kind)
+
     weight, grad, first, second, clip = make(), make(), make(), make(), torch.full((), 2.0, device=device)
-    settings = (1e-4, (0.9, 0.95), 1e-8, 0.1, 7)
+    settings: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=7)
 
     def checked() -> float:
         few = [x[:4096].clone() for x in (weight, grad, first, second)]
         w, g, m, v = (x.double() for x in few)
-        adamw_(*[[x] for x in few], *settings, clip)
+        adamw_([few[0]], [few[1]], [few[2]], [few[3]], **settings, inverse_clip=clip)
         g = g / 2
         m, v = m * 0.9 + g * 0.1, v * 0.95 + g * g * 0.05
         w = w * (1 - 1e-5) - 1e-4 / (1 - 0.9**7) * m / ((v / (1 - 0.95**7)).sqrt() + 1e-8)
@@ -466,16 +509,21 @@ def _rows_of_adamw(s: Shapes, device, dtype) -> Iterator[Row]:
 
     def eager():
         torch._foreach_div_([grad], clip)
-        adamw_([weight], [grad], [first], [second], *settings, backend="torch")
+        adamw_([weight], [grad], [first], [second], **settings, backend="torch")
 
-    runs = {"ours": lambda: adamw_([weight], [grad], [first], [second], *settings, clip), "eager": eager}
+    def ours(backend: str = "auto") -> None:
+        adamw_([weight], [grad], [first], [second], **settings, inverse_clip=clip, backend=backend)
+
+    runs: dict[str, Callable[[], object]] = {"ours": ours, "eager": eager}
     if device.type == "cuda" and importlib.util.find_spec("amp_C"):
-        runs["apex"] = lambda: adamw_([weight], [grad], [first], [second], *settings, clip, backend="apex")
+        runs["apex"] = lambda: ours(backend="apex")
     yield Row("adamw_", "fp32 states", f"{s.parameters}", runs, 28 * s.parameters, check=checked)
     first, second = make(torch.bfloat16), make(torch.bfloat16)
-    runs = {"ours": lambda: adamw_([weight], [grad], [first], [second], *settings, clip)}
-    yield Row("adamw_", "bf16 states", f"{s.parameters}", runs, 20 * s.parameters)
-    want = lambda: abs(grad_norm([grad]).item() / grad.double().norm().item() - 1)
+    yield Row("adamw_", "bf16 states", f"{s.parameters}", {"ours": ours}, 20 * s.parameters)
+
+    def want() -> float:
+        return abs(grad_norm([grad]).item() / grad.double().norm().item() - 1)
+
     runs = {"ours": lambda: grad_norm([grad]), "eager": lambda: torch.nn.utils.get_total_norm([grad])}
     yield Row("grad_norm", "", f"{s.parameters}", runs, 4 * s.parameters, check=want)
 
@@ -498,39 +546,41 @@ def _rows_of_attention(s: Shapes, device, dtype) -> Iterator[Row]:
             documents = Documents.of([0, *sorted(cuts.tolist())], tokens, device)
             lengths = [b - a for a, b in zip(documents.q, documents.q[1:], strict=False)]
             pairs = sum(n * (n + 1) // 2 for n in lengths)
-            make = lambda heads, tokens=tokens: torch.randn(
-                tokens, heads, s.head_dim, device=device, dtype=dtype
-            ).requires_grad_()
-            q, k, v = make(s.heads), make(s.kv), make(s.kv)
+            q, k, v = (
+                torch.randn(tokens, heads, s.head_dim, device=device, dtype=dtype).requires_grad_()
+                for heads in (s.heads, s.kv, s.kv)
+            )
             grad = torch.randn(q.shape, device=device, dtype=dtype)
             backends = [name for name, reason in available_backends(device.type, dtype).items() if not reason]
             if device.type == "cuda":
                 backends.remove("sdpa")
             if len(lengths) > 64 and "cudnn" in backends:
                 backends.remove("cudnn")  # a call a document
-            name_of = lambda name: "ours" if name == "triton" else name
-            call = lambda name, d=documents, q=q, k=k, v=v: attention(q, k, v, d, backend=name)
+            shown = {name: "ours" if name == "triton" else name for name in backends}
 
-            def checked(q=q, k=k, v=v) -> float:
+            def call(name: str, d: Documents = documents, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Any:
+                return attention(q, k, v, d, backend=name)
+
+            def checked(q=q, k=k, v=v, call=call) -> float:
                 """The first document's first 256 queries, forward and backward."""
                 n = min(256, q.shape[0])
                 few = [x[:n].detach().clone().requires_grad_() for x in (q, k, v)]
                 exact = [x.detach().double().requires_grad_() for x in few]
                 small = Documents.of([0, n // 3], n, device)
                 backend = "triton" if device.type == "cuda" else "auto"
-                got, want = attention(*few, small, backend=backend), attention(*exact, small, backend="sdpa")
+                got, want = call(backend, small, *few), call("sdpa", small, *exact)
                 cut = torch.randn_like(got)
                 return _error(
                     (got, *torch.autograd.grad(got, few, cut)), (want, *torch.autograd.grad(want, exact, cut.double()))
                 )
 
             shape = f"{tokens} in {len(lengths)} documents"
-            runs = {name_of(name): torch.no_grad()(lambda name=name, call=call: call(name)) for name in backends}
+            runs = {shown[name]: torch.no_grad()(lambda name=name, call=call: call(name)) for name in backends}
             yield Row("attention", "forward", shape, runs, flops=4 * s.head_dim * s.heads * pairs, check=checked)
             runs = {}
             for name in backends:
                 out = call(name)
-                runs[name_of(name)] = lambda out=out, q=q, k=k, v=v, grad=grad: torch.autograd.grad(
+                runs[shown[name]] = lambda out=out, q=q, k=k, v=v, grad=grad: torch.autograd.grad(
                     out, (q, k, v), grad, retain_graph=True
                 )
             yield Row("attention", "backward", shape, runs, flops=10 * s.head_dim * s.heads * pairs)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,7 @@ class Case:
     Hopper's warpgroup products (HGMMA) are meant, and options that differ before Hopper."""
 
     name: str
-    kernel: object
+    kernel: Any
     arguments: tuple
     options: dict
     registers: int
@@ -90,12 +91,22 @@ def cases() -> list[Case]:
     rows = dict(BLOCK=4096, num_warps=norm._warps(4096))
     flat = dict(BLOCK=swiglu._BLOCK, num_warps=4)
     wide = dict(BLOCK=4096, num_warps=8)
-    forward = lambda residual: (half, residual, half, half, half, single, 4096, 1e-5)
-    backward = lambda dh: (half, dh, half, half, single, half, single, 8192, 4096)
+
+    def forward(residual: torch.dtype | None) -> tuple:
+        return half, residual, half, half, half, single, 4096, 1e-5
+
+    def backward(dh: torch.dtype | None) -> tuple:
+        return half, dh, half, half, single, half, single, 8192, 4096
+
     heads = (half, half, half, half, single, single, integer, *(4096, 128, 1024, 128) * 2, 32, 8, 64)
     strides, shape = (4096, 128, 1024, 128, 1024, 128), (8192, 0.088, 4, 128)
-    update = lambda state: (single, single, state, state, single, 2**24, *(0.5,) * 8, 2**24, 4096, 4096, 12345)
-    rounding = lambda on: dict(ROUND_WEIGHT=False, ROUND_AVG=on, ROUND_SQ=on, BLOCK=adamw._BLOCK, num_warps=4)
+
+    def update(state: torch.dtype) -> tuple:
+        return single, single, state, state, single, 2**24, *(0.5,) * 8, 2**24, 4096, 4096, 12345
+
+    def rounding(on: bool) -> dict:
+        return dict(ROUND_WEIGHT=False, ROUND_AVG=on, ROUND_SQ=on, BLOCK=adamw._BLOCK, num_warps=4)
+
     return [
         Case("rms_norm forward", norm._forward_kernel, forward(None), dict(ADD=False, **rows), 64, 2, 1),
         Case("add_rms_norm forward", norm._forward_kernel, forward(half), dict(ADD=True, **rows), 64, 3, 2),
@@ -149,7 +160,8 @@ def resources_of(case: Case, arch: int) -> Resources:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.runtime import driver
 
-    driver.set_active(_Driver(GPUTarget("cuda", arch, 32)))
+    target: Any = _Driver(GPUTarget("cuda", arch, 32))  # Triton names a base class, and asks for these few methods
+    driver.set_active(target)
     try:
         compiled = case.kernel.warmup(
             *case.arguments, grid=(1,), enable_fp_fusion=True, **case.options | (case.older if arch < 90 else {})
@@ -162,14 +174,22 @@ def resources_of(case: Case, arch: int) -> Resources:
         binary, source = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         binary.write_bytes(compiled.asm["cubin"])
         source.write_text(compiled.asm["ptx"])
-        run = lambda *command: subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+
+        def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+
         usage = run(tools / "cuobjdump", "-res-usage", binary).stdout
         code = run(tools / "nvdisasm", "-c", binary).stdout
-        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"]).group(1)
-        verbose = run(get_ptxas(arch).path, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "out").stderr
+        named = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
+        assert named is not None, "the PTX names no architecture"
+        verbose = run(get_ptxas(arch).path, "-v", f"--gpu-name={named[1]}", source, "-o", Path(folder) / "out").stderr
     used = dict(re.findall(r"(REG|SHARED):(\d+)", usage.split(f"Function {compiled.metadata.name}")[-1]))
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose)
-    count = lambda pattern: len(re.findall(pattern, code))
+    assert spills is not None, f"ptxas says nothing of spills: {verbose}"
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
     return Resources(
         int(used["REG"]),
         int(spills[1]) + int(spills[2]),

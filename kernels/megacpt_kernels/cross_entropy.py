@@ -47,7 +47,7 @@ def cross_entropy_(
     fast, column = use_triton(backend, logits), target - vocab_start
     if check:
         check_targets(target, column, valid, gather)
-    wide = None if fast else wide_of(logits)
+    wide = logits if fast else wide_of(logits)
     statistics = _statistics_triton(logits, column, valid) if fast else _statistics_(wide, column, valid)
     lse, hits = combined(gather(statistics))
     has_label = target != IGNORE

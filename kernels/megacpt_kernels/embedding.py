@@ -43,7 +43,8 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(row.masked_fill(outside, 0), table).masked_fill_(outside.unsqueeze(1), 0)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
         (row,) = ctx.saved_tensors
         outside = (row < 0) | (row >= ctx.rows)
         if ctx.fast:

@@ -9,6 +9,9 @@ sees whole are multiplied without a mask. Backward is two kernels, one a tile of
 tile of queries: sums have one order, results the same bits.
 """
 
+# Triton annotates reductions as tuples, too, as those over several values give, which no kernel here has:
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
 import math
 
 import torch
@@ -37,10 +40,10 @@ def tile(which: dict, q: Tensor) -> dict:
     return which | AMPERE if older and which is not KEYS else which
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Args:
         q: [t_q, heads, d]. k, v: [t_k, kv, d]. Any strides but of the last dim.
-        seen: int32 [2, t_q], first and last key of each query. May not fall along the sequence; first > last is nothing.
+        key_range: int32 [2, t_q], first and last key of each query. May not fall along the sequence; first > last is nothing.
     Returns:
         (out [t_q, heads, d], lse fp32 [heads, t_q]).
     """
@@ -51,16 +54,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tupl
     if q.numel():
         how = tile(FORWARD, q)
         _forward_kernel[(triton.cdiv(tokens, how["M"]), heads)](
-            q, k, v, seen, out, lse, *_strides(q, k, v), tokens, scale, heads // k.shape[1], d, D=_width(d), enable_fp_fusion=True, **how
+            q, k, v, key_range, out, lse, *_strides(q, k, v),
+            tokens, scale, heads // k.shape[1], d, D=_width(d), enable_fp_fusion=True, **how
         )  # fmt: skip
     return out, lse
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor, seen_by: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_range: Tensor,
+    query_range: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Args:
-        dout, out: [t_q, heads, d]. lse: of `forward`. seen_by: int32 [2, t_k], first and last query of each key. May not fall either.
+        dout, out: [t_q, heads, d]. lse: of `forward`. query_range: int32 [2, t_k], first and last query of each key. May not fall either.
     Returns:
         (dq, dk, dv), contiguous.
     """
@@ -76,11 +88,13 @@ def backward(
             out, dout, delta, tokens, heads, d, D=_width(d), M=32, num_warps=4, enable_fp_fusion=True
         )
         _queries_kernel[(triton.cdiv(tokens, by_query["M"]), heads)](
-            q, k, v, seen, dout, lse, delta, dq, *_strides(q, k, v), *shape, D=_width(d), enable_fp_fusion=True, **by_query
+            q, k, v, key_range, dout, lse, delta, dq, *_strides(q, k, v),
+            *shape, D=_width(d), enable_fp_fusion=True, **by_query
         )  # fmt: skip
     if k.numel():
         _keys_kernel[(triton.cdiv(keys, by_key["N"]), kv)](
-            q, k, v, seen, seen_by, dout, lse, delta, dk, dv, *_strides(q, k, v), keys, *shape, D=_width(d), enable_fp_fusion=True,
+            q, k, v, key_range, query_range, dout, lse, delta, dk, dv, *_strides(q, k, v),
+            keys, *shape, D=_width(d), enable_fp_fusion=True,
             **by_key,
         )  # fmt: skip
     return dq, dk, dv
@@ -96,11 +110,11 @@ def _width(d: int) -> int:
 
 @jit
 def _forward_kernel(
-    q, k, v, seen, out, lse, q_token, q_head, k_token, k_head, v_token, v_head, tokens, scale, group, d,
+    q, k, v, key_range, out, lse, q_token, q_head, k_token, k_head, v_token, v_head, tokens, scale, group, d,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    row, inside, first, last, begin, masked, whole, tiles = _range_of(seen, tokens, tl.program_id(0), M, N)
+    row, inside, first, last, begin, masked, whole, tiles = _range_of(key_range, tokens, tl.program_id(0), M, N)
     lane = tl.arange(0, D)
     both = inside[:, None] & (lane < d)[None, :]
     query = tl.load(q + row[:, None] * q_token + head * q_head + lane[None, :], mask=both, other=0.0)
@@ -192,11 +206,11 @@ def _delta_kernel(out, dout, delta, tokens, heads, d, D: tl.constexpr, M: tl.con
 
 @jit
 def _queries_kernel(
-    q, k, v, seen, dout, lse, delta, dq, q_token, q_head, k_token, k_head, v_token, v_head, tokens, scale, group, d,
+    q, k, v, key_range, dout, lse, delta, dq, q_token, q_head, k_token, k_head, v_token, v_head, tokens, scale, group, d,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row, inside, first, last, begin, masked, whole, tiles = _range_of(seen, tokens, tl.program_id(0), M, N)
+    row, inside, first, last, begin, masked, whole, tiles = _range_of(key_range, tokens, tl.program_id(0), M, N)
     lane = tl.arange(0, D)
     both = inside[:, None] & (lane < d)[None, :]
     query = tl.load(q + row[:, None] * q_token + head * q_head + lane[None, :], mask=both, other=0.0)
@@ -236,11 +250,12 @@ def _into_queries(
 
 @jit
 def _keys_kernel(
-    q, k, v, seen, seen_by, dout, lse, delta, dk, dv, q_token, q_head, k_token, k_head, v_token, v_head, keys, tokens, scale, group, d,
+    q, k, v, key_range, query_range, dout, lse, delta, dk, dv,
+    q_token, q_head, k_token, k_head, v_token, v_head, keys, tokens, scale, group, d,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     kv, kvs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    at, inside, first, last, begin, _masked, _whole, tiles = _range_of(seen_by, keys, tl.program_id(0), N, M)
+    at, inside, first, last, begin, _masked, _whole, tiles = _range_of(query_range, keys, tl.program_id(0), N, M)
     lane = tl.arange(0, D)
     both = inside[:, None] & (lane < d)[None, :]
     key = tl.load(k + at[:, None] * k_token + kv * k_head + lane[None, :], mask=both, other=0.0)

@@ -1,6 +1,9 @@
 """The global gradient norm: fp32 squares summed by blocks of fixed size, the blocks in float64 in one order, so that ranks with the
 same shards find the same bits, whatever the layout around them."""
 
+# torch names its updates of lists of tensors as private, and has no others:
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Callable
 
 import torch
@@ -15,7 +18,7 @@ _BLOCK = 8192
 def grad_norm(
     grads: list[Tensor],
     weights: list[float] | None = None,
-    reduce: Callable[[Tensor], None] = lambda total: None,
+    reduce: Callable[[Tensor], object] = lambda total: None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:

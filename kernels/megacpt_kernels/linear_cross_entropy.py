@@ -112,11 +112,16 @@ def linear_lse(
         return *combined(whole), whole[:, 0].amax(0)
     step, parts = _chunk(weight, None), []
     for part, ids in zip(tokens.split(step), target.split(step), strict=True):
-        keep: list[Tensor] = []
-        gather = lambda own, keep=keep: (keep.append(ranks.gather_statistics(own)), keep[0])[1]
+        gathered: list[Tensor] = []
+
+        def gather(own: Tensor, gathered: list[Tensor] = gathered) -> Tensor:
+            gathered.append(ranks.gather_statistics(own))
+            return gathered[0]
+
         cross_entropy_(gemm.forward(part, weight), ids, vocab_start, valid, None, gather, backend="torch")
-        parts.append(torch.stack([*combined(keep[0]), keep[0][:, 0].amax(0)]))
-    return tuple(torch.cat(parts, 1))
+        parts.append(torch.stack([*combined(gathered[0]), gathered[0][:, 0].amax(0)]))
+    lse, hits, largest = torch.cat(parts, 1)
+    return lse, hits, largest
 
 
 def _check(x: Tensor, weight: Tensor, target: Tensor, ranks: Ranks) -> None:
@@ -151,30 +156,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, (ids, given) in enumerate(zip(targets, weights.split(step, 1), strict=True)):
             ids, given = ids.flatten(), given.flatten()
             tokens = gathered.wait()
-            gathered = ranks.start_gather(pieces[i + 1]) if i + 1 < len(pieces) else None
+            if i + 1 < len(pieces):
+                gathered = ranks.start_gather(pieces[i + 1])
             logits = gemm.forward(tokens, weight)
             nll, _ = cross_entropy_(
                 logits, ids, vocab_start, valid, given * scale, ranks.gather_statistics, z_loss, backend, check
             )
             loss += torch.where(given != 0, given * nll, 0.0).sum()
-            if summed is not None:
+            if dx is not None and summed is not None:
                 dx[(i - 1) * step : i * step].copy_(summed.wait())
             if wants_dx:
                 summed = ranks.start_scatter_sum(gemm.input_gradient(logits, weight))
             if wants_dweight and one:
                 dweight = gemm.weight_gradient(logits, tokens, weight)
-            elif wants_dweight:
+            elif dweight is not None:
                 _add_weight_gradient_(dweight, logits, tokens, weight, gemm)
             del logits
-        if summed is not None:
+        if dx is not None and summed is not None:
             dx[(len(pieces) - 1) * step :].copy_(summed.wait())
-        ctx.save_for_backward(dx, dweight.to(weight.dtype) if wants_dweight else None)
+        ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
         return loss * scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        grads = (None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors)
-        return *grads, *[None] * 11
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
+        scaled = (None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors)
+        return *scaled, *[None] * 11
 
 
 def _add_weight_gradient_(total: Tensor, logits: Tensor, tokens: Tensor, weight: Tensor, gemm: TorchGemm) -> None:

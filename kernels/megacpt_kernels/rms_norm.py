@@ -53,7 +53,8 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
         dx, dweight = (_backward_triton if ctx.fast else _backward)(dy, None, *ctx.saved_tensors)
         return dx, dweight, None, None
 
@@ -67,7 +68,8 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    def backward(ctx, dy: Tensor, dh: Tensor):
+    def backward(ctx, *grads: Tensor):
+        dy, dh = grads
         dx, dweight = (_backward_triton if ctx.fast else _backward)(dy, dh, *ctx.saved_tensors)
         return dx, dx, dweight, None, None
 

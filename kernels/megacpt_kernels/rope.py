@@ -72,8 +72,9 @@ class _Rope(torch.autograd.Function):
         return _rotate(q, k, cos, sin, positions, 1, fast)
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor):
-        return *_rotate(dq, dk, *ctx.saved_tensors, -1, ctx.fast), *[None] * 5
+    def backward(ctx, *grads: Tensor):
+        (dq, dk), (cos, sin, positions) = grads, ctx.saved_tensors
+        return *_rotate(dq, dk, cos, sin, positions, -1, ctx.fast), *[None] * 5
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: int, fast: bool):
@@ -109,9 +110,9 @@ def _rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     lambda q, k, cos, sin, positions, sign: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _start(q, k, *out, cos, sin, positions, sign)
-    return out
+    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _start(q, k, out_q, out_k, cos, sin, positions, sign)
+    return out_q, out_k
 
 
 @operation(

@@ -29,7 +29,8 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate.contiguous(), up.contiguous()) if fast else F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
         gate, up = ctx.saved_tensors
         if ctx.fast:
             return *_backward(dy.contiguous(), gate.contiguous(), up.contiguous()), None

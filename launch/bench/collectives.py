@@ -44,7 +44,10 @@ def main() -> None:
 
 def run(layout: str) -> dict[str, dict]:
     """By axis: what the busiest rank did and should do, and whether any rank differs."""
+    import torch.distributed.tensor  # noqa: F401  (once, for all ranks that are forked from here)
     import torch.multiprocessing as mp
+
+    import megacpt.model.run  # noqa: F401
 
     degrees = {word.rstrip("0123456789"): int(word.lstrip("abcdefghijklmnopqrstuvwxyz")) for word in layout.split()}
     size = math.prod(n for axis, n in degrees.items() if axis != "v")
@@ -80,7 +83,7 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.model.split import plan_pipeline
     from megacpt.optim.clip import grad_norm
     from megacpt.parallel.mesh import build_mesh
@@ -110,7 +113,7 @@ def rank_main(rank: int, size: int, folder: str, degrees: dict[str, int]) -> Non
         batches.append(Batch(tokens, np.roll(tokens, -1, 1), at, np.array([0]), np.array([0, 1]), [""]))
     counts = watch(mesh)
     labels, rows = MICRO_BATCHES * TOKENS * layout.data, MICRO_BATCHES * layout.data
-    accumulate(model, batches, StepCounts(labels, labels, rows), "step")
+    forward_backward(model, batches, StepCounts(labels, labels, rows), "step")
     grad_norm(model.counted_parameters(), mesh)
     wanted = expected(config, parallel, layout, plan, mesh)
     found = {key: value for key, value in counts.items() if value[0]}

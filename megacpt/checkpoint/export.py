@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
 from megacpt.checkpoint.average import average_weights
 from megacpt.checkpoint.load import StoredModel
 from megacpt.checkpoint.manifest import directory_name, latest_intact_checkpoint, list_steps, read_manifest
@@ -83,13 +85,14 @@ def _write(run_directory: Path, directories: list[Path], weights: list[float], o
     shapes = config.shapes()
     dtypes = dict.fromkeys(shapes, dtype) if dtype else _stored_dtypes(side / DTYPES, shapes)
 
-    def read(name: str):
+    def read(name: str) -> Tensor:
+        part = stored[0].read(name)[: shapes[name][0]]
         if len(stored) == 1:
-            return stored[0].read(name)[: shapes[name][0]]
-        total = None
-        for model, weight in zip(stored, weights, strict=True):
+            return part
+        total = part.double() * weights[0]
+        for model, weight in zip(stored[1:], weights[1:], strict=True):
             part = model.read(name)[: shapes[name][0]]
-            total = part.double() * weight if total is None else total.add_(part.double(), alpha=weight)
+            total.add_(part.double(), alpha=weight)
         return total.to(part.dtype)
 
     write_pretrained(output, config, side, read, dtypes, stage.longest, tokens=_tokens_of(plan, side))

@@ -117,6 +117,7 @@ class _Planner(DefaultLoadPlanner):
         self.optional = optional
 
     def create_local_plan(self):
+        assert self.metadata is not None, "set_up_planner has set it"
         missing = self.state_dict.keys() - self.metadata.state_dict_metadata.keys() - set(self.optional)
         if missing:
             raise CheckpointError(

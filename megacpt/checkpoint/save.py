@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class FailedOnSomeRank(SaveError):
 
 
 @contextmanager
-def all_ranks_or_none(group: dist.ProcessGroup | None):
+def all_ranks_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
     """A part of the work that succeeds or fails on all ranks. It holds no collective, or one rank would leave the others there."""
     problem = None
     try:
@@ -227,7 +227,7 @@ class _SummedFiles(dcp.filesystem.FileSystem):
         self.opened: dict[str, _Summed] = {}
 
     @contextmanager
-    def create_stream(self, path, mode: str):
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:  # all of a file that torch uses
         with super().create_stream(path, mode) as file:
             stream = _Summed(file)
             self.opened[Path(path).name] = stream
@@ -277,6 +277,7 @@ class CheckedWriter(dcp.FileSystemWriter):
     def finish(self, metadata, results) -> None:
         super().finish(metadata, results)
         for result in (result for some in results for result in some):
+            assert isinstance(result, _Checked), "write_data makes no others"
             info = result.storage_data
             self.items.setdefault(info.relative_path, []).append((info.offset, info.length, result.crc32))
 

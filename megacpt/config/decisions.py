@@ -52,6 +52,10 @@ class Extension(_Entry):
     by_tokens: int
 
 
+GateAction = Literal["pass", "warn", "extend", "stop"]
+"""What follows when the gates of a stage were asked."""
+
+
 class GateDecision(_Entry):
     """What the gates at a stage's end said, and what follows."""
 
@@ -59,7 +63,7 @@ class GateDecision(_Entry):
     stage: str
     step: int
     passed: bool
-    action: Literal["pass", "warn", "extend", "stop"]
+    action: GateAction
     results: list[dict[str, Any]]
 
 

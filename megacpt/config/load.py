@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from megacpt.config.base import KeyPath
 from megacpt.config.recipe import Recipe
@@ -110,7 +111,8 @@ def _set(tree: dict, where: KeyPath, value: Any) -> None:
     """Sets a key, making the sections on the way. Raises TypeError if one of them is a value."""
     node: Any = tree
     for i, key in enumerate(where):
-        if not isinstance(node, list if isinstance(key, int) else dict):
+        fits = isinstance(node, list) if isinstance(key, int) else isinstance(node, dict)
+        if not fits:
             raise TypeError(where)
         if i + 1 == len(where):
             node[key] = value
@@ -146,6 +148,7 @@ def _validate(tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) 
         for where, text in _unwritable(tree)
     ]:
         return None, wrong
+    errors: list[ErrorDetails] = []
     for attempt in range(2):
         try:
             return Recipe.model_validate(tree), []
@@ -179,7 +182,7 @@ def _is_writable(text: str) -> bool:
         return False
 
 
-def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> Problem:
+def _problem(error: ErrorDetails, tree: dict, overrides: dict[KeyPath, tuple[str, str]], path: str) -> Problem:
     where = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"  # a flag may have made the section that is unknown
     source = next(
@@ -197,10 +200,10 @@ def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]],
         return Problem(name, None, "is required.", f"({source})")
     value = error["input"]
     if error["type"] == "literal_error":
-        choices = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        choices = error.get("ctx", {})["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         text = nearest(value if isinstance(value, str) else show_value(value), choices)
     elif error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
+        text = str(error.get("ctx", {})["error"])
     else:
         text = error["msg"].replace("Input should be", "should be")
     return Problem(name, None if isinstance(value, dict | list) else value, f"{text.rstrip('.')}.", f"({source})")
@@ -208,7 +211,8 @@ def _problem(error: dict, tree: dict, overrides: dict[KeyPath, tuple[str, str]],
 
 def show_path(where: KeyPath, tree: dict) -> str:
     """('stages', 0, 'seq_len') -> 'stages.adapt.seq_len'."""
-    parts, node = [], tree
+    node: Any = tree
+    parts: list[str] = []
     for key in where:
         try:
             node = node[key]

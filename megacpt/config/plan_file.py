@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import load_recipe, recipe_from
+from megacpt.config.model import load_base_config
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, parallel_in, resolve
 from megacpt.config.run_layout import HUGGING_FACE, PLAN, RECIPE, STATUS
 from megacpt.errors import CheckpointError
+from megacpt.family.base import ModelConfig
 from megacpt.family.read import parse_config, read_config
 from megacpt.files import JsonError, read_object, sealed, unsealed, write_atomically
 
@@ -40,6 +42,18 @@ def read_plan(run_directory: Path) -> dict[str, Any] | None:
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {content.get('format')!r}; this version reads {FORMAT}.")
     return content
+
+
+def base_of(recipe: Recipe) -> ModelConfig:
+    """The base model's config.json, as a recipe names it; once its run has begun the run's own copy does too, should the base be gone.
+
+    Raises:
+        ConfigError: if there is neither, or the model is not trained here.
+    """
+    given, copy = recipe.model.pretrained or recipe.model.config, Path(recipe.directory) / HUGGING_FACE / "config.json"
+    if given and not Path(given).exists() and copy.is_file():
+        return read_config(copy)
+    return load_base_config(recipe.model)
 
 
 def load_plan(run_directory: Path) -> RunPlan:

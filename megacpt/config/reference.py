@@ -13,7 +13,7 @@ from megacpt.config.resume import sections_in
 
 _HEAD = """# Recipe reference
 
-One TOML file describes a run. Made from the models by `python -m megacpt.config.reference`; a test keeps it true.
+One TOML file describes a run. This page is made from the code by `python -m megacpt.config.reference`, and a test keeps it up to date.
 Editors complete and check recipes with `docs/recipe.schema.json`.
 
 Token quantities are integers or strings: K M B T are powers of ten, Ki Mi Gi Ti powers of two. Every key can be set on the
@@ -65,10 +65,10 @@ def _on_resume(section: type[Section]) -> str:
         return ""
     keys: dict[Resume, list[str]] = {}
     for name, field in section.model_fields.items():
-        own = next((item.rule for item in field.metadata if isinstance(item, OnResume)), section.resume)
-        keys.setdefault(own, []).append(f"`{name}`")
+        own: Resume | None = next((item.rule for item in field.metadata if isinstance(item, OnResume)), None)
+        keys.setdefault(own or section.resume, []).append(f"`{name}`")
     if len(keys) == 1:
-        return f" A resume {_RESUME[section.resume]}."
+        return f" A resume {_RESUME[section.resume]}{' any of it' if section.resume == 'frozen' else ' all of it'}."
     return " " + " ".join(f"A resume {_RESUME[rule]}: {', '.join(names)}." for rule, names in keys.items())
 
 
@@ -101,7 +101,7 @@ def _kind(field: dict[str, Any]) -> str:
         return "tokens"
     if field.get("type") == "array":
         return f"list of {_kind(field['items'])}" if "items" in field else "list"
-    return {"object": "table"}.get(field.get("type"), str(field.get("type", "table")))
+    return "table" if field.get("type") == "object" else str(field.get("type", "table"))
 
 
 if __name__ == "__main__":

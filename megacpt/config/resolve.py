@@ -27,7 +27,7 @@ from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import Stage
 from megacpt.config.trainable import Trainable, trainable_in
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, Problem
 from megacpt.family.base import ModelConfig
 
 
@@ -70,8 +70,7 @@ class ResolvedStage:
 
     @property
     def micro_batch_tokens(self) -> int:
-        assert self.parallel.micro_batch_tokens is not None
-        return self.parallel.micro_batch_tokens
+        return self.parallel.tokens_at_once
 
     @property
     def micro_batch_rows(self) -> int:
@@ -150,22 +149,25 @@ def resolve(
     Raises:
         ConfigError: for rotary embeddings, windows and patterns of parameters that the model does not have, all at once.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     model = with_rope(base, recipe.model.rope)
-    configs = [_collect(problems, config_in_stage, model, recipe.stages, i) for i in range(len(recipe.stages))]
-    frozen = [_collect(problems, frozen_names, stage.freeze, model) for stage in recipe.stages]
+    configs, frozen = [], []
+    for index, stage in enumerate(recipe.stages):
+        where = f"stages.{stage.name}"
+        configs.append(_collect(problems, where, config_in_stage, model, recipe.stages, index))
+        frozen.append(_collect(problems, where, frozen_names, stage.freeze, model))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), "the recipe")
     stages = [_resolve_stage(recipe, i, config, frozen) for i, config in enumerate(configs)]
     return RunPlan(recipe, base, model, tuple(stages), world_size, files or {}, weights or {})
 
 
-def _collect(problems: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns; if it raises a ConfigError, its problems join the others."""
+def _collect(problems: list[Problem], where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns; if it raises a ConfigError, its problems join the others, with their place."""
     try:
         return function(*arguments)
     except ConfigError as error:
-        problems.extend(error.problems)
+        problems.extend(problem.inside(where) for problem in error.problems)
         return None
 
 

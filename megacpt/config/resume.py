@@ -26,7 +26,10 @@ def changes_on_resume(before: Recipe, now: Recipe, current: str) -> list[str]:
     for path, was, is_now in _differences(old, new, begun):
         rule = resume_rule(path)
         free = rule == "free" or (rule == "unfinished stages" and path[1] == begun - 1)
-        shown = ".".join(str(names[key]) if path[i - 1 : i] == ("stages",) else str(key) for i, key in enumerate(path))
+        shown = ".".join(
+            names[key] if isinstance(key, int) and path[i - 1 : i] == ("stages",) else str(key)
+            for i, key in enumerate(path)
+        )
         if free and path[0] != "run":
             changed.append(f"{shown}: {was} -> {is_now}")
         elif not free:
@@ -71,10 +74,11 @@ def resume_rule(path: KeyPath) -> Resume:
         if field is None:  # the name or the number of an entry, or what lies inside a value
             holds_many = False
             continue
-        own = next((item.rule for item in field.metadata if isinstance(item, OnResume)), None)
+        own: Resume | None = next((item.rule for item in field.metadata if isinstance(item, OnResume)), None)
         holds_many = get_origin(field.annotation) in (dict, list)
         kinds = list(sections_in(field.annotation))
-        rule = own or next((kind.resume for kind in kinds), None) or rule
+        held: Resume | None = next((kind.resume for kind in kinds), None)
+        rule = own or held or rule
     if rule is None:
         raise KeyError(path)
     return rule

@@ -15,8 +15,10 @@ from array import array
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from megacpt.errors import DataError
 
@@ -119,13 +121,17 @@ def read_exactly(descriptor: int, path: Path | str, begin: int, count: int) -> b
 class Numbers:
     """An array of integers in a checked file: `len`, single ones, and slices as numpy arrays."""
 
-    def __init__(self, file: CheckedFile, kind: str | np.dtype, begin: int, count: int):
+    def __init__(self, file: CheckedFile, kind: DTypeLike, begin: int, count: int):
         self.file, self.dtype, self.begin, self.count = file, np.dtype(kind), begin, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, wanted: slice | int):
+    @overload
+    def __getitem__(self, wanted: int) -> int: ...
+    @overload
+    def __getitem__(self, wanted: slice) -> np.ndarray: ...
+    def __getitem__(self, wanted: slice | int) -> int | np.ndarray:
         size = self.dtype.itemsize
         if not isinstance(wanted, slice):
             raw = self.file.read(self.begin + range(self.count)[wanted] * size, size)

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -78,19 +78,21 @@ def make_batch(
     weights = np.ones(shape, np.float32) if any(entry and entry[0].domain.weighted for entry in rows) else None
     for i, entry in enumerate(rows):
         at = 0
-        for document, offset, length in entry[0].row(entry[2]) if entry else []:
-            piece = entry[0].domain.read(document, offset, length)
+        index, name, row = entry or (None, "", 0)
+        for document, offset, length in index.row(row) if index else []:
+            assert index is not None
+            piece = index.domain.read(document, offset, length)
             if length and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
                 wrong = int(piece.max()) if int(piece.max()) >= vocab_size else int(piece.min())
                 raise DataError(
-                    f"domain {entry[1]}, document {document}: token id {wrong} is outside the model's vocabulary of "
+                    f"domain {name}, document {document}: token id {wrong} is outside the model's vocabulary of "
                     f"{vocab_size}. The data was prepared with another tokenizer, or is damaged."
                 )
             tokens[i, at : at + length] = piece
             labels[i, at : at + length - 1] = piece[1:]
             positions[i, at : at + length] = np.arange(length)
             if weights is not None:
-                weights[i, at : at + length - 1] = entry[0].domain.label_weights(document, offset, length)
+                weights[i, at : at + length - 1] = index.domain.label_weights(document, offset, length)
             starts.append(i * seq_len + at)
             at += length
         if at < seq_len:
@@ -276,7 +278,7 @@ def load_step(
     return StepData(batches, data.count(picks), data.visible_pairs(picks))
 
 
-def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Iterator[StepData]:
+def prefetch(make: Callable[[int], StepData], numbers: range, depth: int = 2) -> Generator[StepData, None, None]:
     """`make(n)` for each n, a few steps ahead in a thread. An error there is raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

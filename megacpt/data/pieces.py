@@ -33,7 +33,7 @@ def read_model(file: Path):
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto()
+    model = proto.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] protobuf makes it on import
     try:
         model.ParseFromString(file.read_bytes())
     except DecodeError as error:

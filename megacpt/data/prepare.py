@@ -134,7 +134,7 @@ def _facts_of(
 
 def _require_gigatoken() -> None:
     try:
-        import gigatoken  # noqa: F401
+        import gigatoken  # noqa: F401 # pyright: ignore[reportMissingImports] optional
     except ImportError:
         raise ConfigError(
             ["--engine gigatoken: is not installed. pip install gigatoken, or use --engine tokenizers."],

@@ -84,7 +84,7 @@ def add_tokens(tokenizer: Tokenizer, side: SideFiles, file: Path) -> list[str]:
     tokens = [token for _, token in sorted(side.declared.items()) if repr(token) not in before]
     eos, names = side.name("eos_token"), {side.name(key) for key in NAMED}
     for token in side.special:
-        if token.content not in known and (token.content != eos or tokenizer.token_to_id(eos) is not None):
+        if token.content not in known and (token.content != eos or tokenizer.token_to_id(token.content) is not None):
             known.add(token.content)
             tokens.append(token)
     for token in tokens:

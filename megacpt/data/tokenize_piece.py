@@ -79,13 +79,15 @@ def start_worker(options: Options, vocab_size: int, counter, threads: int) -> No
     global _worker
     os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(threads), "true"
     tokenizer = Tokenizer(options.tokenizer, options.eos_token)
+    ends = [tokenizer.eos_id] if options.eos and tokenizer.eos_id is not None else []
+    assert bool(ends) == options.eos, f"{options.tokenizer} has no EOS"
     _worker = _Worker(
         FastTokenizer(tokenizer) if options.engine == "gigatoken" else tokenizer,
         options,
         token_dtype(vocab_size),
         vocab_size,
         [tokenizer.bos_id] if options.bos and tokenizer.bos_id is not None else [],
-        [tokenizer.eos_id] if options.eos else [],
+        ends,
         counter,
     )
 
@@ -112,6 +114,7 @@ class _Output:
 def tokenize_piece(parts: str, index: int, piece: Piece) -> dict[str, Any]:
     """Writes one piece's tokens, lengths and what stands beside them, then its report. Returns the report."""
     worker = _worker
+    assert worker is not None, "start_worker begins each process"
     stem = os.path.join(parts, f"{index:06d}")
     bad: list[BadLine] = []
     report = {

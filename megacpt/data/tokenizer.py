@@ -122,7 +122,7 @@ class FastTokenizer:
     CHECKED_DOCUMENTS = 1000
 
     def __init__(self, tokenizer: Tokenizer):
-        import gigatoken
+        import gigatoken  # pyright: ignore[reportMissingImports] optional
 
         self._slow = tokenizer
         self._fast = gigatoken.Tokenizer(str(_tokenizer_file(Path(tokenizer.path))))

@@ -71,7 +71,8 @@ def hasher_of(settings: dict[str, Any]):
         ) from None
     return HashingVectorizer(
         analyzer="char", ngram_range=tuple(settings["ngrams"]), n_features=settings["features"], alternate_sign=False,
-        norm="l2", lowercase=True, dtype=np.float32,
+        norm="l2", lowercase=True,
+        dtype=np.float32,  # pyright: ignore[reportArgumentType] scikit-learn documents it; its annotation is the default's type
     )  # fmt: skip
 
 
@@ -104,8 +105,9 @@ def train(
     names = sorted(counts)
     number = np.array([names.index(label) for label in labels])
     model = SGDClassifier(
-        loss="log_loss", alpha=1e-6, max_iter=epochs, tol=None, random_state=seed, class_weight="balanced"
-    )
+        loss="log_loss", alpha=1e-6, max_iter=epochs, random_state=seed, class_weight="balanced",
+        tol=None,  # pyright: ignore[reportArgumentType] as above
+    )  # fmt: skip
     model.fit(matrix[used], number[used])
     weights, bias = _by_topic(model, len(names))
     topics = Topics(names, weights, bias, settings)

@@ -99,7 +99,8 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
     if output.exists():
         raise ConfigError([f"{output}: exists. Give another --output or remove it."], "the arguments")
     kinds = [next((n for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None) for d in (base, new)]
-    if None in kinds or kinds[0] != kinds[1]:
+    kind = kinds[0]
+    if kind is None or kind != kinds[1]:
         raise ConfigError(
             [f"{base} holds {kinds[0]}, {new} holds {kinds[1]}: both must be tokenizer.json (byte-level BPE) or both tokenizer.model "
              "(sentencepiece)."], "the tokenizers",
@@ -107,10 +108,10 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
     old = Tokenizer(base)
     with new_folder(output) as partial:
         for name in TOKENIZER_FILES:
-            if (base / name).is_file() and name != kinds[0]:
+            if (base / name).is_file() and name != kind:
                 shutil.copyfile(base / name, partial / name)
-        write = _merge_pieces if kinds[0] == "tokenizer.model" else _merge_merges
-        write(base, new, partial / kinds[0], most, old)
+        write = _merge_pieces if kind == "tokenizer.model" else _merge_merges
+        write(base, new, partial / kind, most, old)
         merged = Tokenizer(partial)
         if problems := moved_ids(old, merged):
             raise ConfigError([f"{base}: {problem} Nothing was written." for problem in problems], "the tokenizers")
@@ -119,11 +120,11 @@ def merge(base: Path, new: Path, output: Path, most: int | None) -> tuple[int, i
 
 def moved_ids(old: Tokenizer, new: Tokenizer) -> list[str]:
     """What is no longer as it was, over all ids of the old tokenizer; nothing if the new one holds it."""
-    moved = [i for i in range(old.vocab_size) if (entry := old.token(i)) is not None and new.token(i) != entry]
+    entries = ((i, entry) for i in range(old.vocab_size) if (entry := old.token(i)) is not None)
+    moved = [(i, entry) for i, entry in entries if new.token(i) != entry]
     problems = []
     if moved:
-        first = moved[0]
-        entry = old.token(first)
+        first, entry = moved[0]
         problems.append(
             f"{len(moved)} of {old.vocab_size} ids are other tokens than before, the first is {first}: {entry!r}, now "
             f"{new.token(first)!r} ({entry!r} has id {new.id_of(entry)} now). Old ids must stay."
@@ -170,24 +171,30 @@ def _merge_merges(base: Path, new: Path, output: Path, most: int | None, tokeniz
         if (entry := tokenizer.token(i)) is not None:
             vocabulary.setdefault(entry, i)
     known, following = set(vocabulary), tokenizer.vocab_size
-    pair = lambda merge: tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
     as_list = not merges or isinstance(merges[0], list)
-    new: dict[str, int] = {}
-    room = lambda: most is None or len(new) < most
+    appended: dict[str, int] = {}
+
+    def room() -> bool:
+        return most is None or len(appended) < most
+
     if tokenizer.alphabet != "bytes":  # there a character may have no entry
         for entry in sorted((e for e in other["model"]["vocab"] if len(e) == 1), key=other["model"]["vocab"].get):
             if entry not in known and room():
-                new[entry] = following + len(new)
-        parts |= set(new)
-    for left, right in map(pair, other["model"]["merges"]):
+                appended[entry] = following + len(appended)
+        parts |= set(appended)
+    for left, right in map(_pair, other["model"]["merges"]):
         whole = left + right
-        if whole in known or left not in parts or right not in parts or (whole not in new and not room()):
+        if whole in known or left not in parts or right not in parts or (whole not in appended and not room()):
             continue
-        new.setdefault(whole, following + len(new))
+        appended.setdefault(whole, following + len(appended))
         parts.add(whole)
         merges.append([left, right] if as_list else f"{left} {right}")
-    vocabulary |= new
+    vocabulary |= appended
     output.write_text(json.dumps(old, ensure_ascii=False), encoding="utf-8")
+
+
+def _pair(merge: list[str] | str) -> tuple[str, ...]:
+    return tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
 
 
 def _read_bpe(path: Path) -> dict:

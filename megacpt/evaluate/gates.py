@@ -2,13 +2,14 @@
 decide, so that every layout decides alike."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megacpt.config.decisions import Baseline
 from megacpt.config.recipe import Recipe
-from megacpt.config.sections.gates import ForgettingGate, Gate, NeedleGate
+from megacpt.config.sections.gates import ForgettingGate, NeedleGate, RecoveryGate
 from megacpt.config.sections.stage import Stage
 from megacpt.data.domain import DomainData
 from megacpt.data.loader import selection_of
@@ -68,7 +69,7 @@ class GateRunner:
             return None
         domains = sorted({domain for gate in gates for domain in gate.domains})
         measured = self._measure(model, domains, sorted({task for gate in gates for task in gate.tasks}))
-        return Baseline(**{kind: _finite(values) for kind, values in measured.items()})
+        return Baseline(losses=_finite(measured["losses"]), accuracies=_finite(measured["accuracies"]))
 
     def evaluate(self, model: Decoder, stage: Stage, baseline: Baseline | None) -> list[Outcome]:
         """Every gate of a stage."""
@@ -113,14 +114,19 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def compare(gate: Gate, baseline: Baseline | None, now: dict[str, dict[str, float]]) -> list[str]:
+def _measured(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def compare(
+    gate: RecoveryGate | ForgettingGate, baseline: Baseline | None, now: dict[str, dict[str, float]]
+) -> list[str]:
     """What of a recovery or forgetting gate is not as it must be, in words with the numbers."""
     complaints = []
     forgetting = isinstance(gate, ForgettingGate)
-    losses, accuracies = (baseline.losses, baseline.accuracies) if baseline else ({}, {})
-    missing = [n for n in now["losses"] if losses.get(n) is None] + [
-        n for n in now["accuracies"] if accuracies.get(n) is None
-    ]
+    losses, accuracies = (_measured(baseline.losses), _measured(baseline.accuracies)) if baseline else ({}, {})
+    missing = [name for name in now["losses"] if name not in losses]
+    missing += [name for name in now["accuracies"] if name not in accuracies]
     if missing:
         return [f"{', '.join(missing)} was not measured at the run's start: there is nothing to compare with"]
     for name, loss in now["losses"].items():

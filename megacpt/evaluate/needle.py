@@ -71,7 +71,10 @@ def run_needles(
     Args:
         hay: at least as many tokens as the longest length.
     """
-    encode = lambda text: np.array(tokenizer.encode_batch([text])[0], np.int64)
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode_batch([text])[0], np.int64)
+
     opening = np.concatenate(
         [np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int64), encode(OPENING)]
     )

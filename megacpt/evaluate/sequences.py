@@ -11,7 +11,7 @@ import torch
 from megacpt.config.layout import token_unit
 from megacpt.data.loader import IGNORE, Batch, deal
 from megacpt.model.decoder import Decoder, Inputs
-from megacpt.model.run import each_loss
+from megacpt.model.run import forward_losses
 
 Read = Callable[[int], tuple[np.ndarray, int]]
 """A sequence by its number: (tokens, the place of the first token that is predicted, at least 1)."""
@@ -45,7 +45,7 @@ def score_sequences(model: Decoder, lengths: Sequence[int], read: Read, micro_ba
         places = torch.from_numpy(owners[inputs.plan.tokens[kept]]).to(mesh.device)
         total.index_add_(0, places, values[torch.from_numpy(kept).to(mesh.device)])
 
-    each_loss(model, len(mine), lambda i: _batch(mine[i], read, unit), add)
+    forward_losses(model, len(mine), lambda i: _batch(mine[i], read, unit), add)
     return mesh.sum_over_tokens(total).cpu().numpy()
 
 

@@ -16,7 +16,7 @@ from megacpt.data.loader import Batch, deal, make_batch, open_domains, selection
 from megacpt.data.packing import PackingIndex, open_index
 from megacpt.errors import DataError
 from megacpt.model.decoder import Decoder, Inputs
-from megacpt.model.run import each_loss
+from megacpt.model.run import forward_losses
 
 
 class ValidationSets:
@@ -77,7 +77,7 @@ def validate(model: Decoder, sets: ValidationSets, micro_batch_rows: int, pad_id
                 [heavy.sum(), heavy.square().sum(), weight.sum(), (weight * heavy).sum(), weight.square().sum()]
             )
 
-        each_loss(model, len(dealt), batch_of, add)
+        forward_losses(model, len(dealt), batch_of, add)
         sums = mesh.sum_over_tokens(total).tolist()
         if not sums[2]:
             raise DataError(

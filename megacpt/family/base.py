@@ -10,8 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from megacpt.errors import Problem, show_value
 from megacpt.family.rope import RopeConfig, parse_rope, write_rope
 from megacpt.family.values import value_problems
+
+FIRST_NORM, QUERIES_KEYS_VALUES, ATTENTION_OUTPUT, SECOND_NORM, GATE_AND_UP, DOWN = STEPS = range(6)
+"""Of a layer, in the order of its forward."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Parameter:
             zeros.
         decay: whether weight decay acts on it.
         layer: whose it is, None outside the layers.
+        step: when the layer's forward comes to it, one of `STEPS`: what a step multiplies is kept for the gradients of its weights.
         unit: rows (or columns) that stay together: a head.
         counted: the key of config.json that counts the units; of a norm inside attention, the heads that it normalises one by one.
         repeated: with more ranks than units every rank holds all of it and uses one unit; its gradients are then summed over the ranks.
@@ -39,6 +44,7 @@ class Parameter:
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
     decay: bool = True
     layer: int | None = None
+    step: int = 0
     unit: int = 1
     counted: str = ""
     repeated: bool = False
@@ -117,7 +123,7 @@ class Family:
         """A file's keys with the defaults of those that it leaves out."""
         return {**self.defaults, **raw}
 
-    def read(self, raw: dict[str, Any]) -> "tuple[ModelConfig | None, list[str]]":
+    def read(self, raw: dict[str, Any]) -> "tuple[ModelConfig | None, list[Problem]]":
         """What a config.json of this family says: the model's shape, or all that is wrong with it."""
         whole = self.complete(raw)
         problems = [*value_problems(whole), *self._refusals(raw)]
@@ -156,20 +162,20 @@ class Family:
             write_rope(raw, config.rope)
         return raw
 
-    def _refusals(self, raw: Mapping[str, Any]) -> list[str]:
+    def _refusals(self, raw: Mapping[str, Any]) -> list[Problem]:
         """What a file asks for and is not trained."""
         found = [
-            f"{key} = {raw[key]!r}: only {only!r} is trained in {self.model_type} models."
+            Problem(key, raw[key], f"only {show_value(only)} is trained in {self.model_type} models.")
             for key, only in {**_ONLY, **self.only}.items()
             if raw.get(key, only) not in (only, None)
         ]
         types = raw.get("layer_types")
         other = sorted(set(map(str, cast(list[Any], types))) - {"full_attention"}) if isinstance(types, list) else types
         if other:
-            found.append(f"layer_types: {other!r}: only layers of full attention are trained.")
+            found.append(Problem("layer_types", other, "only layers of full attention are trained."))
         window = raw.get("sliding_window")
         if self.windowed and window is not None and (type(window) is not int or window < 1):
-            found.append(f"sliding_window = {window!r}: must be a positive integer, or null for none.")
+            found.append(Problem("sliding_window", window, "must be a positive integer, or null for none."))
         return found
 
 
@@ -224,16 +230,18 @@ class ModelConfig:
         """Tokens that a token sees, itself included; None without a limit."""
         return self.family.complete(self.raw).get("sliding_window") if self.family.windowed else None
 
-    def head_problems(self) -> list[str]:
+    def head_problems(self) -> list[Problem]:
         """Why the heads do not share out what they must."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        problems: list[str] = []
+        problems: list[Problem] = []
         if heads % kv_heads:
-            problems.append(f"num_key_value_heads = {kv_heads}: does not divide num_attention_heads = {heads}.")
+            problems.append(Problem("num_key_value_heads", kv_heads, f"does not divide num_attention_heads = {heads}."))
         if not self.family.complete(self.raw).get("head_dim") and self.hidden_size % heads:
-            problems.append(f"hidden_size = {self.hidden_size}: is no multiple of num_attention_heads = {heads}.")
+            problems.append(
+                Problem("hidden_size", self.hidden_size, f"is no multiple of num_attention_heads = {heads}.")
+            )
         if self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim}: rotary embedding needs an even one.")
+            problems.append(Problem("head_dim", self.head_dim, "a rotary embedding needs an even one."))
         return problems
 
     def window_problem(self, longest: int) -> str:

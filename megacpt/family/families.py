@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megacpt.errors import ConfigError, nearest
+from megacpt.errors import ConfigError, Problem, nearest, show_value
 from megacpt.family.base import Family
 from megacpt.family.llama import LLAMA
 from megacpt.family.mistral import MISTRAL
@@ -41,4 +41,4 @@ def family_of(raw: dict[str, Any], source: str) -> Family:
         return FAMILIES[name]
     what = next((what for what, names in _REFUSED.items() if name in names), None)
     advice = f"It has {what}. Trained are {', '.join(FAMILIES)}." if what else nearest(str(name), list(FAMILIES))
-    raise ConfigError([f"model_type = {name!r}: is not trained here. {advice}"], source)
+    raise ConfigError([Problem("model_type", None, f"{show_value(name)} is not trained here.", advice)], source)

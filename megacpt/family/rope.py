@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megacpt.errors import ConfigError, nearest
+from megacpt.errors import ConfigError, Problem, nearest, show_value
 
 if TYPE_CHECKING:
     from megacpt.family.base import ModelConfig
@@ -90,7 +90,7 @@ class RopeConfig:
         return math.floor(self.scaling.original_max_position_embeddings * self.scaling.factor)
 
 
-def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> tuple[RopeConfig, list[str]]:
+def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> tuple[RopeConfig, list[Problem]]:
     """The embedding that a config.json names, in either spelling or both.
 
     Args:
@@ -100,32 +100,32 @@ def parse_rope(raw: Mapping[str, Any], longest: int, types: Collection[str]) -> 
         It, and what is wrong with the file; with problems it is not the file's.
     """
     spellings: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     if raw.get("rope_parameters") is not None:
         spellings["rope_parameters"] = raw["rope_parameters"]
     if raw.get("rope_scaling") is not None or not spellings:
         spellings["rope_scaling"] = raw.get("rope_scaling") or {}
     wrong = [name for name, given in spellings.items() if not isinstance(given, dict)]
     if wrong:
-        return RopeConfig(), [f"{name} = {spellings[name]!r}: must be an object." for name in wrong]
+        return RopeConfig(), [Problem(name, spellings[name], "must be an object.") for name in wrong]
     theta = raw.get("rope_theta")
     if theta is None:
         theta = spellings.get("rope_parameters", {}).get("rope_theta")
     found = [_parse_spelling(name, given, theta, longest, types, problems) for name, given in spellings.items()]
     if not problems and any(other != found[0] for other in found):
-        problems.append(
-            f"rope_parameters {raw['rope_parameters']} and rope_theta {raw.get('rope_theta')} with rope_scaling {raw['rope_scaling']} say "
-            "different things, and readers differ in which one they believe. Remove the one that is not meant."
+        text = (
+            f"{raw['rope_parameters']} and rope_theta {raw.get('rope_theta')} with rope_scaling {raw['rope_scaling']} say different "
+            "things, and readers differ in which one they believe."
         )
+        problems.append(Problem("rope_parameters", None, text, "Remove the one that is not meant."))
     elif not problems and raw.get("rope_theta") not in (None, found[0].theta):
-        problems.append(
-            f"rope_theta = {raw['rope_theta']!r} and rope_parameters.rope_theta = {found[0].theta!r} differ. Remove the wrong one."
-        )
+        text = f"differs from rope_parameters.rope_theta = {show_value(found[0].theta)}."
+        problems.append(Problem("rope_theta", raw["rope_theta"], text, "Remove the wrong one."))
     return found[0], problems
 
 
 def _parse_spelling(
-    name: str, given: Mapping[str, Any], top_theta: Any, longest: int, types: Collection[str], problems: list[str]
+    name: str, given: Mapping[str, Any], top_theta: Any, longest: int, types: Collection[str], problems: list[Problem]
 ) -> RopeConfig:
     fields = {key: value for key, value in given.items() if value is not None}
     where, theta = f"{name}.rope_theta", fields.pop("rope_theta", None)
@@ -133,11 +133,10 @@ def _parse_spelling(
         where, theta = "rope_theta", 10000.0 if top_theta is None else top_theta
     kinds = [fields.pop(key) for key in ("rope_type", "type") if key in fields]
     if len(set(map(str, kinds))) > 1:
-        problems.append(
-            f"{name}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe. Remove one."
-        )
+        text = f"rope_type = {kinds[0]!r} and type = {kinds[1]!r} differ, and readers differ in which one they believe."
+        problems.append(Problem(name, None, text, "Remove one."))
     if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"{name}.partial_rotary_factor: only 1.0 is trained.")
+        problems.append(Problem(f"{name}.partial_rotary_factor", None, "only 1.0 is trained."))
     found = _number_problems({where: theta})
     scaling, wrong = _parse_scaling(name, kinds[0] if kinds else "default", fields, longest, types)
     problems += found + wrong
@@ -146,27 +145,32 @@ def _parse_spelling(
 
 def _parse_scaling(
     name: str, kind: Any, fields: Mapping[str, Any], longest: int, types: Collection[str]
-) -> tuple[Linear | Llama3 | Yarn | None, list[str]]:
+) -> tuple[Linear | Llama3 | Yarn | None, list[Problem]]:
     if not isinstance(kind, str):
-        return None, [f"{name}.rope_type = {kind!r}: must be a string."]
+        return None, [Problem(f"{name}.rope_type", kind, "must be a string.")]
     if kind not in types:
         reason = (
             " Its frequencies depend on the length of the input, so packed training has no defined value for them."
             if kind in ("dynamic", "longrope", "su")
             else ""
         )
-        return None, [f"{name}.rope_type = {kind!r}: is not trained.{reason} {nearest(kind, list(types))}"]
+        return None, [Problem(f"{name}.rope_type", kind, f"is not trained.{reason}", nearest(kind, list(types)))]
     made = _TYPES.get(kind)
     if made is Yarn:
         fields = {"original_max_position_embeddings": longest, **fields}
     known = {field.name: field.default for field in dataclasses.fields(made)} if made else {}
     problems = [
-        f"{name}.{key}: is required for rope_type {kind!r}."
+        Problem(f"{name}.{key}", None, f"is required for rope_type {kind!r}.")
         for key, default in known.items()
         if default is dataclasses.MISSING and key not in fields
     ]
     problems += [
-        f"{name}.{key} = {fields[key]!r}: unknown for rope_type {kind!r}. {nearest(key, list(known)) if known else 'It has no fields.'}"
+        Problem(
+            f"{name}.{key}",
+            fields[key],
+            f"unknown for rope_type {kind!r}.",
+            nearest(key, list(known)) if known else "It has no fields.",
+        )
         for key in fields
         if key not in known
     ]
@@ -175,22 +179,21 @@ def _parse_scaling(
         return None, problems
     scaling = made(**fields)
     if isinstance(scaling, Llama3) and scaling.low_freq_factor >= scaling.high_freq_factor:
-        problems.append(
-            f"{name}: low_freq_factor {scaling.low_freq_factor} must be below high_freq_factor {scaling.high_freq_factor}."
-        )
+        text = f"must be below high_freq_factor = {scaling.high_freq_factor}."
+        problems.append(Problem(f"{name}.low_freq_factor", scaling.low_freq_factor, text))
     return scaling, problems
 
 
-def _number_problems(values: Mapping[str, Any]) -> list[str]:
+def _number_problems(values: Mapping[str, Any]) -> list[Problem]:
     """Values, by their place, that are of no use for the field of that name."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     for where, value in values.items():
         bounds = _BETWEEN.get(where.rpartition(".")[2])
         if bounds is None:
             if not isinstance(value, bool):
-                problems.append(f"{where} = {value!r}: must be true or false.")
+                problems.append(Problem(where, value, "must be true or false."))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not bounds[0] <= value <= bounds[1]:
-            problems.append(f"{where} = {value!r}: must be a number from {bounds[0]:g} to {bounds[1]:g}.")
+            problems.append(Problem(where, value, f"must be a number from {bounds[0]:g} to {bounds[1]:g}."))
     return problems
 
 
@@ -230,15 +233,13 @@ def change_rope(
         own = checkpoint_config or config
         also = [key for key, value in {"theta": theta, "type": type, **given}.items() if value is not None]
         if also:
-            raise ConfigError([f"rope.rule = {rule!r}: decides theta alone; {', '.join(also)} cannot stand beside it."])
+            text = f"decides theta alone; {', '.join(also)} cannot stand beside it."
+            raise ConfigError([Problem("rope.rule", rule, text, "Remove one.")])
         if own.rope.scaling:
-            raise ConfigError(
-                [
-                    f'rope.rule = {rule!r}: the checkpoint\'s embedding is scaled already ({own.rope.type}). Write rope = "keep".'
-                ]
-            )
+            text = f"the checkpoint's embedding is scaled already ({own.rope.type})."
+            raise ConfigError([Problem("rope.rule", rule, text, 'Write rope = "keep".')])
         if own.head_dim < 4:
-            raise ConfigError([f"rope.rule = {rule!r}: has no value for head_dim = {own.head_dim}."])
+            raise ConfigError([Problem("rope.rule", rule, f"has no value for head_dim = {own.head_dim}.")])
         return replace(config, rope=replace(config.rope, theta=theta_by_rule(rule, own, seq_len)))
     kind = type or config.rope.type
     kept = config.rope.fields if kind == config.rope.type else {}

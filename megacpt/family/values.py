@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from megacpt.errors import Problem
+
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _WHOLE = {
     "vocab_size": 2**31 - 1,
@@ -20,10 +22,10 @@ _BETWEEN = {"rms_norm_eps": (1e-30, 1.0), "initializer_range": (1e-30, 1e3)}
 _TYPES = {"tie_word_embeddings": (bool, "true or false"), "dtype": (str, "a string"), "torch_dtype": (str, "a string")}
 
 
-def value_problems(raw: Mapping[str, Any]) -> list[str]:
+def value_problems(raw: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the values of keys that all families have, and every number that is not finite, wherever it stands. The rotary
     embedding's are looked at where they are read."""
-    problems = [f"{key}: is required, a positive integer." for key in _REQUIRED if raw.get(key) is None]
+    problems = [Problem(key, None, "is required, a positive integer.") for key in _REQUIRED if raw.get(key) is None]
     for key, value in raw.items():
         if key in ("rope_theta", "rope_scaling", "rope_parameters"):
             continue
@@ -33,25 +35,25 @@ def value_problems(raw: Mapping[str, Any]) -> list[str]:
             continue
         elif most := _WHOLE.get(key):
             if type(value) is not int or not 1 <= value <= most:
-                problems.append(f"{key} = {value!r}: must be a positive integer, at most {most}.")
+                problems.append(Problem(key, value, f"must be a positive integer, at most {most}."))
         elif key in _BETWEEN:
             low, high = _BETWEEN[key]
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                problems.append(f"{key} = {value!r}: must be a number from {low:g} to {high:g}.")
+                problems.append(Problem(key, value, f"must be a number from {low:g} to {high:g}."))
         elif key in _TYPES:
             kind, name = _TYPES[key]
             if not isinstance(value, kind):
-                problems.append(f"{key} = {value!r}: must be {name}.")
+                problems.append(Problem(key, value, f"must be {name}."))
         elif key == "eos_token_id":
             tokens = cast(list[Any], value) if isinstance(value, list) else [value]
             if not tokens or any(type(token) is not int or token < 0 for token in tokens):
-                problems.append(f"{key} = {value!r}: must be a token's id, or a list of at least one.")
+                problems.append(Problem(key, value, "must be a token's id, or a list of at least one."))
     return problems
 
 
-def _not_finite(where: str, value: Any) -> list[str]:
+def _not_finite(where: str, value: Any) -> list[Problem]:
     if isinstance(value, float) and not math.isfinite(value):
-        return [f"{where} = {value}: must be a finite number."]
+        return [Problem(where, value, "must be a finite number.")]
     inside = dict(enumerate(cast(list[Any], value))) if isinstance(value, list) else value
     if not isinstance(inside, dict):
         return []

@@ -40,7 +40,10 @@ def chosen_kernels(kernels: Kernels, device: torch.device, compute: torch.dtype)
         torch.empty(0, dtype=compute, device=device),
         torch.empty(0, dtype=master_dtype(compute), device=device),
     )
-    name = lambda backend, x: "triton" if use_triton(backend, x) else "torch"
+
+    def name(backend: str, x: torch.Tensor) -> str:
+        return "triton" if use_triton(backend, x) else "torch"
+
     resolve = {
         "attention": lambda: resolve_backend(kernels.attention, device.type, compute),
         "operations": lambda: name(kernels.operations, like),
@@ -74,7 +77,8 @@ def build_model(
         plan: which stages are whose; default one stage.
         without_master: names of parameters that are held in `compute` alone. They are not trained before `set_trainable` names them.
     """
-    chosen_kernels(Kernels(attention=options.attention_backend, operations=options.operations), mesh.device, compute)
+    wanted = {"attention": options.attention_backend, "operations": options.operations}
+    chosen_kernels(Kernels.model_validate(wanted), mesh.device, compute)
     if options.overlap == "symmetric_memory" and mesh.device.type != "cuda":
         raise ConfigError(
             ['parallel.overlap = "symmetric_memory": needs CUDA GPUs, this is a CPU. Use "chunked" or "none".']
@@ -84,7 +88,7 @@ def build_model(
     with torch.device("meta"):
         model = Decoder(config, mesh, lambda name: compute if name in without_master else master, options, plan)
     model.compute, model.sharding = compute, sharding
-    shard(model, list(model.model.layers.values()), mesh, compute, master, sharding)
+    shard(model, model.all_blocks(), mesh, compute, master, sharding)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.to_empty(device=mesh.device)
@@ -99,7 +103,7 @@ def set_trainable(model: Decoder, names: Collection[str]) -> None:
     Nothing below the lowest of them has a backward: no block of a stage, and no pipeline stage.
     """
     lowest = min((p for p in model.config.parameters if p.name in names), key=model.config.depth)
-    blocks = {int(layer): block for layer, block in model.model.layers.items()}
+    blocks = model.model.blocks()
     fsdp.set_trainable(model, list(blocks.values()), names, master_dtype(model.compute))
     model.first_trained = model.plan.stage_of(lowest)
     has_backward = [block for layer, block in blocks.items() if layer >= model.config.depth(lowest)]

@@ -18,16 +18,18 @@ from megacpt.model.rope import RopeTables
 from megacpt.model.split import PipelinePlan
 from megacpt.parallel.context import ContextPlan, Gather, context_attention
 from megacpt.parallel.cross_entropy import linear_cross_entropy, log_probs, token_losses
+from megacpt.parallel.fsdp import Sharding
 from megacpt.parallel.items import Items
 from megacpt.parallel.mesh import Mesh
 from megacpt.parallel.recompute import Kept
 from megacpt.parallel.tensor import (
-    Later,
+    DeferredWeightGrads,
+    NamedParameter,
     TensorAxis,
-    Weight,
     column_parallel,
     embedding,
-    replicated,
+    local_with_grad,
+    outside_graphs,
     row_parallel,
 )
 
@@ -84,10 +86,14 @@ class Table:
         self.axis = TensorAxis(mesh.tensor_group, options.overlap)
         self.parameters = {parameter.name: parameter for parameter in config.parameters}
 
-    def place(self, module: str) -> Weight | None:
-        """For `module`.weight and .bias; None if the table has no such weight."""
-        weight, bias = self.parameters.get(f"{module}.weight"), self.parameters.get(f"{module}.bias")
-        return Weight(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of) if weight else None
+    def place(self, module: str) -> NamedParameter:
+        """For `module`.weight and .bias."""
+        weight, bias = self.parameters[f"{module}.weight"], self.parameters.get(f"{module}.bias")
+        return NamedParameter(weight, bias, self.vocab_multiple, self.mesh, self.dtype_of)
+
+    def optional_place(self, module: str) -> NamedParameter | None:
+        """The same; None if the table has no such weight."""
+        return self.place(module) if f"{module}.weight" in self.parameters else None
 
 
 class Attention(nn.Module):
@@ -95,15 +101,20 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (table.place(f"{name}.{letter}_proj") for letter in "qkv")
         self.o_proj = table.place(f"{name}.o_proj")
-        self.q_norm, self.k_norm = table.place(f"{name}.q_norm"), table.place(f"{name}.k_norm")
+        self.q_norm, self.k_norm = table.optional_place(f"{name}.q_norm"), table.optional_place(f"{name}.k_norm")
         self.head_dim, self.eps, self.options = table.config.head_dim, table.config.rms_norm_eps, options
         self.axis, self.context_group = table.axis, mesh.context_group
 
-    @torch.compiler.disable  # collectives between its products: it stays outside the graphs of a compiled block
-    def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
+    @outside_graphs  # collectives between its products: it stays outside the graphs of a compiled block
+    def forward(self, x: Tensor, rotary: Rotary, gather: Gather, later: DeferredWeightGrads | None) -> Tensor:
         options, kept = self.options, gather.kept
-        heads = lambda y: y.unflatten(1, (-1, self.head_dim))
-        rotated = lambda k: rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(1, (-1, self.head_dim))
+
+        def rotated(k: Tensor) -> Tensor:
+            return rope_qk(k[:, :0], self._normed(k, self.k_norm), *rotary, backend=options.operations)[1]
+
         made = [self.k_proj, self.v_proj, self.q_proj]
         start = (2, lambda k, v: gather.start(heads(k), heads(v), rotated))  # travels while the queries are computed
         k, v, q = map(heads, column_parallel(x, made, self.axis, later, start, kept))
@@ -112,11 +123,11 @@ class Attention(nn.Module):
         out = context_attention(q, k, v, gather, options.attention_backend, options.deterministic)
         return row_parallel(out.flatten(1), self.o_proj, self.axis, later, gather.start_again, kept)
 
-    def _normed(self, heads: Tensor, norm: Weight | None) -> Tensor:
+    def _normed(self, heads: Tensor, norm: NamedParameter | None) -> Tensor:
         """[T, heads, d], each head divided by its root mean square, times the weight that all heads and ranks share."""
         if norm is None:
             return heads
-        rows = rms_norm(heads.flatten(0, 1), replicated(norm.weight), self.eps, self.options.operations)
+        rows = rms_norm(heads.flatten(0, 1), local_with_grad(norm.weight), self.eps, self.options.operations)
         return rows.view_as(heads)
 
 
@@ -127,7 +138,7 @@ class MLP(nn.Module):
         self.down_proj = table.place(f"{name}.down_proj")
         self.axis, self.operations = table.axis, options.operations
 
-    def forward(self, x: Tensor, kept: Kept, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept, later: DeferredWeightGrads | None) -> Tensor:
         gate, up = column_parallel(x, [self.gate_proj, self.up_proj], self.axis, later, kept=kept)
         hidden = swiglu(gate, up, self.operations)
         return row_parallel(hidden, self.down_proj, self.axis, later, kept=kept, last=True)
@@ -146,13 +157,16 @@ class Block(nn.Module):
         self.run = torch.compile(self._run) if options.compile else self._run
         self.recompute = "none"
 
-    def _run(self, x: Tensor, rotary: Rotary, gather: Gather, later: Later | None) -> Tensor:
-        before, after = replicated(self.input_layernorm.weight), replicated(self.post_attention_layernorm.weight)
+    def _run(self, x: Tensor, rotary: Rotary, gather: Gather, later: DeferredWeightGrads | None) -> Tensor:
+        before, after = (
+            local_with_grad(self.input_layernorm.weight),
+            local_with_grad(self.post_attention_layernorm.weight),
+        )
         out = self.self_attn(rms_norm(x, before, self.eps, self.operations), rotary, gather, later)
         normed, x = add_rms_norm(out, x, after, self.eps, self.operations)
         return x + self.mlp(normed, gather.kept, later)
 
-    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: Later | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, plan: ContextPlan, later: DeferredWeightGrads | None) -> Tensor:
         kept = Kept(self.recompute)
         return kept.run(self.run, x, rotary, Gather(plan, self.self_attn.context_group, kept), later)
 
@@ -171,6 +185,14 @@ class Trunk(nn.Module):
         if is_last:
             self.norm = table.place("model.norm")
 
+    def blocks(self) -> dict[int, Block]:
+        """By the number of the layer."""
+        found: dict[int, Block] = {}
+        for layer, block in self.layers.items():
+            assert isinstance(block, Block), f"layer {layer} is a {type(block).__name__}"
+            found[int(layer)] = block
+        return found
+
 
 class Decoder(nn.Module):
     """This rank's stages of the model; made on the meta device, see build.py. Run by run.py.
@@ -180,7 +202,11 @@ class Decoder(nn.Module):
 
     Attributes:
         first_trained: the first pipeline stage that has a backward.
+        compute: the type of the computation. sharding: of the weights. Both by build.py.
     """
+
+    compute: torch.dtype
+    sharding: Sharding
 
     def __init__(
         self,
@@ -195,7 +221,7 @@ class Decoder(nn.Module):
         table = Table(config, mesh, dtype_of, options)
         self.axis = table.axis
         self.model = Trunk(table, mesh, options, plan)
-        self.lm_head = table.place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
+        self.lm_head = table.optional_place("lm_head") if len(plan.layers) - 1 in plan.of(mesh.pipeline_rank) else None
         built = {name for name, _ in self.named_parameters()}
         mine = {int(layer) for layer in self.model.layers}
         missing = [p.name for p in config.parameters if p.layer in mine and p.name not in built]
@@ -209,7 +235,7 @@ class Decoder(nn.Module):
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none, selective or full: what each block keeps until its backward, see parallel/recompute.py."""
-        for block in self.model.layers.values():
+        for block in self.all_blocks():
             block.recompute = mode
 
     def counted_parameters(self) -> list[nn.Parameter]:
@@ -219,9 +245,14 @@ class Decoder(nn.Module):
 
     def blocks(self, stage: int) -> list[Block]:
         """The blocks of one of this rank's stages."""
-        return [self.model.layers[str(i)] for i in self.plan.layers[stage]]
+        mine = self.model.blocks()
+        return [mine[i] for i in self.plan.layers[stage]]
 
-    def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: Later | None = None) -> Tensor:
+    def all_blocks(self) -> list[Block]:
+        """The blocks of this rank."""
+        return list(self.model.blocks().values())
+
+    def forward(self, stage: int, x: Tensor | None, inputs: Inputs, later: DeferredWeightGrads | None = None) -> Tensor:
         """Runs a stage: the first begins with the embedding, the last ends with the final norm.
 
         Args:
@@ -237,8 +268,9 @@ class Decoder(nn.Module):
         rotary = (*self.rope.up_to(inputs.longest), inputs.positions)
         for block in self.blocks(stage):
             x = block(x, rotary, inputs.plan, later)
+        assert x is not None, f"stage {stage} got nothing from the one before"
         if stage == len(self.plan.layers) - 1:
-            x = rms_norm(x, replicated(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
+            x = rms_norm(x, local_with_grad(self.model.norm.weight), self.config.rms_norm_eps, self.options.operations)
         return x
 
     def loss(self, x: Tensor, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
@@ -256,6 +288,6 @@ class Decoder(nn.Module):
         return token_losses(x, self.head, inputs.labels, self.config.vocab_size, self.axis, self.options.operations)
 
     @property
-    def head(self) -> Weight:
+    def head(self) -> NamedParameter:
         """The place of the head's weight, on the last stage: the embedding's where they are tied."""
         return self.lm_head or self.model.embed_tokens

@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class SafetensorsReader:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._open: tuple[str, object] | None = None
+        self._open: tuple[str, Any] | None = None
         self.file_of = self._find()
 
     def _find(self) -> dict[str, str]:
@@ -71,7 +72,7 @@ class SafetensorsReader:
             )
         raise CheckpointError(f"{self.directory}: holds no model.safetensors and no model.safetensors.index.json.")
 
-    def _handle(self, file: str):
+    def _handle(self, file: str) -> Any:
         if self._open is None or self._open[0] != file:
             self._open = None
             try:
@@ -344,8 +345,8 @@ def _not_written(name: str, whole: Tensor, cast: Tensor) -> list[str]:
 
 def _changed_ids(own: dict, tokens: dict[str, int]) -> dict[str, int]:
     """Those of the tokens that a configuration does not name, alone or in a list."""
-    listed = lambda ids: ids if isinstance(ids, list) else [ids]
-    return {key: i for key, i in tokens.items() if i not in listed(own.get(key))}
+    named = {key: own.get(key) for key in tokens}
+    return {key: i for key, i in tokens.items() if i not in (ids if isinstance(ids := named[key], list) else [ids])}
 
 
 def _plan_shards(config: ModelConfig, dtypes: dict[str, str], max_bytes: int) -> list[list[Stored]]:

@@ -22,10 +22,10 @@ from megacpt.parallel import fsdp
 from megacpt.parallel.pipeline.runtime import execute
 from megacpt.parallel.pipeline.schedule import Action, Schedule
 from megacpt.parallel.sharded import local_part
-from megacpt.parallel.tensor import Later, drain, sum_replicated_gradients
+from megacpt.parallel.tensor import DeferredWeightGrads, compute_deferred, sum_replicated_gradients
 
 
-def accumulate(
+def forward_backward(
     model: Decoder,
     micro_batches: Sequence[Batch],
     counts: StepCounts,
@@ -43,14 +43,14 @@ def accumulate(
     scale = 1.0 / objective.normalizer(counts)
     work = _Gradients(model, schedule, micro_batches, objective, scale, reduce == "micro_batch")
     execute(schedule, work, model.mesh)
-    fsdp.finish(model, list(model.model.layers.values()), model.sharding)
+    fsdp.finish(model, model.all_blocks(), model.sharding)
     sum_replicated_gradients(list(model.parameters()), model.mesh.tensor_group)
     sum_tied_gradients(model)
     return model.mesh.sum_over_tokens(work.total)
 
 
 @torch.no_grad()
-def each_loss(
+def forward_losses(
     model: Decoder, count: int, batch_of: Callable[[int], Batch], use: Callable[[int, Inputs, Tensor, Tensor], None]
 ) -> None:
     """Forward only: `use(i, inputs, losses, right)` for each of `count` micro-batches, on the ranks of the last stage.
@@ -61,13 +61,14 @@ def each_loss(
     """
     schedule = model.plan.schedule(count).forward_only()
     execute(schedule, _Losses(model, schedule, batch_of, use), model.mesh)
-    fsdp.free_weights([model, *model.model.layers.values()])
+    fsdp.free_weights([model, *model.all_blocks()])
 
 
 def sum_tied_gradients(model: Decoder) -> None:
     """Adds the gradients of the embedding on the first rank and of its copy, the head, on the last."""
     table = dict(model.named_parameters()).get(model.config.embedding)
     if model.config.tie_word_embeddings and model.plan.splits_ends and table is not None and table.requires_grad:
+        assert table.grad is not None, f"{model.config.embedding} has no gradient on an end of the pipeline"
         dist.all_reduce(local_part(table.grad), group=model.mesh.ends)
 
 
@@ -127,7 +128,7 @@ class _Gradients(_Work):
         wide = torch.float64 if model.compute == torch.float64 else torch.float32
         self.total = torch.zeros(len(objective.sums), dtype=wide, device=model.mesh.device)
         self.graphs: dict[tuple[int, int], tuple] = {}
-        self.later: dict[tuple[int, int], Later] = {}
+        self.later: dict[tuple[int, int], DeferredWeightGrads] = {}
         if every_micro_batch:
             fsdp.sync_gradients([model], True)
 
@@ -143,7 +144,7 @@ class _Gradients(_Work):
         key = action.stage, action.micro_batch
         x = None if received is None else received.detach().requires_grad_(action.stage > self.first_trained)
         if self.split:
-            self.later[key] = Later()
+            self.later[key] = DeferredWeightGrads()
         out = self.model(action.stage, x, self.inputs_of(action.micro_batch), self.later.get(key))
         if action.stage == self.last_stage:
             self.graphs[key] = x, out
@@ -183,7 +184,7 @@ class _Gradients(_Work):
 
     def _weights(self, action: Action, received: None) -> None:
         self._sync(action.stage)
-        drain(self.later.pop((action.stage, action.micro_batch)))
+        compute_deferred(self.later.pop((action.stage, action.micro_batch)))
         blocks = self.model.blocks(action.stage)
         fsdp.take_gradients(blocks)
         fsdp.sync_gradients(blocks, False)

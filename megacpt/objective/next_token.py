@@ -1,7 +1,7 @@
 """Next-token prediction: the mean negative log-likelihood of a step's labels, each as heavy as the data says."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,8 +23,8 @@ class NextToken:
 
     normalize: Literal["weight", "token", "item"] = "weight"
 
-    sums: ClassVar[tuple[str, ...]] = ("loss",)
-    needs_log_probs: ClassVar[bool] = False
+    sums = ("loss",)
+    needs_log_probs = False
 
     def normalizer(self, counts: StepCounts) -> float:
         by_name = {"weight": counts.weight, "token": float(counts.labels), "item": float(counts.items)}

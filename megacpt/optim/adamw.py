@@ -14,21 +14,21 @@ from collections.abc import Collection, Mapping
 
 import torch
 from megacpt_kernels import adamw_
-from megacpt_kernels.adamw import Place
+from megacpt_kernels.adamw import ShardPosition
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megacpt.parallel.sharded import global_offset, local_part
 
 
-def place_of(name: str, parameter: Tensor) -> Place:
+def place_of(name: str, parameter: Tensor) -> ShardPosition:
     """Where this rank's part stands in the whole parameter."""
     key = zlib.crc32(name.encode())
     if not isinstance(parameter, DTensor):
-        return Place(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
+        return ShardPosition(0, max(1, parameter.numel()), max(1, parameter.numel()), key)
     whole, offset = parameter.shape, global_offset(parameter)
     row, columns = math.prod(whole[1:]), math.prod(local_part(parameter).shape[1:])
-    return Place(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
+    return ShardPosition(offset[0] * row + (offset[1] if len(whole) > 1 else 0), max(1, columns), row, key)
 
 
 class AdamW:
@@ -91,12 +91,15 @@ class AdamW:
         self._passed_by = frozenset(frozen) | {name for name, p in self.parameters.items() if p.grad is None}
         self._count(1)
         for (decay, count), names in self._groups(weight_decay).items():
-            tensors = [[local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)]
+            exp_avg, exp_avg_sq = (
+                [local_part(source[name]) for name in names] for source in (self.exp_avg, self.exp_avg_sq)
+            )
             weights = [local_part(self.parameters[name]) for name in names]
-            grads = [local_part(self.parameters[name].grad) for name in names]
+            grads = [local_part(grad) for name in names if (grad := self.parameters[name].grad) is not None]
             places = [self.places[name] for name in names]
-            settings = (lr, betas, eps, decay, count, inverse_clip)
-            adamw_(weights, grads, *tensors, *settings, places, self.seed, self.backend)
+            adamw_(
+                weights, grads, exp_avg, exp_avg_sq, lr, betas, eps, decay, count, inverse_clip, places, self.seed, self.backend
+            )  # fmt: skip
 
     def take_back(self) -> None:
         """The last update was not made: no parameter has counted it."""

@@ -16,11 +16,11 @@ def grad_norm(parameters: list[nn.Parameter], mesh: Mesh, backend: str = "auto")
 
     Every tp rank holds the whole gradient of a parameter that tp replicates, so its square counts 1 / tp there.
     """
-    held = [p for p in parameters if p.grad is not None]
-    weights = [1 / mesh.tensor.size() if is_replicated(p) else 1.0 for p in held]
+    held = [(p, p.grad) for p in parameters if p.grad is not None]
+    weights = [1 / mesh.tensor.size() if is_replicated(p) else 1.0 for p, _ in held]
 
     reduce = functools.partial(mesh.sum_over, ("dp_shard", "cp", "tp", "pp"))
-    return norm_of([local_part(p.grad) for p in held], weights, reduce, mesh.device, backend)
+    return norm_of([local_part(grad) for _, grad in held], weights, reduce, mesh.device, backend)
 
 
 def inverse_clip(norm: Tensor, clip_norm: float | None, skip: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ def learning_rate(lr: LearningRate, tokens: int, total: int) -> float:
         return lr.peak
     level = lr.peak
     if lr.shape == "infinite":
+        assert lr.constant is not None, "the recipe's check asks for it with this shape"
         passed = min(1.0, (tokens - lr.warmup_tokens) / lr.cooldown_tokens) if lr.cooldown_tokens else 1.0
         level = lr.constant + (lr.peak - lr.constant) * remaining("cosine", passed)
     has_tail = lr.shape in ("wsd", "infinite")

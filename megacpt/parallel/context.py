@@ -55,7 +55,7 @@ def assign(document_starts: np.ndarray, tokens: int, ranks: int) -> Assignment:
     if not possible:
         raise ValueError(f"{tokens} tokens cannot be cut into 2 chunks for each of {ranks} context ranks.")
     pairs = _pairs_before(np.asarray(document_starts), tokens)
-    best = None
+    best: Assignment | None = None
     for count in possible:
         size = tokens // (count * ranks)
         costs = np.diff(pairs(np.arange(0, tokens + 1, size)))
@@ -64,6 +64,7 @@ def assign(document_starts: np.ndarray, tokens: int, ranks: int) -> Assignment:
             best = Assignment(owned, size, imbalance)
         if imbalance <= BALANCE:
             break
+    assert best is not None, possible
     return best
 
 
@@ -117,6 +118,12 @@ class ContextPlan:
     tokens: np.ndarray
     keys: np.ndarray | Tensor | None
     documents: Documents
+
+    @property
+    def keys_there(self) -> Tensor:
+        """`keys` on the device."""
+        assert isinstance(self.keys, Tensor), type(self.keys)
+        return self.keys
 
 
 def make_plan(document_starts: np.ndarray, tokens: int, ranks: int, rank: int) -> ContextPlan:
@@ -176,7 +183,8 @@ class Gather:
         if self.gathered is None:
             if self.pending is None:
                 self.start(k, v)
-            both, self.pending = self.pending.wait().index_select(0, self.plan.keys), None
+            assert self.pending is not None
+            both, self.pending = self.pending.wait().index_select(0, self.plan.keys_there), None
             return both[:, 0].contiguous(), both[:, 1].contiguous()
         taken, self.gathered = self.gathered, None
         return taken
@@ -187,7 +195,7 @@ class Gather:
             return dkeys, dvalues
         both = wide_of(torch.stack([dkeys, dvalues], 1))
         total = both.new_zeros((len(self.plan.tokens) * self.group.size(), *both.shape[1:]))
-        local = scatter_sum_tokens(total.index_add_(0, self.plan.keys, both), self.group).to(dkeys.dtype)
+        local = scatter_sum_tokens(total.index_add_(0, self.plan.keys_there, both), self.group).to(dkeys.dtype)
         return local[:, 0], local[:, 1]
 
 
@@ -222,8 +230,9 @@ class _ContextAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
+    def backward(ctx, *grads: Tensor):
+        gather: Gather = ctx.gather
         q, k, v, out, lse = ctx.saved_tensors  # where the block runs again, this is what asks for it at the latest
-        keys, ctx.gather.local = ctx.gather.take(k, v), None
-        dq, *dkeys = attention_backward(dout, q, *keys, out, lse, ctx.gather.plan.documents, **ctx.how)
-        return dq, *ctx.gather.give_back(*dkeys), None, None
+        (keys, values), gather.local = gather.take(k, v), None
+        dq, dk, dv = attention_backward(grads[0], q, keys, values, out, lse, gather.plan.documents, **ctx.how)
+        return dq, *gather.give_back(dk, dv), None, None

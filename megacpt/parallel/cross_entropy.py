@@ -17,12 +17,12 @@ from torch import Tensor
 from megacpt.parallel.collectives import start_gather, start_scatter_sum
 from megacpt.parallel.gemm import OneMatrix
 from megacpt.parallel.sharded import local_part
-from megacpt.parallel.tensor import TensorAxis, Weight, replicated
+from megacpt.parallel.tensor import NamedParameter, TensorAxis, local_with_grad
 
 
 def linear_cross_entropy(
     x: Tensor,
-    head: Weight,
+    head: NamedParameter,
     target: Tensor,
     vocab_size: int,
     axis: TensorAxis,
@@ -38,13 +38,13 @@ def linear_cross_entropy(
         token_weights: float32 or float64 [T], the same on all tp ranks; 0 for no loss and no gradient.
     """
     columns, gemm = _columns(local_part(head.weight), vocab_size, axis.group), OneMatrix(axis.gemm, head.name)
-    ranks, local = _ranks(axis.group), replicated(head.weight)
+    ranks, local = _ranks(axis.group), local_with_grad(head.weight)
     return head_and_loss(x, local, target, *columns, token_weights, ranks, scale=scale, backend=backend, gemm=gemm)
 
 
 @torch.no_grad()
 def token_losses(
-    x: Tensor, head: Weight, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str = "auto"
+    x: Tensor, head: NamedParameter, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood of each token [T], at least fp32, 0 without label; whether its label is the most probable, bool [T]).
     No gradient, no logits on a GPU."""
@@ -55,7 +55,7 @@ def token_losses(
 
 @torch.no_grad()
 def log_probs(
-    x: Tensor, head: Weight, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str = "auto"
+    x: Tensor, head: NamedParameter, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str = "auto"
 ) -> Tensor:
     """The log-probability of each label [T], at least fp32, 0 without label; the same on all tp ranks. No gradient, no logits on a GPU."""
     lse, logit, _ = _label_logits(x, head, target, vocab_size, axis, backend)
@@ -63,7 +63,7 @@ def log_probs(
 
 
 def _label_logits(
-    x: Tensor, head: Weight, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str
+    x: Tensor, head: NamedParameter, target: Tensor, vocab_size: int, axis: TensorAxis, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_lse`, over the vocabulary of all tp ranks."""
     local, gemm = local_part(head.weight), OneMatrix(axis.gemm, head.name)

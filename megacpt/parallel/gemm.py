@@ -77,15 +77,18 @@ class PlainGemm:
     is_plain = True
 
     def forward(self, x: Tensor, w: Operand, bias: Tensor | None = None) -> Tensor:
-        return TORCH_GEMM.forward(x, *w.parts, bias)
+        (matrix,) = w.parts
+        return TORCH_GEMM.forward(x, matrix, bias)
 
     def input_gradient(self, dy: Tensor, w: Operand, into: Tensor | None = None) -> Tensor:
-        return TORCH_GEMM.input_gradient(dy, *w.parts, into)
+        (matrix,) = w.parts
+        return TORCH_GEMM.input_gradient(dy, matrix, into)
 
     def weight_gradient(
         self, dy: Tensor, x: Tensor, w: Operand, wanted: Sequence[bool], into: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        return (TORCH_GEMM.weight_gradient(dy, x, *w.parts, into) if wanted[0] else None,)
+        (matrix,) = w.parts
+        return (TORCH_GEMM.weight_gradient(dy, x, matrix, into) if wanted[0] else None,)
 
     def gathered_forward(
         self, x: Tensor, ws: Sequence[Operand], biases: Sequence[Tensor | None], group: dist.ProcessGroup
@@ -119,4 +122,5 @@ class OneMatrix(TorchGemm):
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
         (gradient,) = self.gemm.weight_gradient(dy, x, Operand(self.name, (weight,)), (True,), into)
+        assert gradient is not None, self.name
         return gradient

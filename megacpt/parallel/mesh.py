@@ -8,6 +8,9 @@ alone; the one group that carries objects is gloo's (`object_group`), made when 
 they first talk. The device is not bound to the process group: a bound one would open one communicator for all messages of a group.
 """
 
+# torch.distributed offers its stores without naming them as exports:
+# pyright: reportPrivateImportUsage=false
+
 import functools
 import os
 import resource
@@ -254,16 +257,30 @@ def _own_group(
     """
     high, apart = axis in ("cp", "tp") and len(ranks) > 1, axis not in (*AXES, "fsdp")
     if len(ranks) == dist.get_world_size() and not (high or apart):
-        return dist.group.WORLD
+        return default_group()
     key = (*ranks, "high" if high else axis if apart else "")
     if key not in made:
-        timeout, options = compat.timeout_of(dist.group.WORLD), None
+        timeout, options = compat.timeout_of(default_group()), None
         if device.type == "cuda":
             options = compat.nccl_options(high, timeout)
-        made[key] = dist.new_group(
-            ranks, timeout, pg_options=options, use_local_synchronization=True, group_desc=f"mesh_{axis}"
+        made[key] = _member(
+            dist.new_group(
+                ranks, timeout, pg_options=options, use_local_synchronization=True, group_desc=f"mesh_{axis}"
+            )
         )
     return made[key]
+
+
+def default_group() -> dist.ProcessGroup:
+    """All ranks, the group that `start_process_group` made."""
+    assert dist.group.WORLD is not None, "no process group has been started"
+    return dist.group.WORLD
+
+
+def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """A group of which this rank is one; torch gives others a number in its place."""
+    assert isinstance(group, dist.ProcessGroup), f"rank {dist.get_rank()} is not in a group that it makes: {group}"
+    return group
 
 
 def open_groups(mesh: Mesh) -> None:
@@ -281,11 +298,11 @@ def object_group() -> dist.ProcessGroup:
 
     Collectives over all ranks that hold a tensor, or few bytes, take the default group.
     """
-    name = f"objects of group {dist.group.WORLD.group_name}"  # not of one that this process has inherited by a fork
+    name = f"objects of group {default_group().group_name}"  # not of one that this process has inherited by a fork
     for group in compat.process_groups():
         if group.group_desc == name:
             return group
-    return dist.new_group(timeout=compat.timeout_of(dist.group.WORLD), backend="gloo", group_desc=name)
+    return _member(dist.new_group(timeout=compat.timeout_of(default_group()), backend="gloo", group_desc=name))
 
 
 def set_timeout(seconds: float) -> None:

@@ -11,6 +11,7 @@ compared: what is computed once says so where it is computed, so neither its ker
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ class Kept:
         """`function(*args)`, which is called again before its backward unless all is kept."""
         if self.mode == "none":
             return function(*args)
-        contexts = lambda: (contextlib.nullcontext(), self._repetition())
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return contextlib.nullcontext(), self._repetition()
+
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def once(self, compute: Callable[[], Result]) -> Result:

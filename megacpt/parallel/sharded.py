@@ -23,8 +23,9 @@ def global_offset(tensor: Tensor) -> tuple[int, ...]:
     return offset_of(tensor) if isinstance(tensor, DTensor) else (0,) * tensor.ndim
 
 
-def is_replicated(tensor: DTensor) -> bool:
-    """Whether every tp rank holds all of it."""
+def is_replicated(tensor: Tensor) -> bool:
+    """Whether every tp rank holds all of a parameter."""
+    assert isinstance(tensor, DTensor), type(tensor)
     return tensor.placements[-1].is_replicate()
 
 

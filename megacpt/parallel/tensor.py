@@ -7,14 +7,15 @@ Parameters are DTensors on the tp mesh. The Functions here take them whole, comp
 gradient with the parameter's spec: no DTensor dispatch in between. With one rank the collectives vanish.
 
 Backward gathers again instead of saving, while it computes the input's gradient, and sums that over the ranks while it
-computes the weights' gradients. With a `Later` the weights' gradients are left there to be computed (zero-bubble
-pipelines): `drain` does it. What needs no gradient gets none, and nothing is kept or gathered for it.
+computes the weights' gradients. With a `DeferredWeightGrads` the weights' gradients are left there to be computed (zero-bubble
+pipelines): `compute_deferred` does it. What needs no gradient gets none, and nothing is kept or gathered for it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,16 @@ from megacpt.parallel.gemm import PLAIN, Gemm, Operand
 from megacpt.parallel.recompute import KEEP_ALL, Kept
 from megacpt.parallel.sharded import Placing, is_replicated, local_part, placing_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Weight(nn.Module):
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`, whose annotation loses what the function takes and returns."""
+    return cast(Callable[P, R], torch.compiler.disable(function))
+
+
+class NamedParameter(nn.Module):
     """A named place for a weight, and its bias where it has one, so that their full names are Hugging Face's. Has no forward: the
     functions below take it, or its parameters.
 
@@ -38,6 +47,9 @@ class Weight(nn.Module):
         name: of the place in the model.
         rows: of the local tensors, those that this rank uses: all, or one head of a parameter that has fewer heads than there are ranks.
     """
+
+    weight: DTensor
+    bias: DTensor | None
 
     def __init__(
         self,
@@ -53,7 +65,7 @@ class Weight(nn.Module):
             unit = mesh.get_local_rank() // (mesh.size() // weight.units) * weight.unit
             self.rows = slice(unit, unit + weight.unit)
         empty = partial(_empty, vocab_multiple=vocab_multiple, mesh=mesh, dtype_of=dtype_of)
-        self.weight = empty(weight)
+        self.register_parameter("weight", empty(weight))
         self.register_parameter("bias", None if bias is None else empty(bias))
 
     def parts(self) -> list[tuple[DTensor, slice]]:
@@ -92,7 +104,7 @@ class TensorAxis:
     gemm: Gemm = PLAIN
 
 
-class Later:
+class DeferredWeightGrads:
     """Parameters of a linear and what computes their gradients, None for one that needs none. (No list: FSDP would copy it on the way
     into a module.)"""
 
@@ -100,34 +112,34 @@ class Later:
         self.queue: list[tuple[list[DTensor], Callable[[], list[DTensor | None]]]] = []
 
 
-@torch.compiler.disable
+@outside_graphs
 def column_parallel(
     x: Tensor,
-    places: Sequence[Weight],
+    places: Sequence[NamedParameter],
     axis: TensorAxis,
-    later: Later | None = None,
-    between: tuple[int, Callable[..., None]] | None = None,
+    later: DeferredWeightGrads | None = None,
+    on_first_products: tuple[int, Callable[..., None]] | None = None,
     kept: Kept = KEEP_ALL,
 ) -> tuple[Tensor, ...]:
     """Gathers tokens once, multiplies by each weight in turn.
 
     Args:
         x: [t, h]. places: of weights [f, h], this rank's rows, and biases [f].
-        between: (n, function): is called with the first n products before the others are computed.
+        on_first_products: (n, function): is called with the first n products before the others are computed.
         kept: of the block that this is in.
     Returns:
         [T, f] for each weight.
     """
     linears, biases = _Linears(places), [place.bias for place in places]
-    return _Column.apply(axis, x, linears, later, between, kept, *linears.parameters(places), *biases)
+    return _Column.apply(axis, x, linears, later, on_first_products, kept, *linears.parameters(places), *biases)
 
 
-@torch.compiler.disable
+@outside_graphs
 def row_parallel(
     x: Tensor,
-    place: Weight,
+    place: NamedParameter,
     axis: TensorAxis,
-    later: Later | None = None,
+    later: DeferredWeightGrads | None = None,
     before: Callable[[], None] | None = None,
     kept: Kept = KEEP_ALL,
     last: bool = False,
@@ -146,7 +158,7 @@ def row_parallel(
 
 
 @torch.no_grad()
-def drain(later: Later) -> None:
+def compute_deferred(later: DeferredWeightGrads) -> None:
     """Computes the gradients that were left for later and adds them to the weights'."""
     for parameters, compute in later.queue:
         for parameter, grad in zip(parameters, compute(), strict=True):
@@ -158,12 +170,12 @@ def drain(later: Later) -> None:
 class _Linears:
     """The linears of one call as they stand, tensor after tensor, in the arguments of its Function."""
 
-    def __init__(self, places: Sequence[Weight]):
+    def __init__(self, places: Sequence[NamedParameter]):
         parts = [place.parts() for place in places]
         self.names, self.counts = [place.name for place in places], [len(some) for some in parts]
         self.rows = [rows for some in parts for _, rows in some]
 
-    def parameters(self, places: Sequence[Weight]) -> list[DTensor]:
+    def parameters(self, places: Sequence[NamedParameter]) -> list[DTensor]:
         return [parameter for place in places for parameter, _ in place.parts()]
 
     def operands(self, tensors: Sequence[Tensor]) -> list[Operand]:
@@ -184,18 +196,18 @@ def embedding(ids: Tensor, weight: DTensor, group: dist.ProcessGroup, backend: s
     Returns:
         [t, h].
     """
-    rows = rows_of(ids, replicated(weight), group.rank() * local_part(weight).shape[0], backend=backend)
+    rows = rows_of(ids, local_with_grad(weight), group.rank() * local_part(weight).shape[0], backend=backend)
     return _ScatterSum.apply(rows, group)
 
 
-@torch.compiler.disable
-def replicated(weight: DTensor) -> Tensor:
+@outside_graphs
+def local_with_grad(weight: DTensor) -> Tensor:
     """The local tensor of a parameter. Where every tp rank holds it all, its gradient is partial: `sum_replicated_gradients`."""
     return _Local.apply(weight)
 
 
 def _products(
-    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis, between
+    x: Tensor, operands: list[Operand], biases: list[Tensor | None], axis: TensorAxis, on_first_products
 ) -> tuple[Tensor, ...]:
     """gather(x) times each matrix, plus its bias."""
     if axis.overlap == "symmetric_memory" and axis.group.size() > 1:
@@ -204,8 +216,8 @@ def _products(
         return _chunked_products(x, operands, biases, axis)
     tokens, out = gather_tokens(x, axis.group), []
     for i, (operand, bias) in enumerate(zip(operands, biases, strict=True)):
-        if between and i == between[0]:
-            between[1](*out)
+        if on_first_products and i == on_first_products[0]:
+            on_first_products[1](*out)
         out.append(axis.gemm.forward(tokens, operand, bias))
     return tuple(out)
 
@@ -241,7 +253,14 @@ def _summed_product(x: Tensor, operand: Operand, axis: TensorAxis) -> Tensor:
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, axis: TensorAxis, x: Tensor, linears: _Linears, later: Later | None, between, kept: Kept, *tensors
+        ctx,
+        axis: TensorAxis,
+        x: Tensor,
+        linears: _Linears,
+        later: DeferredWeightGrads | None,
+        on_first_products,
+        kept: Kept,
+        *tensors,
     ):
         count = sum(linears.counts)
         weights, biases = tensors[:count], tensors[count:]
@@ -257,14 +276,15 @@ class _Column(torch.autograd.Function):
         ctx.axis, ctx.linears, ctx.later = axis, linears, later
         ctx.weights = weights if later is not None else None
         ctx.save_for_backward(x if _any(ctx.wanted) else None, *local)
-        return kept.once(lambda: _products(x, linears.operands(local), shifts, axis, between))
+        return kept.once(lambda: _products(x, linears.operands(local), shifts, axis, on_first_products))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, *local = ctx.saved_tensors
         linears, gemm, group = ctx.linears, ctx.axis.gemm, ctx.axis.group
         operands, wants_weights = linears.operands(local), _any(ctx.wanted)
-        gathered = start_gather(x, group) if wants_weights and ctx.later is None else None
+        later: DeferredWeightGrads | None = ctx.later
+        gathered = start_gather(x, group) if wants_weights and later is None else None
         summed = None
         if ctx.needs_input_grad[1]:
             dx = gemm.input_gradient(grads[0], operands[0])
@@ -279,10 +299,10 @@ class _Column(torch.autograd.Function):
         ]
         each = list(zip(grads, operands, ctx.wanted, rows, places, strict=True))
         dweights: list[DTensor | None] = [None] * len(local)
-        if wants_weights and ctx.later is None:
+        if gathered is not None:
             tokens = gathered.wait()
             dweights = [grad for one in each for grad in _weight_gradients(gemm, tokens, *one)]
-        elif wants_weights:
+        elif wants_weights and later is not None:
             shared: list[Tensor] = []  # one gather for all weights, made by the first that asks
             waiting = [(own, one) for own, one in zip(linears.split(ctx.weights), each, strict=True) if any(one[2])]
 
@@ -292,7 +312,7 @@ class _Column(torch.autograd.Function):
                 return _weight_gradients(gemm, shared.pop() if last else shared[0], *one)
 
             for i, (own, one) in enumerate(waiting, 1):
-                ctx.later.queue.append((own, partial(compute, one, i == len(waiting))))
+                later.queue.append((own, partial(compute, one, i == len(waiting))))
         return None, summed and summed.wait(), None, None, None, None, *dweights, *dbiases
 
 
@@ -326,7 +346,7 @@ class _Row(torch.autograd.Function):
         axis: TensorAxis,
         x: Tensor,
         linears: _Linears,
-        later: Later | None,
+        later: DeferredWeightGrads | None,
         before,
         kept: Kept,
         last: bool,
@@ -339,18 +359,25 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(x if any(ctx.wanted) else None, *local)
         if last and kept.again:
             return x.new_empty((x.shape[0] // axis.group.size(), local[0].shape[0]))
-        compute = lambda: _summed_product(x, linears.operands(local)[0], axis)
+
+        def compute() -> Tensor:
+            return _summed_product(x, linears.operands(local)[0], axis)
+
         return compute() if last else kept.once(compute)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         wants_dx = ctx.needs_input_grad[1]
         if ctx.before and wants_dx:
             ctx.before()
         x, *local = ctx.saved_tensors
         linears, gemm = ctx.linears, ctx.axis.gemm
         (operand,), grad = linears.operands(local), gather_tokens(grad, ctx.axis.group)
-        compute = lambda: _weight_gradients(gemm, x, grad, operand, ctx.wanted, linears.rows, ctx.places)
+
+        def compute() -> list[DTensor | None]:
+            return _weight_gradients(gemm, x, grad, operand, ctx.wanted, linears.rows, ctx.places)
+
         dweights: list[DTensor | None] = [None] * len(local)
         dx = gemm.input_gradient(grad, operand) if wants_dx else None
         if any(ctx.wanted) and ctx.later is None:
@@ -368,7 +395,8 @@ class _ScatterSum(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         return gather_tokens(grad, ctx.group), None
 
 
@@ -379,7 +407,8 @@ class _Local(torch.autograd.Function):
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         return ctx.place.wrap(grad.contiguous())
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacpt.config.load import save_recipe
+from megacpt.config.merge import schedule_in
 from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import EVENTS, STATUS
 from megacpt.config.sections.optimizer import LearningRate
@@ -49,7 +50,7 @@ def trials_of(recipe: Recipe, candidates: list[str], share: float, tokens: int, 
         problems.append("model.pretrained: give the export of the checkpoint that is annealed from.")
     if problems:
         raise ConfigError(problems, "the assessment")
-    rate = stage.lr or recipe.optimizer.lr
+    rate = schedule_in(recipe, stage).lr
     falling = LearningRate(shape="linear", peak=rate.peak, min=0.0)
     trials = {}
     for name in (CONTROL, *candidates):

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.merge import layout_keys, layouts_of, objective_in, parallel_in, reduction_under, schedule_in
-from megacpt.config.model import config_in_stage, frozen_names, load_model_config, shape_problems
+from megacpt.config.model import frozen_names, load_base_config, shape_problems
+from megacpt.config.plan_file import base_of
 from megacpt.config.recipe import Recipe
+from megacpt.config.resolve import resolve
 from megacpt.config.rules import problems_of, warnings_of
 from megacpt.config.run_layout import path_problems
-from megacpt.config.sections.data import Domain
+from megacpt.config.sections.data import Curriculum, Domain
 from megacpt.config.sections.model import Model
 from megacpt.config.sections.objective import Objective
 from megacpt.config.sections.parallel import Parallel
 from megacpt.config.sections.stage import MOST_MICRO_BATCHES, Stage
+from megacpt.config.trainable import Trainable, trainable_in
 from megacpt.data.curriculum import score_problems
 from megacpt.data.manifest import expand_files, expand_paths, item_problems, make_room_for, read_manifest
 from megacpt.data.questions import read_task
@@ -23,7 +26,8 @@ from megacpt.family.base import ModelConfig
 from megacpt.family.rope import least_theta, theta_by_rule
 from megacpt.model.split import PipelinePlan, plan_pipeline, stage_weights
 from megacpt.optim.schedule import rate_of_step
-from megacpt.parallel.pipeline.simulate import simulate
+from megacpt.parallel.pipeline.schedule import Schedule
+from megacpt.parallel.pipeline.simulate import Simulation, simulate
 from megacpt.plan.describe import filling
 from megacpt.plan.facts import (
     CurriculumFacts,
@@ -62,7 +66,7 @@ def check(recipe: Recipe, world_size: int, files: bool = True, card_gib: float |
         _check_tasks(recipe, report)
     report.warnings += warnings_of(recipe)
     if config:
-        _check_shape(recipe, config, report)
+        config = _check_shape(recipe, world_size, config, report)
     layouts = _check_layouts(recipe, world_size, config, report)
     needs = [] if report.problems else _check_memory(recipe, world_size, config, card_gib, report)
     if not report.problems:
@@ -83,37 +87,36 @@ def _check_tasks(recipe: Recipe, report: Report) -> None:
 
 def _check_model(recipe: Recipe, report: Report, files: bool) -> ModelConfig | None:
     try:
-        return known_model(recipe.model, files)
+        return known_model(recipe, files)
     except ConfigError as error:
         report.problems += [problem.inside("model") for problem in error.problems]
     return None
 
 
-def known_model(model: Model, files: bool) -> ModelConfig | None:
-    """The model's shape, from disk only if `files`.
+def known_model(recipe: Recipe, files: bool) -> ModelConfig | None:
+    """The base model's shape, from disk only if `files`.
 
     Raises:
         ConfigError: if it cannot be read, or is not trained here.
     """
+    model = recipe.model
     if model.architecture or (files and (model.pretrained or model.config)):
-        return load_model_config(model)
-    return load_model_config(Model(architecture=model.expect)) if model.expect else None
+        return base_of(recipe)
+    return load_base_config(Model(architecture=model.expect)) if model.expect else None
 
 
-def _check_shape(recipe: Recipe, config: ModelConfig, report: Report) -> None:
-    """What layouts and stages ask of the model."""
+def _check_shape(recipe: Recipe, world_size: int, config: ModelConfig, report: Report) -> ModelConfig:
+    """What layouts and stages ask of the model; with the run's own change of its rotary embedding."""
     for key, parallel in layouts_of(recipe).items():
         report.problems += shape_problems(config, parallel, recipe.model.vocab_multiple, key)
-    now = config
-    for index, stage in enumerate(recipe.stages):
-        where = f"stages.{stage.name}"
-        try:
-            now = config_in_stage(config, recipe.stages, index)
-            frozen_names(stage.freeze, now)
-        except ConfigError as error:
-            report.problems += [problem.inside(where) for problem in error.problems]
-            return
-        _check_length(recipe, stage, config, now, report)
+    try:
+        plan = resolve(recipe, config, world_size)
+    except ConfigError as error:
+        report.problems += error.problems
+        return config
+    for stage in plan.stages:
+        _check_length(recipe, stage.recipe, plan.model, stage.model, report)
+    return plan.model
 
 
 def _check_length(recipe: Recipe, stage: Stage, first: ModelConfig, now: ModelConfig, report: Report) -> None:
@@ -171,9 +174,15 @@ def _layout_facts(
     reduction = _reduction_facts(recipe, parallel, layout, config, plan, max(counts))
     if parallel.pipeline == 1:
         return LayoutFacts(key, layout, plan.name, reduction=reduction)
-    played = {count: simulate(schedule, stage_weights(plan, parallel)) for count, schedule in schedules.items()}
+    played = {count: _simulated(schedule, plan, parallel) for count, schedule in schedules.items()}
     facts = tuple(ScheduleFacts(count, found.bubble, max(found.peak)) for count, found in played.items())
     return LayoutFacts(key, layout, plan.name, tuple(map(len, plan.layers)), facts, reduction)
+
+
+def _simulated(schedule: Schedule, plan: PipelinePlan, parallel: Parallel) -> Simulation:
+    found = simulate(schedule, stage_weights(plan, parallel))
+    assert found is not None, f"{plan.name} deadlocks"
+    return found
 
 
 def _reduction_facts(
@@ -182,7 +191,9 @@ def _reduction_facts(
     sharers = layout.data * layout.context
     if sharers == 1:
         return None
-    kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple)) / GIB
+    mine = [stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel]
+    trained = frozenset().union(*(_trainable(recipe, stage, config).names for stage in mine))
+    kept = 4 * max(rank_parameters(config, plan, parallel, recipe.model.vocab_multiple, trained)) / GIB
     sent = kept * (sharers - 1) / sharers
     return ReductionFacts(reduction_under(recipe, parallel), kept, sent, micro_batches * sent)
 
@@ -191,7 +202,7 @@ def micro_batch_counts(recipe: Recipe, parallel: Parallel, data_ranks: int) -> l
     """The different numbers of micro-batches that steps under a layout have."""
     counts = set()
     for stage in (stage for stage in recipe.stages if layout_keys(parallel_in(recipe, stage)) == parallel):
-        micro = parallel_in(recipe, stage).micro_batch_tokens
+        micro = parallel_in(recipe, stage).tokens_at_once
         counts |= {max(1, -(-batch // (data_ranks * micro))) for _, batch in stage.batch_tokens}
     return sorted(counts)
 
@@ -219,13 +230,25 @@ def fullest_step(recipe: Recipe, stage: Stage, world_size: int, config: ModelCon
     layout = resolve_layout(parallel, world_size)
     widths = {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}  # auto: as on a GPU
     state = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
-    counts = {max(1, -(-batch // (layout.data * parallel.micro_batch_tokens))) for _, batch in stage.batch_tokens}
+    exact = bool(recipe.model.pretrained) and config.dtype in (recipe.precision.compute or "bfloat16", None)
+    counts = {max(1, -(-batch // (layout.data * parallel.tokens_at_once))) for _, batch in stage.batch_tokens}
     jobs = [
         Job(config, parallel, layout, stage.seq_len, count, reduction_under(recipe, parallel), recipe.model.vocab_multiple,
-            widths[recipe.precision.compute], state)
+            widths[recipe.precision.compute], state, _trainable(recipe, stage, config), exact)
         for count in counts
     ]  # fmt: skip
     return max(((job, peak(job)) for job in jobs), key=lambda found: found[1].gib)
+
+
+def _trainable(recipe: Recipe, stage: Stage, config: ModelConfig) -> Trainable:
+    frozen = [frozen_names(each.freeze, config) for each in recipe.stages]
+    return trainable_in(config, frozen, [each.name for each in recipe.stages].index(stage.name))
+
+
+def _trained_parameters(recipe: Recipe, stage: Stage, config: ModelConfig) -> tuple[int, int]:
+    trainable = _trainable(recipe, stage, config)
+    count = lambda names: sum(p.size for p in config.parameters if p.name in names)
+    return count(trainable.names), count(trainable.held)
 
 
 def over_memory(stage: str, job: Job, need: Peak, card_gib: float) -> Problem:
@@ -245,14 +268,14 @@ def schedule_svg(recipe: Recipe, world_size: int, files: bool = True) -> str:
     Raises:
         ConfigError: if the model's layers are not known.
     """
-    config = known_model(recipe.model, files)
+    config = known_model(recipe, files)
     if config is None:
         text = "the number of layers is not known without files."
         raise ConfigError([Problem("--schedule-picture", None, text, "Set model.expect.")])
     parallel = max(layouts_of(recipe).values(), key=lambda p: p.pipeline * p.virtual_stages)
     plan = plan_pipeline(config.num_hidden_layers, parallel)
     count = micro_batch_counts(recipe, parallel, resolve_layout(parallel, world_size).data)[-1]
-    found = simulate(plan.schedule(count), stage_weights(plan, parallel))
+    found = _simulated(plan.schedule(count), plan, parallel)
     return schedule_picture(f"{plan.name}, {plan.ranks} ranks, {count} micro-batches", found, plan.placement)
 
 
@@ -272,7 +295,7 @@ def _check_data(recipe: Recipe, report: Report, config: ModelConfig | None) -> d
             _check_labels(name, domain, prefix, manifest, report)
         _check_items(recipe, name, domain, prefixes, report)
         if domain.order:
-            _check_scores(name, domain, prefixes, report)
+            _check_scores(name, domain.order, prefixes, report)
         documents, tokens[name] = _selected(manifests, domain)
         if domain.holdout_documents >= documents:
             text = f"the domain has {documents} documents; some must be left to train on."
@@ -301,17 +324,16 @@ def _check_labels(name: str, domain: Domain, prefix: str, manifest: dict, report
 
 
 def _check_items(recipe: Recipe, name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
-    """Whether each item fits the rows in which the domain is read, where all of them are."""
-    if domain.max_tokens is not None or domain.labels or recipe.packing.long_items != "refuse":
-        return
+    """Whether all sets have items or none, and whether each item fits the rows that read the domain, where no view leaves some out."""
+    whole = domain.max_tokens is None and not domain.labels and recipe.packing.long_items == "refuse"
     validated = any(name in validation.domains for validation in recipe.validation)
-    rows = [stage.seq_len for stage in recipe.stages if validated or stage.mixture.get(name)]
+    rows = [stage.seq_len for stage in recipe.stages if whole and (validated or stage.mixture.get(name))]
     report.problems += [Problem(f"data.{name}", None, problem) for problem in item_problems(prefixes, rows)]
 
 
-def _check_scores(name: str, domain: Domain, prefixes: Sequence[str], report: Report) -> None:
+def _check_scores(name: str, order: Curriculum, prefixes: Sequence[str], report: Report) -> None:
     try:
-        found = score_problems(expand_files(domain.order.scores), prefixes)
+        found = score_problems(expand_files(order.scores), prefixes)
     except DataError as error:
         found = [str(error)]
     report.problems += [Problem(f"data.{name}.order.scores", None, problem) for problem in found]
@@ -344,19 +366,21 @@ def _facts_of(
         world_size,
         model,
         layouts,
-        tuple(_stage_facts(recipe, clock, index, world_size, need) for index, need in enumerate(needs)),
+        tuple(_stage_facts(recipe, clock, index, world_size, config, need) for index, need in enumerate(needs)),
         tuple(_domain_facts(recipe, clock, name, tokens.get(name)) for name in recipe.data),
         clock.num_tokens,
         clock.num_steps,
     )
 
 
-def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need: Peak | None) -> StageFacts:
+def _stage_facts(
+    recipe: Recipe, clock: Clock, index: int, world_size: int, config: ModelConfig | None, need: Peak | None
+) -> StageFacts:
     stage, numbers = recipe.stages[index], clock.stage_numbers(index)
     parallel = parallel_in(recipe, stage)
     layout = resolve_layout(parallel, world_size)
     first, last, objective = clock.step(numbers[0]), clock.step(numbers[-1]), objective_in(recipe, stage)
-    rows, rates = layout.data * parallel.micro_batch_tokens // stage.seq_len, schedule_in(recipe, stage)
+    rows, rates = layout.data * parallel.tokens_at_once // stage.seq_len, schedule_in(recipe, stage)
     return StageFacts(
         name=stage.name,
         tokens=clock.stage_tokens(index),
@@ -364,7 +388,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         batch_tokens=tuple(batch for _, batch in stage.batch_tokens),
         seq_len=stage.seq_len,
         layout=layout,
-        micro_batch_tokens=parallel.micro_batch_tokens,
+        micro_batch_tokens=parallel.tokens_at_once,
         micro_batches=-(-last.rows // rows),
         micro_batch_rows=rows,
         rows=last.rows,
@@ -373,6 +397,7 @@ def _stage_facts(recipe: Recipe, clock: Clock, index: int, world_size: int, need
         objective=None if objective == Objective() else f"{objective.kind}, normalized by {objective.normalize}",
         gates=tuple(stage.gates),
         on_fail=stage.on_fail.action,
+        trained=_trained_parameters(recipe, stage, config) if config and stage.freeze else None,
         memory=need,
     )
 

@@ -42,6 +42,9 @@ def _stages(facts: Facts) -> Iterator[str]:
             f"{stage.micro_batches} micro-batches of {show_tokens(stage.micro_batch_tokens)} on {stage.layout.data} data ranks, lr "
             f"{stage.first_rate:.3g} .. {stage.last_rate:.3g}"
         )
+        if stage.trained:
+            trained, held = map(short_number, stage.trained)
+            yield f"stage {stage.name}: trains {trained} parameters; {held} have masters and moments"
         if stage.filling > 0:
             yield f"stage {stage.name}: {filling(stage)}"
 

@@ -76,6 +76,7 @@ class StageFacts:
         micro_batches: of the last step. rows: of the last step, without filling.
         micro_batch_rows: rows of one micro-batch on all data ranks together.
         objective: in words, where it is not the default.
+        trained: parameters that it trains, and those that have masters and moments; None without `freeze`.
         memory: the fullest moment of its fullest rank; None where the model is not known.
     """
 
@@ -94,6 +95,7 @@ class StageFacts:
     objective: str | None
     gates: tuple[str, ...]
     on_fail: str
+    trained: tuple[int, int] | None
     memory: Peak | None
 
     @property

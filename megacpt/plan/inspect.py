@@ -1,6 +1,6 @@
 """The exact global batch of any step of a run, without training it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 from megacpt.checkpoint.manifest import decisions_of_run
 from megacpt.config.clock import Clock, Step
-from megacpt.config.model import load_model_config
+from megacpt.config.plan_file import base_of
 from megacpt.config.recipe import Recipe
 from megacpt.data.loader import Batch, Pick, StageData, open_domains, pad_token, stage_orders
 from megacpt.errors import ConfigError
@@ -36,7 +36,7 @@ def inspect_step(recipe: Recipe, number: int) -> InspectedStep:
     if not 1 <= number <= clock.num_steps:
         raise ConfigError([f"--step {number}: the recipe has steps 1 to {clock.num_steps}."], "the arguments")
     step = clock.step(number)
-    stage, config = recipe.stages[step.stage], load_model_config(recipe.model)
+    stage, config = recipe.stages[step.stage], base_of(recipe)
     domains = open_domains(recipe, list(stage.mixture))
     order, pad = stage_orders(recipe, clock, decisions)[step.stage], pad_token(domains, config.eos_token_id)
     data = StageData(recipe, stage, order, domains, pad, config.vocab_size)
@@ -74,7 +74,7 @@ def documents_of(batch: Batch) -> Iterator[list[InspectedDocument]]:
         ]
 
 
-def show_document(document: InspectedDocument, decode: Callable[[np.ndarray], str], colour: bool) -> str:
+def show_document(document: InspectedDocument, decode: Callable[[Sequence[int]], str], colour: bool) -> str:
     """A document in a line: its text or, with weights, each run of tokens behind its weight, dim where that is 0.
 
     Args:
@@ -82,12 +82,12 @@ def show_document(document: InspectedDocument, decode: Callable[[np.ndarray], st
     """
     head = f"[{len(document.tokens)} tokens" + ("" if document.item is None else f", item {document.item}")
     if document.weights is None:
-        return f"{head}] {decode(document.tokens)!r}"
+        return f"{head}] {decode(document.tokens.tolist())!r}"
     parts = []
     edges = [0, *(np.flatnonzero(np.diff(document.weights)) + 1).tolist(), len(document.tokens)]
     for begin, end in pairwise(edges):
         weight = float(document.weights[begin])
-        text = f"<{weight:.6g}>{decode(document.tokens[begin:end])!r}"
+        text = f"<{weight:.6g}>{decode(document.tokens[begin:end].tolist())!r}"
         style = "2" if weight == 0 else "32" if weight == 1 else "33"
         parts.append(f"\x1b[{style}m{text}\x1b[0m" if colour else text)
     return f"{head}, weight {document.weights.sum(dtype=np.float64):.6g}] " + " ".join(parts)

@@ -119,10 +119,10 @@ class Supervised:
 def supervised() -> Supervised | None:
     """By whom this process was started, if it was by `megacpt supervise`."""
     try:
-        told = parse_object(os.environ.get(ATTEMPT, ""))
+        facts = parse_object(os.environ.get(ATTEMPT, ""))
     except JsonError:
         return None
-    process, attempt = process_from(told), told.get("attempt")
+    process, attempt = process_from(facts), facts.get("attempt")
     return Supervised(attempt, process) if process and isinstance(attempt, str) else None
 
 
@@ -209,7 +209,7 @@ class Lease:
             (self.run / STOP_REQUEST).write_text("")
 
     def _wait_for(self, owner: Owner) -> None:
-        begin, told, found = time.monotonic(), False, owner
+        begin, said, found = time.monotonic(), False, owner
         while found and found.number == owner.number and not found.released:
             alive = found.process.alive() if found.process else None
             passed = time.monotonic() - begin
@@ -217,9 +217,9 @@ class Lease:
                 return
             if passed > PATIENCE_SECONDS and (alive or found.mark != owner.mark):
                 raise LeaseError(self._refusal(found))
-            if not told:
+            if not said:
                 log.info(f"{self.run}: belongs to {found.describe(self.run, None)}; waiting for it to leave")
-                told = True
+                said = True
             time.sleep(0.2)
             found = current_owner(self.run)
 
@@ -388,19 +388,20 @@ class Keeper:
     """
 
     def __init__(self, ask: Callable[[str], None], agents: Sequence[Process]):
-        self.ask, self.agents, self.lease = ask, agents, None
+        self.ask, self.agents = ask, agents
+        self.lease: Lease | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._thread.start()
 
     def _keep(self) -> None:
-        beat, told = time.monotonic(), set()
+        beat, said = time.monotonic(), set()
         while not self._over.wait(LOOK_SECONDS):
             try:
                 beat = self._look(beat)
             except Exception as error:  # the next round must come: without it the lease is lost, and no stop is heard
-                if (text := f"{type(error).__name__}: {error}") not in told:
-                    told.add(text)
+                if (text := f"{type(error).__name__}: {error}") not in said:
+                    said.add(text)
                     log.warn(f"the thread that keeps the run directory goes on after {text}")
 
     def _look(self, beat: float) -> float:

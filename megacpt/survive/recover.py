@@ -74,12 +74,12 @@ def find_target(checkpoints: Path, decisions: Decisions, streak: Streak, group: 
     if found[0]:
         return found[0] - 1
     have = list_steps(checkpoints)
-    told = (
+    reason = (
         f"{', '.join(map(str, have))} were saved in the streak: remove them" if have else "nothing was saved before it"
     )
     raise NumbersError(
         f"{streak.last - streak.first + 1} updates in a row, from step {streak.first} on, were skipped, and there is no checkpoint from "
-        f"before ({told}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and "
+        f"before ({reason}). The run would begin anew: look first at the data that events.jsonl names, the learning rate, its warm-up and "
         "the model's config.json."
     )
 

@@ -125,11 +125,11 @@ class RunDirectory:
         try:
             write_status(self.path, content)
         except OSError as error:
-            told = describe_os_error(error, self.path / STATUS)
+            text = describe_os_error(error, self.path / STATUS)
             if exit_code == 0:
-                raise SaveError(f"the run is {status}, but run.json cannot say so: {told}") from None
+                raise SaveError(f"the run is {status}, but run.json cannot say so: {text}") from None
             if STATUS not in self.disk:
-                log.warn(told)
+                log.warn(text)
             self.disk[STATUS] = error.strerror or str(error)
         else:
             self.disk.pop(STATUS, None)
@@ -182,7 +182,7 @@ class RunDirectory:
     def has_rows(self) -> bool:
         """Whether a step of the run has been trained."""
         try:
-            return any(_is_row(record) for record in read_records(self.path / METRICS))
+            return any(_row(record) is not None for record in read_records(self.path / METRICS))
         except (OSError, JsonError):
             return False
 
@@ -196,10 +196,11 @@ class RunDirectory:
             return
         kept, damaged = {}, []
         for record in read_records(path):
-            if not _is_row(record):
+            row = _row(record)
+            if row is None:
                 damaged.append(record.number)
-            elif record.row["step"] <= step:
-                kept[record.row["step"]] = record.line + b"\n"
+            elif row["step"] <= step:
+                kept[row["step"]] = record.line + b"\n"
         for line in damaged:
             log.warn(f"{path}: line {line} is damaged and was left out")
         if damaged:
@@ -222,13 +223,15 @@ def useful_seconds(directory: Path) -> float:
     seconds: dict[int, float] = {}
     with contextlib.suppress(OSError):
         for record in read_records(directory / METRICS):
-            if _is_row(record) and _fits("step_s", record.row.get("step_s")):
-                seconds[record.row["step"]] = 0.0 if record.row.get("skipped") else record.row["step_s"]
+            row = _row(record)
+            if row is not None and _fits("step_s", row.get("step_s")):
+                seconds[row["step"]] = 0.0 if row.get("skipped") else row["step_s"]
     return math.fsum(seconds.values())
 
 
-def _is_row(record: Record) -> bool:
-    return record.row is not None and _fits("step", record.row.get("step"))
+def _row(record: Record) -> dict[str, Any] | None:
+    """The row of a step that a line holds, if it is one."""
+    return record.row if record.row is not None and _fits("step", record.row.get("step")) else None
 
 
 YEAR = 366 * 86400.0

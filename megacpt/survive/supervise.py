@@ -320,8 +320,7 @@ def _environment(nodes: list[str], attempt: int, name: str) -> dict[str, str]:
 
 def _filled(command: Sequence[str], nodes: list[str]) -> list[str]:
     """The command with {nodes} and {num_nodes} of this attempt in it. No shell reads it."""
-    filled = lambda text: text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes)))
-    return [filled(text) for text in command]
+    return [text.replace("{nodes}", ",".join(nodes)).replace("{num_nodes}", str(len(nodes))) for text in command]
 
 
 def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
@@ -330,11 +329,11 @@ def _choose_nodes(recipe: Recipe, options: Options) -> list[str]:
     Raises:
         SaveError: if they are fewer than `min_nodes`, or no number of them fits.
     """
-    told = os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"
-    each = int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
+    given = os.environ.get("NPROC") or os.environ.get("SLURM_GPUS_ON_NODE") or "1"
+    each = int(given) if re.fullmatch("[0-9]{1,6}", given) else 0
     if not each:
         raise ConfigError(
-            [f"{told} processes a node (NPROC, SLURM_GPUS_ON_NODE): give a number from 1."], "the environment"
+            [f"{given} processes a node (NPROC, SLURM_GPUS_ON_NODE): give a number from 1."], "the environment"
         )
     names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     unusable = unusable_nodes(_states(names))

@@ -66,8 +66,9 @@ class Watch:
         if isinstance(error, LeaseError):  # nothing of this start belongs there
             self.report_done()
             return
+        attempt = self.attempt or (self.folder.name if self.folder else "")
         if supervised() or (self.folder and os.path.isdir(self.run)):
-            folder = _incident(self.run, self.attempt or self.folder.name)
+            folder = _incident(self.run, attempt)
             _write(folder / f"failed-rank-{self.rank:05d}.json", _failure_facts(error), self.folder)
         if not self.folder:
             return
@@ -276,7 +277,10 @@ class Watchdog:
                 os.write(pipe, b"1\n")
                 os.close(pipe)
         until = time.monotonic() + 3.0
-        stack = lambda rank: self.folder / f"rank-{rank:05d}.stack"
+
+        def stack(rank: int) -> Path:
+            return self.folder / f"rank-{rank:05d}.stack"
+
         asked = [rank for rank, found in ranks.items() if found["state"] != "T"]  # a stopped one cannot answer
         while time.monotonic() < until and not all(stack(r).exists() and stack(r).stat().st_size for r in asked):
             time.sleep(0.1)
@@ -326,12 +330,12 @@ class Watchdog:
         ranks = _all_ranks(folder, self.folder)
         code, suspects, reason = conclusion(kind, ranks, _failures(folder, self.folder))
         status = "hung" if kind == "hung" else "failed"
-        told = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
-        _write(folder / "conclusion.json", told, self.folder)
+        outcome = {"status": status, "exit_code": code, "reason": reason, "suspects": suspects, "incident": str(folder)}
+        _write(folder / "conclusion.json", outcome, self.folder)
         if not self._may_conclude(run) or (run.get("status") in ("finished", "preempted") and kind != "hung"):
             return
         try:
-            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | told)
+            write_status(self.run, run | {"time": time.time(), "attempt_id": self._attempt()} | outcome)
         except OSError as error:
             log.say(f"megacpt watchdog: {describe_os_error(error, self.run / STATUS)}")
         log.say(f"megacpt watchdog: {status}: {reason} Evidence: {folder}")
@@ -356,8 +360,8 @@ def _send(pid: int, number: int) -> None:
 def read_conclusion(run: Path, attempt: str) -> dict[str, Any]:
     """What an attempt under a supervisor left that did not come as far as run.json: the watchdog's conclusion, or the ranks' own words."""
     for folder in sorted((run / INCIDENTS).glob(f"{attempt}.*"), reverse=True):
-        if _holds(told := _read(folder / "conclusion.json"), _CONCLUSION):
-            return told
+        if _holds(facts := _read(folder / "conclusion.json"), _CONCLUSION):
+            return facts
         if failures := _failures(folder):
             code, suspects, reason = conclusion("failed", {}, failures)
             return {"status": "failed", "exit_code": code, "suspects": suspects, "reason": reason}
@@ -406,6 +410,11 @@ def _main_thread(dump: str) -> list[str]:
     return [line.strip() for line in last.splitlines() if line.startswith("  File")]
 
 
+def _progress(found: dict[str, Any]) -> tuple[int, int]:
+    """How far a rank has come: its step, and its last point there."""
+    return found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1
+
+
 def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> tuple[int, list[int], str]:
     """(exit code, suspects, reason) of what was found on all nodes."""
     missing = sorted(rank for rank, found in ranks.items() if found.get("gone"))
@@ -413,9 +422,9 @@ def conclusion(kind: str, ranks: dict[int, dict], failures: dict[int, dict]) -> 
     if kind == "hung" and ranks:
         idle = [r for r, found in ranks.items() if found["state"] == "T" or not found.get("waits", False)]
         if not idle or len(idle) == len(ranks) > 1:
-            progress = lambda found: (found["step"], POINTS.index(found["point"]) if found["point"] in POINTS else -1)
-            least = min(map(progress, ranks.values()))
-            idle = [rank for rank, found in ranks.items() if progress(found) == least]
+            progress = {rank: _progress(found) for rank, found in ranks.items()}
+            least = min(progress.values())
+            idle = [rank for rank in ranks if progress[rank] == least]
         first = min(ranks.values(), key=lambda found: found["budget_seconds"] - found["silent_seconds"])
         names = ", ".join(f"rank {r} ({_where(ranks[r])})" for r in sorted(idle)[:8])
         return 75, sorted(idle), (

@@ -66,26 +66,26 @@ def train(recipe: Recipe) -> str:
 
 def _own(directory: RunDirectory) -> None:
     """Makes this job the owner of the run's folder, without what a kill left. All ranks raise what is wrong with it."""
-    kind, told = "", ""
+    kind, text = "", ""
     try:
         if directory.write:
             directory.make()
             recover_interrupted_saves(directory.checkpoints)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kind, told = "full", describe_os_error(error, directory.path)
+            kind, text = "full", describe_os_error(error, directory.path)
         else:
             why = f"cannot be written ({error.strerror or error}). Choose another, or make it writable."
-            kind, told = "config", f"run.directory: {directory.path} {why}"
+            kind, text = "config", f"run.directory: {directory.path} {why}"
     except ConfigError as error:
-        kind, told = "config", "\n".join(map(str, error.problems))
+        kind, text = "config", "\n".join(map(str, error.problems))
     except LeaseError as error:
-        kind, told = "lease", str(error)
-    kind, _, told = share("directory", f"{kind}:{told}").partition(":")
+        kind, text = "lease", str(error)
+    kind, _, text = share("directory", f"{kind}:{text}").partition(":")
     if kind == "config":
-        raise ConfigError(told.split("\n"))
+        raise ConfigError(text.split("\n"))
     if kind:
-        raise {"lease": LeaseError, "full": SaveError}[kind](told)
+        raise {"lease": LeaseError, "full": SaveError}[kind](text)
 
 
 def _train(recipe: Recipe, directory: RunDirectory, device: torch.device, stop: StopRequest) -> str:

@@ -127,7 +127,8 @@ class TensorBoard:
     TensorBoard's own thread, which ends, with a traceback, at the first write that a full disk refuses."""
 
     def __init__(self, journal: Journal, world_size: int, purge_step: int | None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        # protobuf makes these names when the module is loaded
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.journal, self.world_size, self.event = journal, world_size, Event

@@ -18,7 +18,8 @@ class Profiler:
     def __init__(self, profile: Profile, directory: Path, rank: int):
         self.window = profile.steps if rank in profile.ranks else None
         self.memory = profile.memory and torch.cuda.is_available()
-        self.directory, self.rank, self.running = directory, rank, None
+        self.directory, self.rank = directory, rank
+        self.running: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         if self.window and step == self.window[0]:
@@ -30,12 +31,12 @@ class Profiler:
             self.running.__enter__()
 
     def after(self, step: int) -> None:
-        if self.running and step == self.window[1]:
+        if self.running and self.window and step == self.window[1]:
             self.close()
 
     def close(self) -> None:
         """Writes what was recorded, also when the run ends inside the window."""
-        if self.running is None:
+        if self.running is None or self.window is None:
             return
         self.running.__exit__(None, None, None)
         file = self.directory / f"rank{self.rank}-steps{self.window[0]}-{self.window[1]}.json"

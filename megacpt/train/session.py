@@ -1,7 +1,7 @@
 """What a run works with between its events. Three things make a run: the plan, which is fixed (config/resolve.py); the state, which is
 exactly what a checkpoint saves (checkpoint/manifest.py); and the session, its resources in this process."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class Session:
     orders: list[Order] = field(init=False)
     saver: Saver = field(init=False)
     console: Console = field(init=False)
-    _rows: Iterator[StepData] | None = None
+    _rows: Generator[StepData, None, None] | None = None
     _sets: ValidationSets | None = None
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class Session:
             self._rows.close()
         self._rows = None
 
-    def _read_ahead(self, first: Step) -> Iterator[StepData]:
+    def _read_ahead(self, first: Step) -> Generator[StepData, None, None]:
         stage, clock, mesh, recipe = self.stage, self.clock, self.model.mesh, self.plan.recipe
         stop = recipe.run.stop_at_step or clock.num_steps
         last = min(clock.stage_numbers(stage.index)[-1], max(first.number, stop))

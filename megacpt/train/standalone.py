@@ -18,7 +18,7 @@ from megacpt.config.recipe import Recipe
 from megacpt.config.run_layout import HUGGING_FACE
 from megacpt.config.sections.parallel import Parallel
 from megacpt.data.loader import open_domains, pad_token
-from megacpt.errors import ConfigError
+from megacpt.errors import ConfigError, Problem
 from megacpt.evaluate.gates import GateRunner
 from megacpt.evaluate.validation import ValidationSets, rows_at_once, validate
 from megacpt.family.read import read_config
@@ -44,16 +44,15 @@ def open_model(source: str, dtype: str | None, parallel: Parallel, step: int | N
         )
     else:
         config = read_config(path)
-    problems = []
+    options = ModelOptions(vocab_multiple, overlap=parallel.overlap)
+    misfits = shape_problems(config, parallel, options.vocab_multiple)
     try:
         layout = resolve_layout(parallel, world_size)
         pipeline = plan_pipeline(config.num_hidden_layers, parallel)
     except ValueError as error:
-        problems.append(f"parallel: {error}")
-    options = ModelOptions(vocab_multiple, overlap=parallel.overlap)
-    problems += shape_problems(config, parallel, options.vocab_multiple)
-    if problems:
-        raise ConfigError(problems, "the layout")
+        raise ConfigError([f"parallel: {error}", *misfits], "the layout") from None
+    if misfits:
+        raise ConfigError(misfits, "the layout")
     mesh, compute = build_mesh(layout, device), compute_dtype(dtype, device)
     model = build_model(config, mesh, compute, options, pipeline, sharding_of(parallel))
     if directory:
@@ -73,7 +72,7 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
     each gate of the recipe measures: needle recall, accuracies, losses. Nothing is compared with a start."""
     model = open_model(source, dtype, recipe.parallel, step)
     stage = recipe.stages[-1]
-    micro = parallel_in(recipe, stage).micro_batch_tokens
+    micro = parallel_in(recipe, stage).tokens_at_once
     domains = open_domains(recipe, list(recipe.data))
     pad = pad_token(domains, model.config.eos_token_id)
     results: dict[str, Any] = {}
@@ -86,6 +85,9 @@ def evaluate(source: str, recipe: Recipe, dtype: str | None, step: int | None = 
         asked = stage.model_copy(update={"gates": list(recipe.gates)})
         path = Path(source)
         tokenizer = path / HUGGING_FACE if is_run(path) else recipe.model.tokenizer or recipe.model.pretrained
+        if tokenizer is None:
+            text = "is missing, and gates read text with it."
+            raise ConfigError([Problem("model.tokenizer", None, text, "Give a tokenizer directory.")])
         outcomes = GateRunner(recipe, domains, pad, tokenizer, micro).evaluate(model, asked, None)
         results["gates"] = {outcome.gate: outcome.numbers for outcome in outcomes}
     return results

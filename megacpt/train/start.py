@@ -22,8 +22,8 @@ from megacpt.checkpoint.load import load_training
 from megacpt.checkpoint.manifest import RunState, latest_intact_checkpoint
 from megacpt.config.clock import Clock
 from megacpt.config.load import load_recipe, plain
-from megacpt.config.model import load_base_config, with_rope
-from megacpt.config.plan_file import read_plan, save_plan
+from megacpt.config.model import with_rope
+from megacpt.config.plan_file import base_of, read_plan, save_plan
 from megacpt.config.recipe import Recipe
 from megacpt.config.resolve import RunPlan, resolve
 from megacpt.config.resume import changes_on_resume
@@ -32,7 +32,6 @@ from megacpt.config.sections.model import Model
 from megacpt.config.timeline import timeline
 from megacpt.data.loader import open_domains, pad_token
 from megacpt.errors import CheckpointError, ConfigError, DataError
-from megacpt.family.base import ModelConfig
 from megacpt.family.read import read_config, what_matters
 from megacpt.files import write_atomically
 from megacpt.model.base_files import (
@@ -105,7 +104,7 @@ def open_session(
         keep_base(plan, directory, start.mode, compute)
         model = optimizer = None
         try:
-            exact = held_exactly(plan, start.path, compute)
+            exact = frozenset() if start.mode == "scratch" else held_exactly(plan, start.path, compute)
             model, optimizer = build(plan, stage, compute, device, exact)
             fill(plan, directory, model, optimizer, start)
             break
@@ -171,7 +170,7 @@ def resolve_run(
     Raises:
         ConfigError: naming each fact on which ranks differ, and what a resume may not change. DataError: for other data.
     """
-    config, small = given_config(recipe, directory, start), digests(base_files(recipe.model))
+    config, small = base_of(recipe), digests(base_files(recipe.model))
     weights = weight_files(recipe.model) if start.mode == "pretrained" else []
     agree(
         {
@@ -225,14 +224,6 @@ def kept_before(directory: RunDirectory, now: Collection[str]) -> Kept:
     return Kept(digests(copies), {})
 
 
-def given_config(recipe: Recipe, directory: RunDirectory, start: Start) -> ModelConfig:
-    """The base model's config.json; a run that is resumed has a copy of its own, should the base be gone."""
-    copy, given = directory.path / HUGGING_FACE / "config.json", recipe.model.pretrained or recipe.model.config
-    if start.state and given and not Path(given).exists() and copy.is_file():
-        return read_config(copy)
-    return load_base_config(recipe.model)
-
-
 def check_resume(plan: RunPlan, directory: RunDirectory, state: RunState, fingerprints: dict[str, str]) -> list[str]:
     """Differences that a resume may have. Data or steps that differ are errors."""
     for name, digest in state.fingerprints.items():
@@ -268,7 +259,7 @@ def check_base(plan: RunPlan, directory: RunDirectory, before: Kept, present: bo
         keys = [key for key in now | was if now.get(key) != was.get(key)]
         problems += [f"{key} = {now.get(key)}: the run began with {was.get(key)}." for key in keys]
     for what, new, old in (("tokenizer", plan.files, before.files), ("weights", plan.weights, before.weights)):
-        names = sorted(name for name in new | old if name not in (*NO_IDS, "config.json")) if present and old else []
+        names = sorted(name for name in {*new, *old} if name not in (*NO_IDS, "config.json")) if present and old else []
         for name in names:
             if new.get(name) != old.get(name):
                 known = [digest[:12] if digest else "nothing" for digest in (new.get(name), old.get(name))]
@@ -288,8 +279,9 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
         side, model = directory.path / HUGGING_FACE, plan.recipe.model
         side.mkdir(parents=True, exist_ok=True)
         if mode != "resume":
-            copy_side_files(model.pretrained, model.tokenizer or model.pretrained, side)
+            copy_side_files(model.pretrained, model.tokenizer_path, side)
             if mode == "pretrained":
+                assert model.pretrained is not None, "choose_start has found it"
                 dtypes = pretrained_dtypes(plan.base, model.pretrained)
             else:
                 name = "bfloat16" if compute == torch.bfloat16 else "float32"
@@ -305,10 +297,12 @@ def keep_base(plan: RunPlan, directory: RunDirectory, mode: Mode, compute: torch
 def fill(plan: RunPlan, directory: RunDirectory, model: Decoder, optimizer: AdamW, start: Start) -> None:
     """Weights and moments. Collective."""
     if start.state:
+        assert start.path is not None, "a state comes from a checkpoint"
         load_training(start.path, optimizer, start.state.num_updates, start.state.missed)
         if names := not_finite(named_tensors(optimizer)):
             raise CheckpointError(f"{start.path}: {len(names)} tensors hold inf or nan, {names[0]} among them.")
     elif start.mode == "pretrained":
+        assert plan.recipe.model.pretrained is not None, "choose_start has found it"
         load_pretrained(model, plan.model, plan.recipe.model.pretrained)
     else:
         initialize(model, plan.model, plan.recipe.run.seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megacpt import heartbeat
 from megacpt.data.loader import StepData
 from megacpt.model.decoder import Decoder
-from megacpt.model.run import accumulate
+from megacpt.model.run import forward_backward
 from megacpt.objective.base import Objective
 from megacpt.objective.next_token import NEXT_TOKEN
 from megacpt.optim.adamw import AdamW
@@ -83,7 +83,7 @@ def train_step(
         signals: this rank's.
         objective: whose first sum is the loss.
     """
-    loss = accumulate(model, batch.micro_batches, batch.counts, reduction, objective)[0]
+    loss = forward_backward(model, batch.micro_batches, batch.counts, reduction, objective)[0]
     heartbeat.reach("before_update", subject=lambda: _first_gradient(optimizer))
     norm = grad_norm(model.counted_parameters(), model.mesh, model.options.operations)
     fine = (loss <= update.max_loss) & (norm <= update.max_grad_norm) & loss.isfinite()

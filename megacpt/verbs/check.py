@@ -57,6 +57,7 @@ def run(options: Namespace) -> int:
         return ConfigError.exit_code if report.problems else 0
     if report.problems:
         raise ConfigError(report.problems, f"{options.recipe} (world size {world_size})")
+    assert report.facts is not None, "there are no problems"
     print("\n".join([*describe(report.facts), *(f"warning: {warning}" for warning in report.warnings)]))
     if options.timeline:
         from megacpt.config.clock import Clock

@@ -62,7 +62,7 @@ def require_no_problems(recipe, path: str, world_size: int) -> None:
     if report.problems:
         raise ConfigError(report.problems, f"{path} (world size {world_size})")
     for warning in report.warnings:
-        warn(warning)
+        warn(str(warning))
 
 
 def launched_size() -> int:

@@ -31,7 +31,7 @@ def run(options: Namespace) -> None:
     if options.decode:
         from megacpt.data.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer(recipe.model.tokenizer or recipe.model.pretrained)
+        tokenizer = Tokenizer(recipe.model.tokenizer_path)
         for row, (pick, documents) in enumerate(zip(found.picks, documents_of(batch), strict=True)):
             print(f"--- row {row}: domain {pick.domain}, epoch {pick.epoch}, packed row {pick.row}")
             for document in documents:

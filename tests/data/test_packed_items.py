@@ -19,7 +19,7 @@ from megacpt.data.curriculum import item_scores
 from megacpt.data.domain import DomainData
 from megacpt.data.fit import pack_best_fit, pack_in_order
 from megacpt.data.indexed import write_index
-from megacpt.data.loader import IGNORE, StageData, load_step, make_batch, mixtures, open_domains
+from megacpt.data.loader import IGNORE, StageData, load_step, make_batch, open_domains, stage_orders
 from megacpt.data.manifest import crc32_of
 from megacpt.data.packing import FILES, open_index
 from megacpt.data.select import Selection, held_out
@@ -247,10 +247,13 @@ def test_sets_with_and_without_items_are_no_domain(tmp_path, recipe_file):
     with pytest.raises(DataError, match=r"two: was prepared without --item-field, other sets of the domain with it"):
         DomainData(prefixes)
     path = recipe_file(data={"a": {"paths": prefixes}, "b": {"paths": prefixes[:1]}}, validation=[])
-    problems = check(load_recipe(path), 1).problems
+    problems = [str(p) for p in check(load_recipe(path), 1).problems]
     assert any("data.a: " in p and "was prepared with --item-field" in p for p in problems)
     assert not any("data.b: the longest item" in p for p in problems)
     short = check(load_recipe(path, ["--stages.s.seq_len=8", "--parallel.micro_batch_tokens=8"]), 1).problems
+    short = [str(problem) for problem in short]
+    view = check(load_recipe(path, ["--data.a.max_tokens=99"]), 1).problems
+    assert any("was prepared with --item-field" in str(problem) for problem in view), "in a view, too"
     assert any("data.b: the longest item has 11 tokens, a row 8" in p for p in short)
 
 
@@ -296,7 +299,7 @@ def test_the_count_of_labels_is_what_the_loss_sees(tmp_path, recipe_file):
         "lr": {"shape": "constant", "peak": 1e-3},
     }
     recipe = load_recipe(recipe_file(data=data, stages=[stage], validation=[], parallel={"micro_batch_tokens": 10}))
-    order = mixtures(recipe, Clock(recipe))[0]
+    order = stage_orders(recipe, Clock(recipe))[0]
     stage_data = StageData(recipe, recipe.stages[0], order, open_domains(recipe, ["a"]), 0, 401)
     counts = stage_data.count(stage_data.picks(0, 1))
     assert (counts.labels, counts.weight, counts.items) == (4, 4.0, 1)

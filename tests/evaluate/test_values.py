@@ -95,7 +95,7 @@ class Oracle:
 def test_recall_of_a_model_that_finds_what_it_finds(mesh, tokenizer_dir, monkeypatch, misses, expected):
     tokenizer = Tokenizer(tokenizer_dir)
     oracle = Oracle(misses)
-    monkeypatch.setattr(sequences, "each_loss", oracle)
+    monkeypatch.setattr(sequences, "forward_losses", oracle)
     hay = np.array(tokenizer.encode_batch(["the order of data is a mesh. " * 400])[0], np.int64)
     grid = run_needles(
         SimpleNamespace(mesh=mesh), tokenizer, hay, [512, 1024], depths=3, inserted=3, asked=2, micro_batch_tokens=2048, seed=5
@@ -114,7 +114,7 @@ def test_what_is_asked_of_the_model_is_the_number_in_the_book(mesh, tokenizer_di
             batch = batch_of(number)
             books.append((batch.tokens.reshape(-1), batch.labels.reshape(-1)))
 
-    monkeypatch.setattr(sequences, "each_loss", read_books)
+    monkeypatch.setattr(sequences, "forward_losses", read_books)
     hay = np.array(tokenizer.encode_batch(["x " * 4000])[0], np.int64)
     run_needles(SimpleNamespace(mesh=mesh), tokenizer, hay, [600], 3, 1, 1, micro_batch_tokens=600, seed=1)
     assert len(books) == 3

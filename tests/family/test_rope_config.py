@@ -86,7 +86,7 @@ def test_a_change_keeps_what_it_does_not_name():
     assert "rope.low_freq_factor = 1.0: unknown for rope_type 'linear'. Possible: factor" in str(caught.value)
     plain = parse_config(tiny_config(), "t")
     with pytest.raises(
-        ConfigError, match="rope.rule = 'ntk': decides theta alone; theta, factor cannot stand beside it"
+        ConfigError, match='rope.rule = "ntk": decides theta alone; theta, factor cannot stand beside it'
     ):
         change_rope(plain, rule="ntk", theta=1e6, factor=2.0, seq_len=128)
 
@@ -101,7 +101,7 @@ def test_all_problems_of_a_file_come_at_once():
         "mlp_bias",
         "vocab_size: is required",
         "partial_rotary_factor",
-        "rope_theta = 'x'",
+        'rope_theta = "x"',
     ):
         assert text in str(caught.value)
     assert len(caught.value.problems) == 6

@@ -313,7 +313,7 @@ def test_a_spike_of_six_steps_is_skipped_six_times(mesh, monkeypatch):
     ]
     losses, norms = (iter([pair[i] for pair in values]) for i in range(2))
     double = lambda number: torch.tensor(number, dtype=torch.float64)
-    monkeypatch.setattr(module, "accumulate", lambda *_: [double(next(losses))])
+    monkeypatch.setattr(module, "forward_backward", lambda *_: [double(next(losses))])
     monkeypatch.setattr(module, "grad_norm", lambda *_: double(next(norms)))
     monkeypatch.setattr(steps, "rate_of_step", lambda *_: 1e-3)
     model = SimpleNamespace(mesh=mesh, counted_parameters=list, options=SimpleNamespace(operations="torch"))
@@ -352,13 +352,13 @@ def test_a_spike_is_skipped_in_a_run(recipe_file, tmp_path):
     def loud():
         from megacpt.train import step
 
-        original, calls = step.accumulate, []
+        original, calls = step.forward_backward, []
 
         def spiking(*args, **kwargs):
             calls.append(1)
             return original(*args, **kwargs) * (3.0 if len(calls) == 6 else 1.0)
 
-        step.accumulate = spiking
+        step.forward_backward = spiking
 
     flags = ["--health.spike_mads=20", "--health.spike_window=8", f"--run.directory={tmp_path}/run"]
     run_ranks(2, recipe_file(), flags, prepare=loud)

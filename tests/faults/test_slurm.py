@@ -28,9 +28,14 @@ def field(slurm, job: str, name: str) -> str:
     return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
 
 
-def submit(slurm, tmp_path, *arguments: str) -> str:
+def submit(slurm, tmp_path, *arguments: str, ranks: int = 1) -> str:
     options = ["--parsable", "--nodes=1", "--gpus-per-node=0", "--time=60", f"--output={tmp_path}/job.log"]
-    environment = slurm | {"PYTHON": sys.executable, "NPROC": "2", "SHUTDOWN_TIMEOUT": "600", "OMP_NUM_THREADS": "1"}
+    environment = slurm | {
+        "PYTHON": sys.executable,
+        "NPROC": str(ranks),
+        "SHUTDOWN_TIMEOUT": "600",
+        "OMP_NUM_THREADS": "1",
+    }
     words = ["sbatch", *options, "launch/slurm.sbatch", *arguments]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -64,7 +69,8 @@ def test_a_job_saves_when_its_end_is_near_or_it_is_to_leave_and_goes_on(slurm, r
     other time here, and the job is requeued and resumes there. `--dtype` among the arguments is none of the template's business."""
     run, path = tmp_path / "run", recipe_file()
     flags = ["--stages.s.tokens=1B", "--validation=[]", "--checkpoint.every_steps=1000000", "--log.tensorboard=false"]
-    job = submit(slurm, tmp_path, path, *flags, f"--health.watchdog={watchdog}", "--dtype", "float32")
+    ranks = 2 if watchdog == "true" else 1
+    job = submit(slurm, tmp_path, path, *flags, f"--health.watchdog={watchdog}", "--dtype", "float32", ranks=ranks)
     told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
     try:
         until(lambda: trained(run, 1, 2), LONG_SECONDS, told)

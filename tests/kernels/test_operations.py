@@ -14,7 +14,7 @@ Q, K = torch.randn(6, 2, 8), torch.randn(6, 1, 8)
 TABLE, AT = torch.randn(9, 4), torch.arange(6, dtype=torch.int32)
 COLUMN, ROWS = torch.tensor([0, 3, -7, 2, 1, 5]), torch.ones(6)
 DOCUMENTS = Documents.of([0, 2], 6)
-SEEN = [DOCUMENTS.seen, DOCUMENTS.seen_by]
+SEEN = [DOCUMENTS.key_range, DOCUMENTS.query_range]
 NUMBERS = (0.9, 0.95, 0.1, 0.05, 1e-3, 1.0, 1e-8, 0.99, 0, 8, 8, 5)
 CALLS = {
     "rms_norm_forward": (X, None, W, 1e-5),

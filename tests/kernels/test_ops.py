@@ -23,7 +23,7 @@ from megacpt_kernels import (
     rope_qk_,
     swiglu,
 )
-from megacpt_kernels.adamw import Place
+from megacpt_kernels.adamw import ShardPosition
 from megacpt_kernels.attention import resolve_backend
 from shared import LONG_SECONDS
 from tolerances import ATTENTION, ATTENTION_OUT, KERNEL, WEIGHT_GRAD, difference
@@ -407,7 +407,7 @@ def test_stochastic_rounding_has_the_same_bits_however_a_tensor_is_cut(backend):
         whole = [x.clone() for x in start]
         for r, c in cut:
             part = [x[r, c].clone().contiguous() for x in whole]
-            place = Place((r.start or 0) * columns + (c.start or 0), part[0].shape[1], columns, key)
+            place = ShardPosition((r.start or 0) * columns + (c.start or 0), part[0].shape[1], columns, key)
             one = [[x] for x in (part[0], grad[r, c].contiguous(), *part[1:])]
             adamw_(*one, 1e-3, (0.9, 0.95), 1e-8, 0.1, 3, None, [place], seed, backend=backend)
             for x, new in zip(whole, part, strict=True):
@@ -443,7 +443,7 @@ def test_stochastic_rounding_keeps_small_updates_in_the_mean():
             0.0,
             step,
             None,
-            [Place(0, n, n, 1)],
+            [ShardPosition(0, n, n, 1)],
             5,
         )
     moved = 1 - weight.double().mean().item()

@@ -296,8 +296,8 @@ def test_attention_whole_tiles_are_used_and_needed(monkeypatch):
     inputs = [random(90, 2, 8), random(90, 1, 8, seed=1), random(90, 1, 8, seed=2)]
     ours = lambda *x: attention(*x, documents, backend="triton")
     assert compare(ours, lambda *x: attention_reference(*x, documents), inputs) <= ATTENTION[torch.float32]
-    moved = documents_of(((0, 6, 90), (0, 6, 90))).seen
-    monkeypatch.setattr(Documents, "seen", property(lambda self: moved))
+    moved = documents_of(((0, 6, 90), (0, 6, 90))).key_range
+    monkeypatch.setattr(Documents, "key_range", property(lambda self: moved))
     broken = ours(*inputs)
     assert difference(broken, attention_reference(*inputs, documents)) > 1e-3
 
@@ -306,7 +306,7 @@ def test_what_a_query_sees_is_what_the_mask_shows():
     """The four bounds against the plain mask, and none of them falls."""
     for edges in EDGES.values():
         documents = documents_of(edges)
-        seen, by = documents.seen.long(), documents.seen_by.long()
+        seen, by = documents.key_range.long(), documents.query_range.long()
         key, query = torch.arange(edges[1][-1]), torch.arange(edges[0][-1])
         one = (key[None] >= seen[0][:, None]) & (key[None] <= seen[1][:, None])
         other = (query[:, None] >= by[0][None]) & (query[:, None] <= by[1][None])
@@ -373,12 +373,23 @@ def test_embedding(ids, dtype):
 
 def test_both_backends_round_to_the_same_bits():
     """Where the float32 results are the same bits: moments of zero gradients scaled by a power of two."""
-    from megacpt_kernels.adamw import Place
+    from megacpt_kernels.adamw import ShardPosition
 
     make = lambda: [[random(40, 30, seed=s).bfloat16()] for s in range(4)]
     got, want = make(), make()
     for tensors, backend in ((got, "triton"), (want, "torch")):
         tensors[1][0] = tensors[1][0].float() * 0
-        adamw_(*tensors, 0.0, (0.875, 0.9375), 1.0, 0.0, 9, None, [Place(2**33 + 5, 30, 77, 3)], 11, backend=backend)
+        adamw_(
+            *tensors,
+            0.0,
+            (0.875, 0.9375),
+            1.0,
+            0.0,
+            9,
+            None,
+            [ShardPosition(2**33 + 5, 30, 77, 3)],
+            11,
+            backend=backend,
+        )
     assert torch.equal(got[2][0], want[2][0]) and torch.equal(got[3][0], want[3][0])
     assert not torch.equal(got[2][0], (random(40, 30, seed=2).bfloat16().float() * 0.875).bfloat16())

@@ -28,7 +28,7 @@ from megacpt.model.build import build_model, sharding_of
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import initialize, load_pretrained
 from megacpt.model.inputs import to_inputs
-from megacpt.model.run import accumulate, each_loss
+from megacpt.model.run import forward_backward, forward_losses
 from megacpt.model.split import plan_pipeline
 from megacpt.parallel.mesh import build_mesh
 from megacpt.plan.memory import Job, kept_bytes, rank_parameters
@@ -109,7 +109,7 @@ def _scores_apart(model, scores: list[torch.Tensor]) -> dict[str, float]:
     batches = [batch for batch, _ in rows()]
     for shift in SHIFTS:
         moved = [_relabelled(batch, shift) for batch in batches]
-        each_loss(model, len(moved), moved.__getitem__, partial(use, shift=shift))
+        forward_losses(model, len(moved), moved.__getitem__, partial(use, shift=shift))
     return out
 
 
@@ -121,7 +121,7 @@ def _gradients_apart(model, gradients: dict[str, torch.Tensor]) -> dict[str, flo
     mesh = model.mesh
     batches = [batch for batch, _ in rows()]
     labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
-    accumulate(model, batches[mesh.data_rank :: mesh.layout.data], StepCounts(labels, labels, 1), "step")
+    forward_backward(model, batches[mesh.data_rank :: mesh.layout.data], StepCounts(labels, labels, 1), "step")
     out = {}
     for name, parameter in model.named_parameters():
         whole = torch.zeros(parameter.shape, dtype=torch.float64)
@@ -204,7 +204,7 @@ def norm_of_all_heads(monkeypatch) -> None:
         if norm is None:
             return heads
         scale = torch.rsqrt(heads.pow(2).mean((1, 2), keepdim=True) + self.eps)
-        return heads * scale * decoder.replicated(norm.weight)
+        return heads * scale * decoder.local_with_grad(norm.weight)
 
     monkeypatch.setattr(decoder.Attention, "_normed", normed)
 

@@ -92,7 +92,7 @@ def test_one_copy_goes_to_the_device_and_does_not_wait():
     with Copies() as copies:
         host = to_host(batch(), rank_of(2, 1))
         inputs = to_inputs(host, rank_of(2, 1, "meta"))
-        made_there = inputs.plan.documents.seen, inputs.plan.documents.seen_by
+        made_there = inputs.plan.documents.key_range, inputs.plan.documents.query_range
     assert copies.found == [(host.buffer.nbytes, True)] and {x.device.type for x in made_there} == {"meta"}
     with Copies() as copies:
         torch.zeros(3).to("meta")

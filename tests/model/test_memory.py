@@ -224,7 +224,7 @@ class Operations(TorchDispatchMode):
 
 def done_in_a_step(broken: bool, **degrees) -> dict[str, Counter]:
     """By mode: a layer's share of what a step of one micro-batch does: attention, products, and collectives by axis."""
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.parallel import collectives, recompute
 
     if broken:
@@ -248,7 +248,7 @@ def done_in_a_step(broken: bool, **degrees) -> dict[str, Counter]:
             model.set_activation_checkpointing(mode)
             seen.clear()
             with Operations() as operations:
-                accumulate(model, [batch()], counts(1), "step")
+                forward_backward(model, [batch()], counts(1), "step")
             for name in ("attention_forward", "attention_backward"):
                 seen[name] = operations.seen[name]
             seen["products"] = sum(operations.seen[name] for name in ("mm", "addmm", "addmm_"))
@@ -277,7 +277,7 @@ def test_the_count_sees_what_is_done_again():
 
 def order_of_a_layer(broken: bool) -> dict[str, list[str]]:
     """By mode: gathers of keys, products and attention of a step of one layer, in the order in which they are started."""
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.parallel import collectives, context
 
     if broken:
@@ -297,7 +297,7 @@ def order_of_a_layer(broken: bool) -> dict[str, list[str]]:
         model.set_activation_checkpointing(mode)
         seen.clear()
         with Order():
-            accumulate(model, [batch()], counts(1), "step")
+            forward_backward(model, [batch()], counts(1), "step")
         found[mode] = list(seen)
     return found
 
@@ -329,7 +329,7 @@ def test_the_order_sees_a_gather_that_starts_too_late():
 @pytest.mark.parametrize("name", [*attention_libraries.FUNCTIONS, None], ids=str)
 def test_selective_keeps_attention_whoever_computes_it(name, mesh, monkeypatch):
     """The kernels themselves are counted: forward once but under full, backward once; gradients are those of no recomputation."""
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
 
     model = model_of(3)
     if name:
@@ -341,7 +341,7 @@ def test_selective_keeps_attention_whoever_computes_it(name, mesh, monkeypatch):
         attention_libraries.calls.clear()
         model.set_activation_checkpointing(mode)
         model.zero_grad()
-        accumulate(model, [batch()], counts(1), "step")
+        forward_backward(model, [batch()], counts(1), "step")
         assert attention_libraries.calls == {"forward": 6 if mode == "full" else 3, "backward": 3}, mode
         grads[mode] = [p.grad._local_tensor.clone() for p in model.parameters()]
     assert all(torch.equal(a, b) for mode in MODES for a, b in zip(grads[mode], grads["none"], strict=True))

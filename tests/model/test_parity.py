@@ -17,7 +17,7 @@ from megacpt.model.build import build_model
 from megacpt.model.decoder import ModelOptions
 from megacpt.model.hf import fill_shard
 from megacpt.model.inputs import to_inputs
-from megacpt.model.run import accumulate, each_loss
+from megacpt.model.run import forward_backward, forward_losses
 from megacpt.parallel.gemm import PlainGemm
 
 VARIANTS = {
@@ -67,7 +67,7 @@ def packed(lengths, vocab: int) -> tuple[Batch, list[torch.Tensor]]:
 def losses_of(model, batch: Batch) -> torch.Tensor:
     """The loss of each token."""
     found = []
-    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
+    forward_losses(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
     return found[0]
 
 
@@ -85,7 +85,7 @@ def compare(
     expected = torch.cat(losses)
     (expected.sum() / labels).backward()
     got = losses_of(model, change(batch))[torch.from_numpy(batch.labels[0]) >= 0]
-    accumulate(model, [change(batch)], StepCounts(labels, labels, 1), "step")
+    forward_backward(model, [change(batch)], StepCounts(labels, labels, 1), "step")
     gradients = gradients_of(raw, theirs)
     found = {"nll": difference(got, expected)}
     for name, parameter in model.named_parameters():
@@ -189,7 +189,7 @@ def test_activation_checkpointing_gives_the_same_gradients(mesh, mode):
     for checkpointing in ("none", mode):
         model.set_activation_checkpointing(checkpointing)
         model.zero_grad()
-        accumulate(model, [batch], StepCounts(1, 1, 1), "step")
+        forward_backward(model, [batch], StepCounts(1, 1, 1), "step")
         grads.append([p.grad._local_tensor.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

@@ -106,7 +106,7 @@ def trained(
     """
     from megacpt.config.trainable import Trainable, trainable_in
     from megacpt.data.loader import StepCounts
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.optim.adamw import AdamW
     from megacpt.optim.clip import grad_norm, inverse_clip
     from megacpt.optim.trainable import set_trainable
@@ -139,7 +139,7 @@ def trained(
         found["dtypes"].append({name: p.dtype for name, p in optimizer.parameters.items()})
         before = {name: local_part(p).detach().clone() for name, p in optimizer.parameters.items()}
         for _ in range(STEPS):
-            loss = accumulate(model, mine, counts, reduce)[0]
+            loss = forward_backward(model, mine, counts, reduce)[0]
             if version == "dropped":
                 for name in frozen & optimizer.parameters.keys():
                     optimizer.parameters[name].grad = None
@@ -219,7 +219,7 @@ def products_made(layout: str, frozen: list[list[str]]) -> list[Counter]:
     from megacpt.data.loader import StepCounts
     from megacpt.family.read import parse_config
     from megacpt.model.build import set_trainable
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
     from megacpt.parallel.gemm import PlainGemm
 
     config = parse_config(tiny_config(num_hidden_layers=6), "test")
@@ -238,7 +238,7 @@ def products_made(layout: str, frozen: list[list[str]]) -> list[Counter]:
     for patterns in frozen:
         set_trainable(model, names - frozen_in(patterns, list(names)))
         made.clear()
-        accumulate(model, made_batches(ROWS), StepCounts(1, 1, 1), "step")
+        forward_backward(model, made_batches(ROWS), StepCounts(1, 1, 1), "step")
         model.zero_grad()
         found.append(Counter(made))
     return found
@@ -299,7 +299,7 @@ def reduced_bytes(frozen: list[list[str]]) -> list[tuple[int, int]]:
     from megacpt.data.loader import StepCounts
     from megacpt.family.read import parse_config
     from megacpt.model.build import set_trainable
-    from megacpt.model.run import accumulate
+    from megacpt.model.run import forward_backward
 
     config = parse_config(tiny_config(num_hidden_layers=6), "test")
     model, names, sent = model_on("dp2", config, torch.float32), set(config.shapes()), []
@@ -319,7 +319,7 @@ def reduced_bytes(frozen: list[list[str]]) -> list[tuple[int, int]]:
         trained = names - frozen_in(patterns, list(names))
         set_trainable(model, trained)
         sent.clear()
-        accumulate(model, made_batches(2)[model.mesh.data_rank :][:1], StepCounts(1, 1, 1), "step")
+        forward_backward(model, made_batches(2)[model.mesh.data_rank :][:1], StepCounts(1, 1, 1), "step")
         model.zero_grad()
         found.append((sum(sent), sum(4 * size(p) for name, p in model.named_parameters() if name in trained)))
     return found

@@ -37,7 +37,7 @@ def products_of_a_step(around: str, **degrees) -> dict[str, int]:
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
     from megacpt.model.inputs import to_inputs
-    from megacpt.model.run import accumulate, each_loss
+    from megacpt.model.run import forward_backward, forward_losses
     from megacpt.model.split import plan_pipeline
     from megacpt.parallel import gemm, tensor
     from megacpt.parallel.mesh import build_mesh
@@ -67,8 +67,8 @@ def products_of_a_step(around: str, **degrees) -> dict[str, int]:
     tokens = np.random.default_rng(0).integers(0, 400, (1, 64))
     batch = Batch(tokens, np.roll(tokens, -1, 1), np.arange(64)[None], np.array([0]), np.array([0]), [""])
     with Ran():
-        accumulate(model, [batch, batch], StepCounts(128, 128, 2), "step")
-        each_loss(model, 1, lambda _: batch, lambda *_: None)
+        forward_backward(model, [batch, batch], StepCounts(128, 128, 2), "step")
+        forward_losses(model, 1, lambda _: batch, lambda *_: None)
         if model.head is not None and parallel.pipeline == 1:
             inputs = to_inputs(batch, mesh)
             with torch.no_grad():
@@ -121,10 +121,10 @@ def low_rank(later: bool, frozen: bool) -> dict[str, torch.Tensor | None]:
     from megacpt.parallel.collectives import gather_tokens
     from megacpt.parallel.gemm import PlainGemm
     from megacpt.parallel.tensor import (
-        Later,
+        DeferredWeightGrads,
         TensorAxis,
         column_parallel,
-        drain,
+        compute_deferred,
         row_parallel,
         sum_replicated_gradients,
     )
@@ -160,13 +160,13 @@ def low_rank(later: bool, frozen: bool) -> dict[str, torch.Tensor | None]:
         w1.requires_grad_(False)
         w2.requires_grad_(False)
     x = x.chunk(size)[rank].clone().requires_grad_()
-    axis, queue = TensorAxis(group, gemm=LowRank()), Later() if later else None
+    axis, queue = TensorAxis(group, gemm=LowRank()), DeferredWeightGrads() if later else None
     (hidden,) = column_parallel(x, [Place("up", w1, more=(a1, b1))], axis, queue)
     out = row_parallel(torch.nn.functional.silu(hidden), Place("down", w2, more=(a2, b2)), axis, queue)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
     if later:
         assert all(p.grad is None for p in made)
-        drain(queue)
+        compute_deferred(queue)
     sum_replicated_gradients(made, group)
 
     def whole(part, dim):

@@ -82,7 +82,7 @@ def alive_after_each_action(name: str, keep: bool = False) -> tuple[list[int], l
         return result
 
     run._Gradients.run = observed
-    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
+    run.forward_backward(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
     assert max(expected) == peak_in_flight(plan.schedule(MICRO_BATCHES).ranks[mesh.pipeline_rank])
     return alive, expected[1:], held
 
@@ -144,7 +144,7 @@ def order_between_actions(name: str) -> list[str]:
     noted(run._Gradients, "shape", "room")
     noted(dist, "irecv", "receive")
     noted(dist, "isend", "send")
-    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
+    run.forward_backward(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
     return done
 
 
@@ -193,7 +193,7 @@ def connections() -> tuple[set, set]:
     model = made_model("1f1b", Layout(pipeline=2, context=2, tensor=2), parallel)
     opened = set(found)
     found.clear()
-    run.accumulate(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
+    run.forward_backward(model, [batch(i) for i in range(MICRO_BATCHES)], counts_of_all(), "step")
     grad_norm(model.counted_parameters(), model.mesh)
     return opened, found
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megacpt.config.sections.parallel import Parallel
 from megacpt.model.split import plan_pipeline, split_layers
 from megacpt.parallel.pipeline.schedule import SCHEDULES, Action, Schedule, make_schedule, virtual_stages_of
-from megacpt.parallel.pipeline.simulate import Op, lower, made, needed, rendezvous, simulate
+from megacpt.parallel.pipeline.simulate import Op, check_messages, input_of, lower_to_ops, output_of, simulate
 
 EQUAL = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
@@ -47,9 +47,9 @@ def test_every_schedule_runs_each_action_once_and_never_deadlocks(name, ranks, v
         if kinds == "FIW":
             at = {action: i for i, action in enumerate(actions)}
             assert all(at[a] > at[Action("I", a.stage, a.micro_batch)] for a in actions if a.kind == "W")
-    assert simulate(schedule) is not None and rendezvous(schedule) == "sound"
+    assert simulate(schedule) is not None and check_messages(schedule) == "sound"
     forward = schedule.forward_only()
-    assert simulate(forward) is not None and rendezvous(forward) == "sound"
+    assert simulate(forward) is not None and check_messages(forward) == "sound"
 
 
 @pytest.mark.parametrize("ranks, virtual", itertools.product((2, 3, 4, 8), (1, 2, 3, 4)))
@@ -105,37 +105,37 @@ def test_a_ragged_number_has_two_generators():
 def test_the_simulator_sees_a_deadlock():
     good = make_schedule("1f1b", 2, 1, 4)
     swapped = Schedule((tuple(sorted(good.ranks[0], key=lambda a: a.kind)), good.ranks[1]), good.placement)
-    assert simulate(swapped) is None and rendezvous(swapped) == "deadlock"
+    assert simulate(swapped) is None and check_messages(swapped) == "deadlock"
 
 
 def test_the_rule_of_nccl_sees_receives_in_another_order():
     """No tags: the second activation would land in the first one's buffer."""
     schedule = make_schedule("gpipe", 2, 1, 3)
-    programs = [list(lower(schedule, rank)) for rank in range(2)]
+    programs = [list(lower_to_ops(schedule, rank)) for rank in range(2)]
     receives = [i for i, op in enumerate(programs[1]) if op.kind == "receive"]
     first, second = receives[:2]
     programs[1][first], programs[1][second] = programs[1][second], programs[1][first]
-    assert rendezvous(schedule, programs) == "mismatch"
+    assert check_messages(schedule, programs) == "mismatch"
 
 
 def test_the_rule_of_nccl_sees_one_communicator_for_both_kinds(monkeypatch):
     """With activations and gradients on one communicator, what waits in front blocks what is needed, when receives are posted
-    in the order of their use; `lower` posts in the order of the sends, which does not even need two."""
+    in the order of their use; `lower_to_ops` posts in the order of the sends, which does not even need two."""
     import megacpt.parallel.pipeline.simulate as module
 
     both = [make_schedule("interleaved", 2, 2, m) for m in (1, 2, 3, 5, 8)]
-    played = lambda schedule: rendezvous(schedule, [one_ahead(schedule, rank) for rank in range(2)], holds=False)
-    assert all(played(schedule) == rendezvous(schedule) == "sound" for schedule in both)
+    played = lambda schedule: check_messages(schedule, [one_ahead(schedule, rank) for rank in range(2)], holds=False)
+    assert all(played(schedule) == check_messages(schedule) == "sound" for schedule in both)
     monkeypatch.setattr(module, "channel", lambda source, target, tensor: ("all", "up" if target > source else "down"))
     assert any(played(schedule) != "sound" for schedule in both)
-    assert all(rendezvous(schedule) == "sound" for schedule in both)
+    assert all(check_messages(schedule) == "sound" for schedule in both)
 
 
 def test_the_programs_last_message_must_arrive():
     schedule = make_schedule("1f1b", 2, 1, 2)
-    programs = [list(lower(schedule, rank)) for rank in range(2)]
+    programs = [list(lower_to_ops(schedule, rank)) for rank in range(2)]
     programs[1].remove(next(op for op in reversed(programs[1]) if op.kind == "send"))
-    assert rendezvous(schedule, programs) == "deadlock"
+    assert check_messages(schedule, programs) == "deadlock"
 
 
 def one_ahead(schedule: Schedule, rank: int, behind_its_cause: bool = True) -> list[Op]:
@@ -147,14 +147,14 @@ def one_ahead(schedule: Schedule, rank: int, behind_its_cause: bool = True) -> l
     actions, program, posted, depends = schedule.ranks[rank], [], 0, ancestors(schedule)
     for i, action in enumerate(actions):
         while posted < min(len(actions), i + 2):
-            tensor = needed(actions[posted], schedule)
+            tensor = input_of(actions[posted], schedule)
             if tensor and schedule.placement[tensor[1]] != rank:
                 if posted > i and not behind_its_cause and depends[tensor][rank] >= i:
                     break
                 program.append(Op("receive", actions[posted], tensor, schedule.placement[tensor[1]]))
             posted += 1
         program.append(Op("run", action))
-        if (given := made(action, schedule)) and given[1] != rank:
+        if (given := output_of(action, schedule)) and given[1] != rank:
             program.append(Op("send", action, *given))
     return program
 
@@ -164,7 +164,7 @@ def ancestors(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, ...]]
     found: dict[tuple, tuple[int, ...]] = {None: (-1,) * len(schedule.ranks)}
     for rank, i in ((r, i) for _, r, i in sorted((t, r, i) for r, i, t in begins(schedule))):
         action = schedule.ranks[rank][i]
-        before = [found[needed(action, schedule)]] + ([found[rank, i - 1]] if i else [])
+        before = [found[input_of(action, schedule)]] + ([found[rank, i - 1]] if i else [])
         mine = [max(places) for places in zip(*before, strict=True)]
         mine[rank] = i
         found[rank, i] = tuple(mine)
@@ -203,8 +203,8 @@ class TestPosting:
 
     def test_no_action_waits_for_a_message_that_waits_for_it(self):
         for schedule in every_schedule():
-            programs = [lower(schedule, rank) for rank in range(len(schedule.ranks))]
-            assert rendezvous(schedule, programs) == "sound" and held_by_their_cause(schedule, programs) == 0
+            programs = [lower_to_ops(schedule, rank) for rank in range(len(schedule.ranks))]
+            assert check_messages(schedule, programs) == "sound" and held_by_their_cause(schedule, programs) == 0
 
     @pytest.mark.parametrize(
         "name, virtual, micro_batches, count",
@@ -225,7 +225,10 @@ class TestPosting:
         schedule = make_schedule(name, 4, virtual, micro_batches)
         programs = [one_ahead(schedule, rank) for rank in range(4)]
         assert held_by_their_cause(schedule, programs) == count
-        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+        assert (
+            check_messages(schedule, programs, holds=False) == "sound"
+            and check_messages(schedule, programs) == "deadlock"
+        )
 
     def test_to_spare_each_receive_its_own_cause_is_not_enough(self):
         """Two ranks, one forward and one backward: each holds in front of an action the message that the other's action would
@@ -233,7 +236,10 @@ class TestPosting:
         schedule = make_schedule("1f1b", 2, 1, 2)
         programs = [one_ahead(schedule, rank, behind_its_cause=False) for rank in range(2)]
         assert held_by_their_cause(schedule, programs) == 0
-        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+        assert (
+            check_messages(schedule, programs, holds=False) == "sound"
+            and check_messages(schedule, programs) == "deadlock"
+        )
 
     def test_nor_is_to_post_none_ahead(self):
         """A ring of senders, each held by a receive that stands behind what the next one waits for."""
@@ -241,13 +247,16 @@ class TestPosting:
         programs = []
         for rank in range(2):
             late = []
-            for op in (op for op in lower(schedule, rank) if op.kind != "receive"):
-                tensor = needed(op.action, schedule)
+            for op in (op for op in lower_to_ops(schedule, rank) if op.kind != "receive"):
+                tensor = input_of(op.action, schedule)
                 if op.kind == "run" and tensor and schedule.placement[tensor[1]] != rank:
                     late.append(Op("receive", op.action, tensor, schedule.placement[tensor[1]]))
                 late.append(op)
             programs.append(late)
-        assert rendezvous(schedule, programs, holds=False) == "sound" and rendezvous(schedule, programs) == "deadlock"
+        assert (
+            check_messages(schedule, programs, holds=False) == "sound"
+            and check_messages(schedule, programs) == "deadlock"
+        )
 
     @pytest.mark.parametrize(
         "name, virtual", [("gpipe", 1), ("1f1b", 1), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 2)]
@@ -256,7 +265,9 @@ class TestPosting:
         """A transfer of a twentieth of a forward, which begins when it is posted and sent: at most 0.3 % of the step more than
         with all receives one action ahead; posted in front of what needs them they cost up to 3 %."""
         schedule = make_schedule(name, 4, virtual, 32)
-        times = [time_of(schedule, [post(schedule, rank) for rank in range(4)], 0.05) for post in (lower, one_ahead)]
+        times = [
+            time_of(schedule, [post(schedule, rank) for rank in range(4)], 0.05) for post in (lower_to_ops, one_ahead)
+        ]
         assert times[0] <= 1.003 * times[1]
 
     def test_what_waits_for_its_action_is_bounded(self):
@@ -271,11 +282,11 @@ class TestPosting:
 def most_waiting(schedule: Schedule, rank: int) -> int:
     """Most tensors that are posted and not yet used while an action runs that needs another."""
     waiting, most = set(), 0
-    for op in lower(schedule, rank):
+    for op in lower_to_ops(schedule, rank):
         if op.kind == "receive":
             waiting.add(op.tensor)
         elif op.kind == "run":
-            waiting.discard(needed(op.action, schedule))
+            waiting.discard(input_of(op.action, schedule))
             most = max(most, len(waiting))
     assert not waiting
     return most
@@ -293,13 +304,13 @@ def time_of(schedule: Schedule, programs, transfer: float) -> float:
                 if op.kind == "receive":
                     posted[op.tensor] = now[rank]
                 elif op.kind == "run":
-                    tensor = needed(op.action, schedule)
+                    tensor = input_of(op.action, schedule)
                     if tensor and tensor not in ready:
                         break
                     far = tensor in posted
                     come = max(ready[tensor], posted[tensor]) + transfer if far else ready.get(tensor, 0.0)
                     now[rank] = max(now[rank], come) + cost[op.action.kind]
-                    if given := made(op.action, schedule):
+                    if given := output_of(op.action, schedule):
                         ready[given[0]] = now[rank]
                 at[rank] += 1
                 moved = True

@@ -12,7 +12,7 @@ T, H, F = 24, 16, 12
 
 @dataclass
 class Place:
-    """A linear as layers have them (`tensor.Weight`), of any tensors."""
+    """A linear as layers have them (`tensor.NamedParameter`), of any tensors."""
 
     name: str
     weight: torch.nn.Parameter
@@ -33,7 +33,7 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor, Shard
 
     from megacpt.parallel.collectives import gather_tokens
-    from megacpt.parallel.tensor import Later, TensorAxis, column_parallel, drain, row_parallel
+    from megacpt.parallel.tensor import DeferredWeightGrads, TensorAxis, column_parallel, compute_deferred, row_parallel
 
     size, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (size,))
@@ -45,7 +45,7 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
         torch.nn.Parameter(DTensor.from_local(mine(whole, dim), mesh, [Shard(dim)], run_check=False))
         for whole, dim in ((a, 0), (b, 1), (c, 0))
     )
-    axis, queue = TensorAxis(group, overlap, chunks=5), Later() if later else None
+    axis, queue = TensorAxis(group, overlap, chunks=5), DeferredWeightGrads() if later else None
     stand_in = contextlib.nullcontext()
     if overlap == "symmetric_memory":  # torch's own, behind its operations, which need GPUs that share memory
         stand_in = symmetric._test_mode([group.group_name])
@@ -58,7 +58,7 @@ def parts(overlap: str, later: bool) -> dict[str, torch.Tensor]:
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
     if later:
         assert a.grad is None and b.grad is None
-        drain(queue)
+        compute_deferred(queue)
     whole = lambda part, dim: gather_tokens(part.detach().transpose(0, dim).contiguous(), group).transpose(0, dim)
     return {
         "out": whole(out, 0),

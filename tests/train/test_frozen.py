@@ -152,3 +152,132 @@ def test_a_checkpoint_with_one_count_gives_it_to_all(path, tmp_path):
     assert manifest.read_manifest(directory).state.missed == {}
     on_ranks(1, trained, path, [f"--run.directory={run}"])
     assert state(run)["num_updates"] == STEPS and state(run)["missed"]["model.layers.0.mlp.up_proj.weight"] == 3
+
+
+NEVER = {
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+}
+"""Some of what the first stage freezes."""
+
+
+def moments(tensors: dict[str, torch.Tensor]) -> set[str]:
+    return {name.removeprefix("optim.exp_avg.") for name in tensors if name.startswith("optim.exp_avg.")}
+
+
+def test_a_checkpoint_holds_moments_of_what_was_trained(path, tmp_path, one):
+    """Those of frozen parameters are not there, from the stage that trains them on they stay; what is stored resumes under any layout, also
+    from the very end of the stage that has none."""
+    run = tmp_path / "run"
+    on_ranks(2, trained, path, [f"--run.directory={run}", "--run.stop_at_step=3", *flags_of("dp2")])
+    early, whole = stored(run, 3), stored(one[0])
+    names = {name.removeprefix("model.") for name in whole if name.startswith("model.")}
+    assert (
+        moments(early) == names - {n for n in names if ".layers.0." in n or "o_proj" in n}
+        and not moments(early) & NEVER
+    )
+    assert moments(whole) == names
+    on_ranks(4, trained, path, [f"--run.directory={run}", "--run.stop_at_step=6", *flags_of("tp2 pp2")])
+    on_ranks(1, trained, path, [f"--run.directory={run}"])
+    other = stored(run)
+    assert all(difference(other[name], whole[name]) < LAYOUT for name in whole)
+
+
+def moments_of_everything(path: str, flags: list[str]) -> None:
+    """As runs before kept them, and masters of everything."""
+    from megacpt.config import resolve
+    from megacpt.config.trainable import Trainable
+    from megacpt.train import start
+
+    original = resolve.trainable_in
+    everything = lambda config, frozen, index: Trainable(
+        original(config, frozen, index).names, frozenset(config.shapes())
+    )
+    resolve.trainable_in, start.held_exactly = everything, lambda *_: frozenset()
+    trained(path, flags)
+
+
+def test_a_checkpoint_with_all_moments_resumes(path, tmp_path, one):
+    run = tmp_path / "run"
+    on_ranks(1, moments_of_everything, path, [f"--run.directory={run}", "--run.stop_at_step=2"])
+    assert moments(stored(run, 2)) > NEVER
+    on_ranks(1, trained, path, [f"--run.directory={run}", "--run.stop_at_step=3"])
+    assert not moments(stored(run, 3)) & NEVER
+    on_ranks(1, trained, path, [f"--run.directory={run}"])
+    other = stored(run)
+    assert all(torch.equal(other[name], tensor) for name, tensor in stored(one[0]).items())
+
+
+def test_moments_that_were_updated_may_not_be_missing(path, tmp_path, capfd):
+    run = tmp_path / "run"
+    on_ranks(1, trained, path, [f"--run.directory={run}", "--run.stop_at_step=3"])
+    directory = run / "checkpoints/step-00000003"
+    content = json.loads((directory / "manifest.json").read_text())
+    content["state"]["missed"], content["crc32"] = {}, None  # all were updated three times
+    del content["crc32"]
+    (directory / "manifest.json").write_text(json.dumps({"crc32": manifest._crc(content), **content}))
+    with pytest.raises(AssertionError, match="was damaged when it was read"):
+        on_ranks(1, trained, path, [f"--run.directory={run}", "--run.start=resume"])
+    assert "holds no tensor optim.exp_avg.model.layers.0" in capfd.readouterr().err
+
+
+@pytest.fixture
+def half(path, tmp_path, tokenizer_dir):
+    """Flags of runs that compute in bfloat16 from a base whose files hold that type, and the base."""
+    import transformers
+    from samples import tiny_config, without_names
+
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**without_names(tiny_config()))
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf")
+    transformers.AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "hf")
+    text = Path(path).read_text().replace("[model]\nconfig = ", f'[model]\npretrained = "{tmp_path}/hf"\n# ')
+    Path(path).write_text("\n".join(line for line in text.splitlines() if not line.startswith("tokenizer = ")))
+    return ["--precision.compute=bfloat16"], tmp_path / "hf"
+
+
+def test_without_masters_every_resume_gives_the_same_bits(path, tmp_path, half):
+    """Never-trained weights are stored as their files have them; whatever was trained has its master, stopped in any stage, at any border,
+    under another layout, and from a checkpoint that holds masters of everything."""
+    flags, base = half
+    at = lambda name, *more: [f"--run.directory={tmp_path}/{name}", *flags, *more]
+    on_ranks(1, trained, path, at("one"))
+    whole = stored(tmp_path / "one")
+    for step, kind in ((2, trained), (3, trained), (5, trained), (6, trained), (2, moments_of_everything)):
+        run = f"{kind.__name__}{step}"
+        on_ranks(1, kind, path, at(run, f"--run.stop_at_step={step}"))
+        early = stored(tmp_path / run, step)
+        light = step <= 3 and kind is trained
+        assert all(early[f"model.{n}"].dtype == (torch.bfloat16 if light else torch.float32) for n in NEVER), run
+        assert early["model.lm_head.weight"].dtype == torch.float32
+        on_ranks(1, trained, path, at(run))
+        other = stored(tmp_path / run)
+        assert other.keys() == whole.keys()
+        assert all(torch.equal(other[name], tensor) for name, tensor in whole.items()), run
+    from safetensors.torch import load_file
+
+    early, source = stored(tmp_path / "trained3", 3), load_file(base / "model.safetensors")
+    assert all(torch.equal(early[f"model.{name}"], source[name]) for name in NEVER)
+
+
+def test_what_its_file_holds_in_another_type_keeps_a_master(path, tmp_path, half):
+    from safetensors.torch import load_file, save_file
+
+    flags, base = half
+    weights = load_file(base / "model.safetensors")
+    other = "model.layers.0.mlp.up_proj.weight"
+    weights[other] = weights[other].float() * 1.001  # bfloat16 would lose it
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    on_ranks(1, trained, path, [f"--run.directory={tmp_path}/run", "--run.stop_at_step=3", *flags])
+    early = stored(tmp_path / "run", 3)
+    assert torch.equal(early[f"model.{other}"], weights[other])
+    assert early["model.model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+
+
+def test_a_model_from_scratch_has_masters(path, tmp_path, half):
+    """Its first values were rounded to no file's type, also where a pretrained model lies beside."""
+    on_ranks(
+        1, trained, path, [f"--run.directory={tmp_path}/run", "--run.stop_at_step=1", "--run.start=scratch", *half[0]]
+    )
+    assert {stored(tmp_path / "run", 1)[f"model.{name}"].dtype for name in NEVER} == {torch.float32}

@@ -177,13 +177,13 @@ def test_six_stages_of_context_extension(staged, recipe_file, tmp_path):
 def losses_at_length(directory: str, length: int) -> list[float]:
     from megacpt.config.sections.parallel import Parallel
     from megacpt.data.loader import Batch
-    from megacpt.model.run import each_loss
+    from megacpt.model.run import forward_losses
     from megacpt.train.standalone import open_model
 
     model, tokens = open_model(directory, "float32", Parallel()), np.arange(length) * 7919 % 400
     labels, found = np.append(tokens[1:], -100), []
     batch = Batch(tokens[None], labels[None], np.arange(length)[None], np.array([0]), np.array([0, 1]), [""])
-    each_loss(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
+    forward_losses(model, 1, lambda i: batch, lambda i, inputs, losses, right: found.append(losses))
     return found[0].tolist()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
+from megacpt import cli
 from megacpt.checkpoint.export import export
 from megacpt.checkpoint.manifest import read_manifest
 from megacpt.config.load import load_recipe
@@ -125,6 +126,29 @@ def test_the_base_may_vanish_after_the_start(pretrained, base, tmp_path):
     export(tmp_path / "whole", tmp_path / "other")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def by_command(words: list[str]) -> int:
+    try:
+        return cli.run(words)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def test_verbs_go_by_what_the_run_has_kept(pretrained, base, begun, tmp_path):
+    """The command line too, which checks the recipe first."""
+    shutil.rmtree(base)
+    for words in (["check", pretrained], ["inspect", pretrained, "--step", "5"], ["train", pretrained, *QUICK]):
+        assert on_ranks(1, by_command, words) == [0], words
+    assert [row[0] for row in rows(begun)] == list(range(1, 9))
+    assert on_ranks(1, by_command, ["evaluate", str(begun), pretrained, "--dtype", "float32"]) == [0]
+
+
+def test_a_new_run_without_its_base_is_a_problem(pretrained, base, capfd):
+    """The twin: nothing has been kept of it."""
+    shutil.rmtree(base)
+    with pytest.raises(AssertionError, match="no such file"):
+        on_ranks(1, by_command, ["train", pretrained, *QUICK])
 
 
 def damage(path: Path) -> None:

@@ -17,7 +17,7 @@ from samples import ROPE_LLAMA3, family_config, tiny_config, without_names
 from shared import LONG_SECONDS, turn, wait_until
 from tolerances import PARITY
 
-from megacpt.cli import run
+from megacpt.cli import main, run
 from megacpt.config.load import load_recipe
 from megacpt.config.resume import changes_on_resume
 from megacpt.errors import CheckpointError, ConfigError, DataError
@@ -27,6 +27,13 @@ EXACT = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "batch_tokens", "
 
 def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "megacpt", *arguments], capture_output=True, text=True, **options)
+
+
+def exit_code(*arguments: str) -> int:
+    """What a shell would see, without an interpreter of its own."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return end.value.code
 
 
 def rows(directory, name="metrics.jsonl") -> list[dict]:
@@ -526,16 +533,17 @@ def test_verify_finds_a_flipped_bit_and_leaves_with_76(train, capsys):
         run(["export", str(directory), "--output", str(directory / "out"), "--step", "2"])
 
 
-def test_doctor_and_help():
+def test_doctor_and_help(capsys):
     out = command("doctor")
     assert out.returncode == 0 and "attention on cpu" in out.stdout and "sdpa: available" in out.stdout
-    text = command("--help").stdout
+    assert exit_code("--help") == 0
+    text = capsys.readouterr().out
     for verb in (
         "prepare", "check", "index", "inspect", "train", "score", "evaluate", "export", "checkpoint", "doctor",
     ):  # fmt: skip
         assert f"\n    {verb} " in text or f"\n    {verb}\n" in text, verb
-    assert command("export", "/nowhere", "--output", "/tmp/x").returncode == 2
-    assert command("train").returncode == 2
+    assert exit_code("export", "/nowhere", "--output", "/tmp/x") == 2
+    assert exit_code("train") == 2
 
 
 def test_no_order_is_made_of_losses_that_are_none(prepared, tmp_path, monkeypatch):

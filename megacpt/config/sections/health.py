@@ -21,7 +21,7 @@ class Health(Section, heading="[health]", resume="free"):
     spike_mads: Positive | None = None
     """Skip an update whose loss or gradient norm lies this many median absolute deviations, times 1.4826 (the sigma of a normal
     distribution), above the median of the steps accepted last. By default only updates with numbers that are not finite are skipped."""
-    spike_window: int = Field(128, ge=8, le=1_000_000)
+    spike_window: int = Field(default=128, ge=8, le=1_000_000)
     """Number of accepted steps of the stage from which the spike rule takes its median. It acts once a quarter of them are there."""
     rollback_after: PositiveInt = 8
     """Number of skipped updates in a row after which the run goes back to the checkpoint before them and leaves out the data in between."""

@@ -63,6 +63,13 @@ class Model(Section, heading="[model]", resume="frozen"):
     rope: RopeChoice = None
     """Change of the rotary position embedding for the whole run. `keep` takes it from the checkpoint."""
 
+    @property
+    def tokenizer_path(self) -> str:
+        """The tokenizer that is given, or the pretrained model's; the rules require one of them."""
+        path = self.tokenizer or self.pretrained
+        assert path is not None, "a model from scratch has a tokenizer"
+        return path
+
 
 def problems(recipe: "Recipe", world_size: int) -> list[Problem]:
     model, found = recipe.model, []

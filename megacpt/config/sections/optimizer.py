@@ -42,7 +42,7 @@ class Optimizer(Section, heading="[optimizer]", resume="frozen"):
     """Learning rate over the whole run. Give either this or `lr` in every stage."""
     betas: Betas = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment, each from 0 to below 1."""
-    eps: float = Field(1e-8, ge=1e-30, le=1)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1)
     """AdamW's epsilon, which keeps an update finite where the second moment is 0. float32 holds nothing below 1e-38."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay. It applies to matrices, not to norms and biases."""

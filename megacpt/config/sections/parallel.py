@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Parallel(Section, heading="[parallel]", resume="free"):
-    """How the ranks share the model and the data. Any two layouts compute the same, so a resume may change all of it."""
+    """How the ranks share the model and the data. Any two layouts compute the same."""
 
     tensor: PositiveInt = 1
     """Number of ranks that share each weight matrix (tensor parallelism with sequence parallelism). Raise it, up to the GPUs of one node,
@@ -62,6 +62,12 @@ class Parallel(Section, heading="[parallel]", resume="free"):
     overlap: Literal["none", "chunked", "symmetric_memory"] = "none"
     """How forward hides the collectives of tensor parallelism behind matrix products. `chunked` cuts them in pieces; `symmetric_memory`
     needs GPUs that share memory (NVLink)."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """`micro_batch_tokens` of a stage's layout, in which one row is filled in where the recipe gives none (merge.parallel_in)."""
+        assert self.micro_batch_tokens is not None, "a layout that no stage was merged into"
+        return self.micro_batch_tokens
 
     @property
     def schedule_name(self) -> str:

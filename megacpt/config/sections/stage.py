@@ -33,7 +33,7 @@ class OnFail(Section, heading="on_fail (in a stage)"):
 class Average(Section, heading="average (in a stage)"):
     """Weights averaged over the end of a stage (Polyak mean; Llama 3, section 3.4.3)."""
 
-    last: int = Field(5, ge=2, le=10_000)
+    last: int = Field(default=5, ge=2, le=10_000)
     """Number of snapshots, the last ones of the stage, that are averaged."""
     every_tokens: Tokens
     """Number of tokens between two snapshots."""
@@ -169,7 +169,7 @@ def _size_problems(recipe: "Recipe", stage: Stage, world_size: int) -> list[Prob
         found.append(Problem(f"{where}.tokens", 0, "a stage has at least one step.", "Write at least 1, or remove it."))
     for _, batch in stage.batch_tokens:
         found += multiple_problems(f"{where}.batch_tokens", batch, "seq_len", stage.seq_len)
-    micro, unit = parallel.micro_batch_tokens, token_unit(parallel.tensor, parallel.context)
+    micro, unit = parallel.tokens_at_once, token_unit(parallel.tensor, parallel.context)
     found += multiple_problems("parallel.micro_batch_tokens", micro, f"{where}.seq_len", stage.seq_len)
     split = "2 chunks a context rank, each rank's tokens over tensor" if parallel.context > 1 else "parallel.tensor"
     found += multiple_problems(f"{where}: parallel.micro_batch_tokens", micro, split, unit)

@@ -1,11 +1,11 @@
 """What a schedule costs, before it runs: time and bubble, peak activations, deadlock, and NCCL's rules. Imports no torch.
 
-NCCL has no tags and runs one communicator in posting order, so `lower` gives every directed edge and kind of tensor a
+NCCL has no tags and runs one communicator in posting order, so `lower_to_ops` gives every directed edge and kind of tensor a
 communicator of its own and posts receives in the order of their sends. And a message that was posted, send or receive,
 holds the device until its partner is there, while any action may have to wait for the whole device: the first use of a
 kernel loads it, the allocator asks for or gives back memory, an operation synchronises (CUDA C++ Programming Guide, lazy
 loading, "potential hazards"). A receive posted too early waits for what its own rank cannot begin; one posted too late
-holds its sender. `lower` posts each by the schedule's timetable, and `rendezvous` plays the lists by these rules.
+holds its sender. `lower_to_ops` posts each by the schedule's timetable, and `check_messages` plays the lists by these rules.
 """
 
 from collections import defaultdict, deque
@@ -38,8 +38,14 @@ class Op(NamedTuple):
     tensor: tuple[str, int, int] | None = None
     peer: int = -1
 
+    @property
+    def message(self) -> tuple[str, int, int]:
+        """`tensor` of a send or a receive."""
+        assert self.tensor is not None, self
+        return self.tensor
 
-def needed(action: Action, schedule: Schedule) -> tuple[str, int, int] | None:
+
+def input_of(action: Action, schedule: Schedule) -> tuple[str, int, int] | None:
     """The tensor from another stage that an action takes."""
     if action.kind == "F" and action.stage > 0:
         return "activation", action.stage - 1, action.micro_batch
@@ -48,7 +54,7 @@ def needed(action: Action, schedule: Schedule) -> tuple[str, int, int] | None:
     return None
 
 
-def made(action: Action, schedule: Schedule) -> tuple[tuple[str, int, int], int] | None:
+def output_of(action: Action, schedule: Schedule) -> tuple[tuple[str, int, int], int] | None:
     """(tensor, rank that needs it) that an action gives to another stage."""
     if action.kind == "F" and action.stage < schedule.num_stages - 1:
         return ("activation", action.stage, action.micro_batch), schedule.placement[action.stage + 1]
@@ -58,7 +64,7 @@ def made(action: Action, schedule: Schedule) -> tuple[tuple[str, int, int], int]
 
 
 @lru_cache(64)
-def lower(schedule: Schedule, rank: int) -> tuple[Op, ...]:
+def lower_to_ops(schedule: Schedule, rank: int) -> tuple[Op, ...]:
     """The program of a rank: actions, sends right after them, and each receive before the first action that begins, by the
     schedule's timetable, after the making of its tensor has begun.
 
@@ -82,7 +88,7 @@ def _begins(schedule: Schedule) -> dict[tuple[str, int, int], float]:
 
 def _program(schedule: Schedule, rank: int, begins: Mapping[tuple[str, int, int], float]) -> tuple[Op, ...]:
     actions, program = schedule.ranks[rank], []
-    tensors = [(needed(action, schedule), action) for action in actions]
+    tensors = [(input_of(action, schedule), action) for action in actions]
     far = [(tensor, action) for tensor, action in tensors if tensor and schedule.placement[tensor[1]] != rank]
     waiting = deque(sorted(far, key=lambda pair: begins[pair[0]]))
     for action in actions:
@@ -90,7 +96,7 @@ def _program(schedule: Schedule, rank: int, begins: Mapping[tuple[str, int, int]
             tensor, user = waiting.popleft()
             program.append(Op("receive", user, tensor, schedule.placement[tensor[1]]))
         program.append(Op("run", action))
-        given = made(action, schedule)
+        given = output_of(action, schedule)
         if given and given[1] != rank:
             program.append(Op("send", action, *given))
     return tuple(program)
@@ -107,11 +113,11 @@ def channel(source: int, target: int, tensor: tuple[str, int, int]) -> tuple[str
     return tensor[0], "up" if target > source else "down"
 
 
-def rendezvous(schedule: Schedule, messages: Sequence[Sequence[Op]] | None = None, holds: bool = True) -> str:
+def check_messages(schedule: Schedule, messages: Sequence[Sequence[Op]] | None = None, holds: bool = True) -> str:
     """Plays all programs with unbuffered messages, in order on each communicator, without tags.
 
     Args:
-        messages: the ranks' programs, default `lower`'s.
+        messages: the ranks' programs, default `lower_to_ops`'s.
         holds: every action waits for all that was posted on its rank before it, as on a device that must come to rest;
             without, only for the tensor that it needs.
     Returns:
@@ -130,14 +136,14 @@ def rendezvous(schedule: Schedule, messages: Sequence[Sequence[Op]] | None = Non
             while at[rank] < len(program):
                 op = program[at[rank]]
                 if op.kind == "run":
-                    tensor = needed(op.action, schedule)
+                    tensor = input_of(op.action, schedule)
                     here = not tensor or schedule.placement[tensor[1]] == rank or tensor in arrived[rank]
                     if not here or (holds and posted[rank]):
                         break
                 else:
                     ends = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
-                    queues[(*ends, *channel(*ends, op.tensor))][op.kind == "receive"].append(op.tensor)
-                    posted[rank].add(op.tensor)
+                    queues[(*ends, *channel(*ends, op.message))][op.kind == "receive"].append(op.message)
+                    posted[rank].add(op.message)
                 at[rank] += 1
                 moved = True
         for (source, target, *_), (sends, receives) in queues.items():
@@ -187,7 +193,7 @@ def simulate(
         for rank, actions in enumerate(schedule.ranks):
             while at[rank] < len(actions):
                 action = actions[at[rank]]
-                tensor = needed(action, schedule)
+                tensor = input_of(action, schedule)
                 if tensor and tensor not in ends:
                     break
                 far = tensor is not None and schedule.placement[tensor[1]] != rank

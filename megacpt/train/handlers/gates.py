@@ -1,7 +1,7 @@
 """Gates at a stage's end: go on, go on with a warning, make the stage longer, or stop."""
 
 from megacpt import log
-from megacpt.config.decisions import Extension, GateDecision
+from megacpt.config.decisions import Extension, GateAction, GateDecision
 from megacpt.config.resolve import ResolvedStage
 from megacpt.config.run_layout import gate_picture
 from megacpt.config.timeline import Event
@@ -32,9 +32,10 @@ def run_gates(session: Session, event: Event) -> None:
     show_outcomes(session, stage, outcomes, event.step)
     action, rule = action_after(stage, decisions.extension(stage.name), failed), stage.recipe.on_fail
     results = [plain_numbers(outcome.plain()) for outcome in outcomes]
-    told = GateDecision(stage=stage.name, step=event.step, passed=not failed, action=action, results=results)
-    session.record_decision(told, event.step)
+    decision = GateDecision(stage=stage.name, step=event.step, passed=not failed, action=action, results=results)
+    session.record_decision(decision, event.step)
     if action == "extend":
+        assert rule.tokens is not None, "on_fail says extend, and by how much"
         session.record_decision(Extension(stage=stage.name, step=event.step, by_tokens=rule.tokens), event.step)
         total = session.state.decisions.extension(stage.name)
         log.info(f"stage {stage.name} goes on for {rule.tokens} tokens ({total} of at most {rule.limit})")
@@ -47,7 +48,7 @@ def run_gates(session: Session, event: Event) -> None:
         log.warn(f"stage {stage.name} goes on although {len(failed)} of its gates were not passed")
 
 
-def action_after(stage: ResolvedStage, extended: int, failed: list[Outcome]) -> str:
+def action_after(stage: ResolvedStage, extended: int, failed: list[Outcome]) -> GateAction:
     """What follows: the recipe's `on_fail`, or stop where the stage cannot become longer.
 
     Args:
@@ -56,8 +57,9 @@ def action_after(stage: ResolvedStage, extended: int, failed: list[Outcome]) -> 
     rule = stage.recipe.on_fail
     if not failed:
         return "pass"
-    if rule.action == "extend" and extended + rule.tokens > rule.limit:
-        return "stop"
+    if rule.action == "extend":
+        assert rule.tokens is not None and rule.limit is not None, "on_fail says extend, by how much and how far"
+        return "stop" if extended + rule.tokens > rule.limit else "extend"
     return rule.action
 
 

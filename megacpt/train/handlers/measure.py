@@ -38,10 +38,12 @@ def reweight(session: Session, event: Event) -> None:
     losses = session.measure(ValidationSets(recipe, stage.seq_len, session.domains, names))
     finite = {name: loss for name, loss in losses.items() if math.isfinite(loss.mean)}  # else nothing is measured of it
     now = {name: (round(loss.mean, 4), round(loss.error, 6)) for name, loss in finite.items()}
+    rules = recipe.mixture.online
+    assert rules is not None, "the timeline has this event only with them"
     earlier, weights = decisions.of(MixtureChange, stage.name), {}
     if earlier:
         current, before = decisions.weights(stage)[-1][1], earlier[-1].losses
-        weights = reweighted(stage.mixture, current, groups, before, now, recipe.mixture.online)
+        weights = reweighted(stage.mixture, current, groups, before, now, rules)
         shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         log.info("mixture  " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
         if session.board:

@@ -41,7 +41,7 @@ def change_layout(session: Session, stage: ResolvedStage) -> None:
     session.saver.close()
     session.drop_rows()
     del mesh
-    session.model = session.optimizer = None  # the old shards leave memory before the new ones come
+    del session.model, session.optimizer  # the old shards leave memory before the new ones come
     gc.collect()
     restart_process_group(device, f"layout{stage.index}", session.plan.recipe.health.start_timeout_seconds)
     session.enter_phase("start")

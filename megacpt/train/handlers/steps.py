@@ -159,8 +159,8 @@ def roll_back(session: Session, step: Step, why: str) -> None:
     count = step.first_sequence + step.rows - sequence + left_out_since(decisions, stage.name, target, sequence)
     skip = Skip(stage=stage.name, step=step.number, to_step=target, sequence=sequence, count=count, why=why)
     rewind(directory.checkpoints, directory.path / SNAPSHOTS, target, skip, directory.fence, session.saver.group)
-    told = {"stage": skip.stage, "sequence": sequence, "count": count, "why": why}
-    directory.event("rollback", step.number, step.tokens_after, to_step=target, **told)
+    facts = {"stage": skip.stage, "sequence": sequence, "count": count, "why": why}
+    directory.event("rollback", step.number, step.tokens_after, to_step=target, **facts)
     log.warn(f"{streak}: back to step {target}, without {count} sequences from {sequence} on")
     raise Rollback
 

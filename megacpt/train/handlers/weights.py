@@ -11,6 +11,7 @@ from megacpt.checkpoint.save import save as write_checkpoint
 from megacpt.config.decisions import AverageDecision
 from megacpt.config.resolve import ResolvedStage
 from megacpt.config.run_layout import AVERAGES, snapshot_folder
+from megacpt.config.sections.stage import Average
 from megacpt.config.timeline import Event, last_step
 from megacpt.errors import NumbersError, SaveError
 from megacpt.parallel.sharded import local_part
@@ -36,12 +37,18 @@ def snapshots_of(session: Session, stage: ResolvedStage) -> Path:
     return snapshot_folder(session.directory.path, stage.name)
 
 
+def average_rules(stage: ResolvedStage) -> Average:
+    """Of a stage that has an average: the timeline has its events for no other."""
+    assert stage.recipe.average is not None
+    return stage.recipe.average
+
+
 def snapshot(session: Session, event: Event) -> None:
     """Keeps the weights for the stage's average."""
     if session.state.skipped_in_row:  # what is wrong may be the weights: no part of an average
         log.warn(f"no snapshot of step {event.step}: its update was skipped")
         return
-    folder, saver, kept = snapshots_of(session, session.stage), session.saver, session.stage.recipe.average.last
+    folder, saver, kept = snapshots_of(session, session.stage), session.saver, average_rules(session.stage).last
     with session.slow("save"):
         saver.wait()  # its thread talks on the group that is used here
         check_finite(session.optimizer, event.step)
@@ -63,7 +70,7 @@ def average(session: Session, event: Event) -> None:
     """Makes the average of the stage's snapshots beside its last weights, measures both and marks the better one. Training goes on from
     the last."""
     stage, parameters = session.stage, session.optimizer.parameters
-    folder, rules = snapshots_of(session, stage), stage.recipe.average
+    folder, rules = snapshots_of(session, stage), average_rules(stage)
     steps = [step for step in list_steps(folder) if step <= event.step][-rules.last :]
     if not steps:
         log.warn(f"{folder}: holds no snapshot of stage {stage.name}; nothing is averaged")
@@ -87,7 +94,7 @@ def write_average(session: Session, event: Event, folders: list[Path], steps: li
     saver, tensors = session.saver, tensors_of(session.optimizer.parameters, None)
     with session.slow("save"):
         saver.wait()  # its thread talks on the group that is used here
-        weights = average_weights(session.stage.recipe.average.decay, len(steps))
+        weights = average_weights(average_rules(session.stage).decay, len(steps))
         average_into(tensors["model"], folders, weights)
         check_finite(session.optimizer, event.step)
         facts = session.directory.facts | {"average_of": steps, "weights": weights}
