@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megacpt_kernels.device import DeviceProfile
 
 from megacpt.config.clock import Clock, Step
 from megacpt.family.base import ModelConfig
@@ -20,12 +21,11 @@ from megacpt.model.flops import PEAK_FLOPS, step_flops
 from megacpt.survive.health import StepStats
 
 
-def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float | None, str]:
+def peak_flops(device: DeviceProfile, given_tflops: float | None) -> tuple[float | None, str]:
     """(FLOP/s that MFU refers to, where it comes from); None for a GPU that is not in the table."""
     if given_tflops:
         return given_tflops * 1e12, "log.peak_tflops"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if name := device.name:
         found = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
         return found, f"data sheet of {name}, dense bf16" if found else f"unknown for {name}: set log.peak_tflops"
     a = torch.randn(512, 512)
