@@ -32,7 +32,7 @@ def peak_flops(device: DeviceProfile, given_tflops: float | None) -> tuple[float
     best = float("inf")
     for _ in range(8):
         begin = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         best = min(best, time.perf_counter() - begin)
     return 2 * 512**3 / best, f"measured fp32 matmul on {torch.get_num_threads()} CPU threads"
 
@@ -59,6 +59,7 @@ class StepFacts:
     """What was measured of a step.
 
     Attributes:
+        trained: names of the parameters that the stage trains.
         pairs: of query and key that see each other, of the whole step.
         domain_tokens: of each domain, that the run has trained up to the step.
         skipped: why the update was not made, or None.
@@ -66,6 +67,7 @@ class StepFacts:
     """
 
     stage: str
+    trained: frozenset[str]
     stats: StepStats
     lr: float
     pairs: int
@@ -85,7 +87,7 @@ class StepMetrics:
         self.config, self.world_size, self.peak = config, world_size, peak
 
     def row(self, step: Step, facts: StepFacts) -> dict[str, Any]:
-        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, facts.pairs)
+        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, facts.pairs, facts.trained)
         return {
             "step": step.number,
             "tokens": step.tokens_after,
