@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megacpt import __version__, verbs
 from megacpt.errors import ConfigError, MegacptError, SaveError
-from megacpt.files import DISK_ERRORS, PATH_ERRORS, describe_os_error
+from megacpt.files import DISK_ERRORS, FORBIDDEN, PATH_ERRORS, describe_os_error
 from megacpt.log import printable, say
 from megacpt.verbs import (
     assess,
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in DISK_ERRORS | PATH_ERRORS:
             raise
         say(f"megacpt: {printable(describe_os_error(error))}")
-        sys.exit(SaveError.exit_code if error.errno in DISK_ERRORS else ConfigError.exit_code)
+        sys.exit(SaveError.exit_code if error.errno in DISK_ERRORS - FORBIDDEN else ConfigError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -27,6 +27,8 @@ DISK_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 )
 """What a write meets where a disk is full, a limit is reached, it is read-only, forbidden or failing."""
+FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
+"""Of those, what stays as it is until somebody gives the rights."""
 PATH_ERRORS = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
 )
@@ -52,8 +54,8 @@ def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None
         errno.EDQUOT: "Make room in the quota",
         errno.EFBIG: "A limit of the file's size (ulimit -f) is reached; raise it",
         errno.EROFS: "Mount it writable",
-        errno.EACCES: "Give the rights to write there",
-        errno.EPERM: "Give the rights to write there",
+        errno.EACCES: "Give the rights to read and write there",
+        errno.EPERM: "Give the rights to read and write there",
     }
     if error.errno in PATH_ERRORS:
         return f"{text}. Give another path, or move what is in its way."

@@ -177,12 +177,15 @@ def check_items(directory: Path, items: Items) -> None:
     """Reads items and compares their checksums.
 
     Raises:
-        CheckpointError: naming the file and where it is damaged.
+        CheckpointError: naming the file and where it is damaged, or why it cannot be read.
     """
     for name, rows in items.items():
-        with open(directory / name, "rb") as file:
-            for row in rows:
-                read_item(file, directory / name, *row)
+        try:
+            with open(directory / name, "rb") as file:
+                for row in rows:
+                    read_item(file, directory / name, *row)
+        except OSError as error:
+            raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror or error}.") from None
 
 
 def read_item(file, path: Path, offset: int, size: int, crc: int) -> bytes:

@@ -355,7 +355,10 @@ class _Walk:
         if self.frees:
             ends = sum(self.ends[stage] for stage in self.used)
             return (min(ends, self.root) + 2 * self.layer) * width
-        needed_again = lambda s: self.left[s] if s >= self.job.first_trained else self.forwards[s]
+
+        def needed_again(s: int) -> int:
+            return self.left[s] if s >= self.job.first_trained else self.forwards[s]
+
         alive = sum(self.layers[s] * bool(self.every or needed_again(s)) + self.ends[s] for s in self.used)
         return min(alive, self.total) * width
 

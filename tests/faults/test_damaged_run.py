@@ -107,7 +107,7 @@ def arguments_of(verb: str, folder: Path) -> list[str]:
         "inspect": ["inspect", recipe, "--step", "3"],
         "check": ["check", recipe],
         "evaluate": ["evaluate", run, recipe],
-        "train": ["train", recipe, f"--run.stop_at_step={5 if Path(run).exists() else 4}"],
+        "train": ["train", recipe, f"--run.stop_at_step={5 if Path(run).exists() else 4}", "--log.tensorboard=false"],
         "supervise": ["supervise", "--max-restarts", "0", "--backoff", "0", "--", "true", recipe],
     }[verb]
 

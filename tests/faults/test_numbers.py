@@ -312,13 +312,19 @@ def test_a_spike_of_six_steps_is_skipped_six_times(mesh, monkeypatch):
         *SCRIPT[:20],
     ]
     losses, norms = (iter([pair[i] for pair in values]) for i in range(2))
-    double = lambda number: torch.tensor(number, dtype=torch.float64)
+
+    def double(number):
+        return torch.tensor(number, dtype=torch.float64)
+
     monkeypatch.setattr(module, "forward_backward", lambda *_: [double(next(losses))])
     monkeypatch.setattr(module, "grad_norm", lambda *_: double(next(norms)))
     monkeypatch.setattr(steps, "rate_of_step", lambda *_: 1e-3)
     model = SimpleNamespace(mesh=mesh, counted_parameters=list, options=SimpleNamespace(operations="torch"))
     scales, skipped = [], []
-    nothing = lambda: None
+
+    def nothing():
+        return None
+
     optimizer = SimpleNamespace(
         parameters={}, step=lambda *numbers: scales.append(numbers[4].item()), zero_grad=nothing, take_back=nothing
     )
@@ -377,7 +383,9 @@ def test_silent_corruption_is_named(recipe_file, tmp_path, layout):
         name = "model.embed_tokens.weight"
         path = recipe_file()
         (tmp_path / "config.json").write_text(json.dumps(tiny_config(tie_word_embeddings=True)))
-        recipe_file = lambda: path
+
+        def recipe_file():
+            return path
 
     def flip():
         from megacpt.train.handlers import steps
