@@ -49,6 +49,7 @@ def report(world_size: int = 1) -> list[str]:
     import torch.distributed as dist
     from megacpt_kernels.attention import available_backends, resolve_backend
     from megacpt_kernels.backend import find_apex, use_triton
+    from megacpt_kernels.device import profile_of
     from torch.cuda import nccl
 
     import megacpt
@@ -62,8 +63,8 @@ def report(world_size: int = 1) -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines.append(f"devices: {torch.cuda.device_count()} CUDA, {torch.get_num_threads()} CPU threads")
     for i in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(i)
-        lines.append(f"  {i}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
+        facts = profile_of(f"cuda:{i}")
+        lines.append(f"  {i}: {facts.name}, {facts.memory / 2**30:.0f} GiB, {facts.architecture}")
     lines.append(f"attention on {device} (auto in bfloat16: {resolve_backend('auto', device, torch.bfloat16)}):")
     lines += [f"  {name}: {reason or 'available'}" for name, reason in available_backends(device).items()]
     try:

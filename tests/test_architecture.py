@@ -178,6 +178,11 @@ self._own, os._exit(1), x.__class__
     assert private_names(text, {"_own"}) == {"_composable", "_dynamo", "_get_backend", "_timeout"}
 
 
+def test_a_device_is_asked_in_one_place():
+    asking = [path for path in files() if "cuda.get_device_" in path.read_text()]
+    assert asking == [ROOT / "kernels/megacpt_kernels/device.py"]
+
+
 def test_rooms_without_torch_name_no_torch():
     for place in TORCH_FREE:
         target = ROOT / "megacpt" / place

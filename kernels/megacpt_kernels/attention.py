@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megacpt_kernels.attention_backends import BACKENDS, LIBRARIES, missing_library
 from megacpt_kernels.backend import missing_triton, operation
+from megacpt_kernels.device import DeviceProfile, profile_of
 
 
 @dataclass(frozen=True)
@@ -92,23 +93,27 @@ class Documents:
         return torch.stack([torch.maximum(self.cu_q[document], key - self.cu_k[document + 1] + end), end - 1])
 
 
-def available_backends(device_type: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """{backend: '' if usable on this device and type, else why not}, the fastest first."""
-    half = dtype in (torch.bfloat16, torch.float16)
+def available_backends(device: DeviceProfile | str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
+    """{backend: '' if usable on this device and type, else why not}, the fastest first.
+
+    Args:
+        device: its profile, or torch's name of it.
+    """
+    half, profile = dtype in (torch.bfloat16, torch.float16), _profile(device)
     reasons = {}
     for name in BACKENDS:
         library = LIBRARIES.get(name)
         if name == "sdpa":
             reasons[name] = ""
         elif name == "triton":
-            reasons[name] = missing_triton(device_type, dtype)
-        elif device_type != "cuda":
+            reasons[name] = missing_triton(profile.kind, dtype)
+        elif profile.kind != "cuda":
             reasons[name] = "needs a GPU"
         elif not half:
             reasons[name] = f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-        elif library and library.capabilities and torch.cuda.get_device_capability() not in library.capabilities:
+        elif library and library.capabilities and profile.capability not in library.capabilities:
             wanted = ", ".join(f"sm_{major}{minor}" for major, minor in library.capabilities)
-            reasons[name] = f"is for {wanted}, this is sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+            reasons[name] = f"is for {wanted}, this is {profile.architecture}"
         elif library:
             reasons[name] = missing_library(name)
         else:
@@ -116,16 +121,22 @@ def available_backends(device_type: str, dtype: torch.dtype = torch.bfloat16) ->
     return reasons
 
 
+def _profile(device: DeviceProfile | str) -> DeviceProfile:
+    return device if isinstance(device, DeviceProfile) else profile_of(device)
+
+
 @functools.cache
-def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+def resolve_backend(backend: str, device: DeviceProfile | str, dtype: torch.dtype) -> str:
     """The backend that `attention` will run. auto: the fastest that is there; cudnn and, but on a GPU, triton must be named.
 
+    Args:
+        device: as of `available_backends`.
     Raises:
         ValueError: if a named one cannot run here, with the reason.
     """
-    reasons = available_backends(device_type, dtype)
+    reasons = available_backends(device, dtype)
     if backend == "auto":
-        skipped = {"cudnn"} if device_type == "cuda" else {"cudnn", "triton"}
+        skipped = {"cudnn"} if _profile(device).kind == "cuda" else {"cudnn", "triton"}
         return next(name for name, reason in reasons.items() if not reason and name not in skipped)
     if backend not in reasons:
         raise ValueError(f"attention backend {backend!r} is unknown. Possible: auto, {', '.join(reasons)}.")
@@ -192,7 +203,7 @@ def attention_forward(
         (out [t_q, heads, d], lse at least fp32 [heads, t_q], or empty where the backend has none).
     """
     _check(q, k, v, documents)
-    backend = resolve_backend(backend, q.device.type, q.dtype)
+    backend = resolve_backend(backend, profile_of(q.device), q.dtype)
     return _forward(q, k, v, documents.bounds(backend), documents.longest, backend, deterministic)
 
 
@@ -209,7 +220,7 @@ def attention_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) from that of `out`, and what `attention_forward` took and gave under the same backend."""
-    backend = resolve_backend(backend, q.device.type, q.dtype)
+    backend = resolve_backend(backend, profile_of(q.device), q.dtype)
     return _backward(dout, q, k, v, out, lse, documents.bounds(backend), documents.longest, backend, deterministic)
 
 

@@ -90,12 +90,6 @@ def find_apex(device_type: str):
     return importlib.import_module("amp_C")
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 132, a Hopper's, where the device is only pretended (FakeTensorMode on a machine without one)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
-
-
 def same_device(**tensors: Tensor) -> None:
     """Raises ValueError if the tensors stand on different devices."""
     if len({x.device for x in tensors.values()}) > 1:

@@ -44,6 +44,7 @@ from megacpt_kernels import (
 )
 from megacpt_kernels.attention import available_backends
 from megacpt_kernels.backend import triton
+from megacpt_kernels.device import profile_of
 
 COLUMNS: tuple[str, ...] = (
     "gpu", "driver", "torch", "triton", "op", "pass", "shape", "dtype", "backend", "model_bytes", "model_flops", "floor_us", "median_us",
@@ -150,7 +151,7 @@ def _machine(device: torch.device) -> dict[str, str]:
         torch._C, "_cuda_getDriverVersion", None
     )  # only where torch is built with CUDA
     return {
-        "gpu": torch.cuda.get_device_name() if cuda else "CPU",
+        "gpu": profile_of(device).name or "CPU",
         "driver": str(driver()) if cuda and driver else "",
         "torch": torch.__version__,
         "triton": triton.__version__ if triton else "not installed",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megacpt_kernels.backend import block_of, jit, tl, triton
+from megacpt_kernels.device import DeviceProfile, profile_of
 
 FORWARD = dict(M=128, N=64, num_warps=8, num_stages=3)
 QUERIES = dict(M=128, N=64, num_warps=8, num_stages=2)
@@ -33,10 +34,10 @@ AMPERE = dict(N=32)
 """What changes in the first two before Hopper, which has no warpgroup products."""
 
 
-def tile(which: dict, q: Tensor) -> dict:
+def tile(which: dict, q: Tensor, profile: DeviceProfile) -> dict:
     if q.element_size() > 2 or q.shape[2] > 128:
         return SMALL
-    older = q.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(q.device)[0] < 9
+    older = profile.kind == "cuda" and profile.capability < (9, 0)
     return which | AMPERE if older and which is not KEYS else which
 
 
@@ -52,7 +53,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor, scale: float) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     if q.numel():
-        how = tile(FORWARD, q)
+        how = tile(FORWARD, q, profile_of(q.device))
         _forward_kernel[(triton.cdiv(tokens, how["M"]), heads)](
             q, k, v, key_range, out, lse, *_strides(q, k, v),
             tokens, scale, heads // k.shape[1], d, D=_width(d), enable_fp_fusion=True, **how
@@ -81,7 +82,7 @@ def backward(
     (tokens, heads, d), (keys, kv, _) = q.shape, k.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    by_query, by_key = tile(QUERIES, q), tile(KEYS, q)
+    by_query, by_key = (tile(which, q, profile_of(q.device)) for which in (QUERIES, KEYS))
     shape = (tokens, scale, heads // kv, d)
     if q.numel():
         _delta_kernel[(triton.cdiv(tokens, 32), heads)](

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import block_of, jit, multiprocessors, operation, same_device, tl, triton, use_triton
+from megacpt_kernels.backend import block_of, jit, operation, same_device, tl, triton, use_triton
 from megacpt_kernels.cross_entropy import IGNORE, check_targets, check_weights, combined, cross_entropy_
+from megacpt_kernels.device import profile_of
 from megacpt_kernels.gemm import TORCH_GEMM, TorchGemm
 
 LSE = dict(M=128, N=128, K=64, num_warps=8, num_stages=3)
@@ -216,7 +217,7 @@ def _launch_lse(tokens: Tensor, weight: Tensor, column: Tensor, valid: int) -> T
 def _splits(tokens: Tensor, valid: int) -> int:
     """Parts of the vocabulary, so that few tokens fill the device too."""
     programs = -(-max(1, tokens.shape[0]) // LSE["M"])
-    wanted = -(-2 * multiprocessors(tokens.device) // programs) if tokens.is_cuda else 3
+    wanted = -(-2 * profile_of(tokens.device).multiprocessors // programs) if tokens.is_cuda else 3
     return max(1, min(wanted, block_of(valid) // LSE["N"] + 1))
 
 

@@ -8,7 +8,8 @@ two stages of fixed order, without atomics: the same bits twice.
 import torch
 from torch import Tensor
 
-from megacpt_kernels.backend import block_of, jit, multiprocessors, operation, same_device, tl, use_triton, wide_of
+from megacpt_kernels.backend import block_of, jit, operation, same_device, tl, use_triton, wide_of
+from megacpt_kernels.device import profile_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -155,7 +156,7 @@ def _warps(block: int) -> int:
 
 def _programs(x: Tensor) -> int:
     """Programs of backward, each of which sums the weight's gradient over some rows: two a multiprocessor."""
-    return 2 * multiprocessors(x.device) if x.is_cuda else 4
+    return 2 * profile_of(x.device).multiprocessors if x.is_cuda else 4
 
 
 @jit

@@ -103,6 +103,7 @@ def measure(options) -> dict:
     """Runs one program in this process."""
     import numpy as np
     import torch
+    from megacpt_kernels.device import profile_of
 
     from megacpt.family.read import parse_config
     from megacpt.model.flops import PEAK_FLOPS, step_flops
@@ -126,7 +127,7 @@ def measure(options) -> dict:
     numbers = timed(step, options.steps, device)
     lengths = np.diff(np.append(starts, tokens))
     dense, exact = step_flops(parse_config(raw, "bench"), tokens, tokens, int((lengths * (lengths + 1) // 2).sum()))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    name = profile_of(device).name
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
     def rate(flops):
@@ -141,12 +142,12 @@ def measure(options) -> dict:
 def fitting_layers(shape: dict, tokens: int, device) -> int:
     """Layers whose training state and activations (34 h bytes a token and layer, Korthikanti et al. 2022, without recomputation, plus FFN
     width) leave 15 % and the loss's two gradients free."""
-    import torch
+    from megacpt_kernels.device import profile_of
 
     h, f, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * shape["head_dim"]
     layer = 2 * h * h + 2 * h * kv + 3 * h * f
     ends = 2 * shape["vocab_size"] * h
-    free = 0.85 * torch.cuda.get_device_properties(device).total_memory - BYTES * ends - (3 << 30)
+    free = 0.85 * profile_of(device).memory - BYTES * ends - (3 << 30)
     activations = tokens * 2 * (7 * h + 2 * kv + 4 * f)
     return max(1, min(32, int(free // (BYTES * layer + activations))))
 

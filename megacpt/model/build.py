@@ -6,6 +6,7 @@ from collections.abc import Collection
 import torch
 from megacpt_kernels.attention import resolve_backend
 from megacpt_kernels.backend import find_apex, use_triton
+from megacpt_kernels.device import profile_of
 
 from megacpt.config.sections.kernels import Kernels
 from megacpt.config.sections.parallel import Parallel
@@ -45,7 +46,7 @@ def chosen_kernels(kernels: Kernels, device: torch.device, compute: torch.dtype)
         return "triton" if use_triton(backend, x) else "torch"
 
     resolve = {
-        "attention": lambda: resolve_backend(kernels.attention, device.type, compute),
+        "attention": lambda: resolve_backend(kernels.attention, profile_of(device), compute),
         "operations": lambda: name(kernels.operations, like),
         "optimizer": lambda: (
             find_apex(device.type) and "apex" if kernels.optimizer == "apex" else name(kernels.optimizer, master)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megacpt_kernels.device import DeviceProfile
 
 from megacpt.config.clock import Clock, Step
 from megacpt.family.base import ModelConfig
@@ -21,19 +22,18 @@ from megacpt.model.flops import PEAK_FLOPS, step_flops
 from megacpt.survive.health import StepStats
 
 
-def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float | None, str]:
+def peak_flops(device: DeviceProfile, given_tflops: float | None) -> tuple[float | None, str]:
     """(FLOP/s that MFU refers to, where it comes from); None for a GPU that is not in the table."""
     if given_tflops:
         return given_tflops * 1e12, "log.peak_tflops"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if name := device.name:
         found = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
         return found, f"data sheet of {name}, dense bf16" if found else f"unknown for {name}: set log.peak_tflops"
     a = torch.randn(512, 512)
     best = float("inf")
     for _ in range(8):
         begin = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         best = min(best, time.perf_counter() - begin)
     return 2 * 512**3 / best, f"measured fp32 matmul on {torch.get_num_threads()} CPU threads"
 
@@ -60,6 +60,7 @@ class StepFacts:
     """What was measured of a step.
 
     Attributes:
+        trained: names of the parameters that the stage trains.
         pairs: of query and key that see each other, of the whole step.
         domain_tokens: of each domain, that the run has trained up to the step.
         skipped: why the update was not made, or None.
@@ -67,6 +68,7 @@ class StepFacts:
     """
 
     stage: str
+    trained: frozenset[str]
     stats: StepStats
     lr: float
     pairs: int
@@ -86,7 +88,7 @@ class StepMetrics:
         self.config, self.world_size, self.peak = config, world_size, peak
 
     def row(self, step: Step, facts: StepFacts) -> dict[str, Any]:
-        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, facts.pairs)
+        dense, exact = step_flops(self.config, step.batch_tokens, step.seq_len, facts.pairs, facts.trained)
         return {
             "step": step.number,
             "tokens": step.tokens_after,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megacpt_kernels.device import profile_of
 
 from megacpt import log
 from megacpt.checkpoint.load import load_training
@@ -310,14 +311,15 @@ def fill(plan: RunPlan, directory: RunDirectory, model: Decoder, optimizer: Adam
 
 def facts_of(plan: RunPlan, start: Start, model: Decoder, kernels: dict[str, str]) -> dict[str, Any]:
     """What run.json and the manifests say of this start."""
-    peak, source = peak_flops(model.mesh.device, plan.recipe.log.peak_tflops)
+    device = profile_of(model.mesh.device)
+    peak, source = peak_flops(device, plan.recipe.log.peak_tflops)
     return {
         "start": start.mode,
         "started_at_step": start.step,
         "layout": str(model.mesh.layout),
         "world_size": plan.world_size,
         "compute": str(model.compute).removeprefix("torch."),
-        "device": _device_name(model.mesh.device),
+        "device": device.name or f"CPU ({torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "plan": plan.digest,
@@ -355,7 +357,3 @@ def announce(
     log.info("kernels: " + ", ".join(f"{what} {name}" for what, name in facts["kernels"].items()))
     peak, source = facts["peak_flops"], facts["peak_flops_source"]
     log.info(f"MFU refers to {peak / 1e12:.4g} TFLOP/s a device ({source})" if peak else f"no MFU: peak {source}")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

@@ -30,6 +30,25 @@ def test_the_flops_of_8b_by_hand():
     assert halves == 8192 * 45_027_950_592 + 1_572_864 * 16_781_312
 
 
+def test_the_flops_of_a_stage_that_freezes():
+    """By hand, of the same model and row: 4 FLOPs a weight and token whose gradient is not wanted, 2 below all that is trained; attention
+    of a layer without backward 4 x 4096 a pair."""
+    config = parse_config(ARCHITECTURES["llama3.1-8b"], "8b")
+    layer, head, pairs, names = 218_103_808, 4096 * 128256, 8192 * 8193 // 2, set(config.shapes())
+    found = lambda trained: step_flops(config, 8192, 8192, pairs, trained)[1]
+    ends = names - {name for name in names if "layers" in name}
+    assert found(ends) == 8192 * (32 * 4 * layer + 6 * head) + 1_572_864 * pairs
+    assert found({"lm_head.weight"}) == 8192 * (32 * 2 * layer + 4 * head) + 524_288 * pairs
+    upper = {name for name in names if any(f"layers.{i}." in name for i in range(16, 32))}
+    assert found(upper) == 8192 * (16 * 2 * layer + 16 * 6 * layer + 4 * head) + 16 * (4 + 12) * 4096 * pairs
+    output = {
+        "model.layers.31.self_attn.o_proj.weight"
+    }  # its input needs no gradient, nor does attention; the MLP behind it does
+    mlp, o = 3 * 4096 * 14336, 4096 * 4096
+    assert found(output) == 8192 * (32 * 2 * layer + 2 * o + 2 * mlp + 4 * head) + 524_288 * pairs
+    assert found(names) == step_flops(config, 8192, 8192, pairs)[1]
+
+
 class Liking:
     """A real model that says the same distribution everywhere: one token is likely, another unlikely."""
 

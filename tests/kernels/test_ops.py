@@ -24,7 +24,9 @@ from megacpt_kernels import (
     swiglu,
 )
 from megacpt_kernels.adamw import ShardPosition
-from megacpt_kernels.attention import resolve_backend
+from megacpt_kernels.attention import available_backends, resolve_backend
+from megacpt_kernels.device import CPU, H100, DeviceProfile, profile_of
+from megacpt_kernels.flash_attention import FORWARD, tile
 from shared import LONG_SECONDS
 from tolerances import ATTENTION, ATTENTION_OUT, KERNEL, WEIGHT_GRAD, difference
 
@@ -311,6 +313,25 @@ def test_the_comparison_sees_wrong_weights(broken, monkeypatch):
         monkeypatch.setattr(module, "cross_entropy_", plain)
     got = run(weights.roll(1) if broken == "moved" else weights)
     assert min(difference(a, b) for a, b in zip(got, want, strict=True)) > 1e-3
+
+
+def test_a_profile_decides_what_a_device_can_run(monkeypatch):
+    """Without the device: FlashAttention-3 is Hopper's, tiles are smaller before it. Where there is no GPU a pretended one is an H100."""
+    module = sys.modules["megacpt_kernels.attention"]
+    monkeypatch.setattr(module, "missing_library", lambda name: "")
+    a100 = DeviceProfile("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 80 << 30, 108)
+    on_hopper, before = available_backends(H100), available_backends(a100)
+    assert on_hopper["flash-attn-3"] == "" and before["flash-attn-3"] == "is for sm_90, this is sm_80"
+    assert available_backends(CPU)["flash-attn-3"] == "needs a GPU"
+    assert module.resolve_backend("auto", H100, torch.bfloat16) == "flash-attn-3"
+    with pytest.raises(ValueError, match="is for sm_90, this is sm_80"):
+        module.resolve_backend("flash-attn-3", a100, torch.bfloat16)
+    q = torch.empty(4, 2, 64, dtype=torch.bfloat16)
+    assert module.resolve_backend("auto", a100, torch.bfloat16) != "flash-attn-3"
+    assert tile(FORWARD, q, H100) == FORWARD and tile(FORWARD, q, a100)["N"] == 32
+    if not torch.cuda.is_available():
+        assert profile_of("cuda") == H100 and available_backends("cuda") == on_hopper
+    assert profile_of("cpu") == CPU
 
 
 def test_memory_of_the_loss_is_one_chunk_of_logits():

@@ -110,6 +110,23 @@ def test_the_formula_is_what_was_counted_of_a_stage_that_freezes(mode, patterns,
     assert peak(replace(job, trainable=None)).gib > 1.2 * counted
 
 
+PIPELINE = [  # by rank: 70B with 18 layers on 256 ranks, 4 micro-batches; 4 of its 8 pipeline stages have no backward in the second
+    ([], {0: 6.96, 1: 7.93, 3: 6.66}),
+    (["model.embed_tokens.weight", *(f"model.layers.{i}.*" for i in range(8))], {0: 4.16, 1: 5.19, 3: 3.90}),
+    (["*.mlp.*"], {0: 4.82, 1: 5.41, 3: 4.89}),
+]
+
+
+@pytest.mark.parametrize("patterns, counted", PIPELINE)
+def test_the_formula_knows_which_pipeline_stages_have_no_backward(patterns, counted):
+    """As far off as where all is trained: 0.2 GiB, which of so small a model is 4 %."""
+    job = job_of("llama31_70b_256gpu", "none", 4)
+    job = training(replace(job, config=replace(job.config, num_hidden_layers=18)), patterns)
+    assert job.first_trained == (4 if len(patterns) > 1 else 0)
+    for rank, gib in counted.items():
+        assert abs(peak_of_rank(job, rank).gib - gib) < 0.2
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("mode, patterns, layers, counted", [case for case in FROZEN if case[2] == 8])
 def test_what_was_counted_is_counted_again(mode, patterns, layers, counted):

@@ -104,6 +104,7 @@ def facts_of(
     """What the step's row is made of."""
     return StepFacts(
         stage=session.stage.name,
+        trained=session.stage.trainable.names,
         stats=result.stats,
         lr=lr,
         pairs=pairs,
