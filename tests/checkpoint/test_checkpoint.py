@@ -120,7 +120,7 @@ def test_retention(saved, mesh):
     assert prune(saved, 1, None) == [2, 4] and list_steps(saved) == [5]
 
 
-def test_what_a_kill_left_is_mended(saved):
+def test_what_a_kill_left_is_recovered(saved):
     """Killed between the two renames of a step that is saved again: the one that was there is there again."""
     (saved / "step-00000003").rename(saved / ".tmp-old-step-00000003")
     (saved / ".tmp-step-00000007").mkdir()
