@@ -11,9 +11,12 @@ import torch
 from layout_runs import AXES, world_size
 from ranks import on_ranks
 from samples import tiny_config
-from tolerances import LAYOUT, difference
+from shared import made_once
+from tolerances import LAYOUT
 
-TOKENS, ROWS, STEPS = 64, 4, 2
+TOKENS, ROWS = 64, 4
+STEPS = {"from below": 2}
+"""Of each stage of a plan; one of the others'."""
 PLANS = {
     "a layer and products": [["model.layers.0.*", "*.o_proj.weight"], [], ["model.layers.0.*", "model.norm.weight"]],
     "from below": [
@@ -66,9 +69,8 @@ def made_batches(count: int):
 
 
 def model_on(layout: str, config, compute: torch.dtype, without_master=()):
-    from megacpt.config.stage import Parallel
-
     from megacpt.config.layout import Layout
+    from megacpt.config.sections.parallel import Parallel
     from megacpt.model.build import build_model, sharding_of
     from megacpt.model.decoder import ModelOptions
     from megacpt.model.hf import initialize
@@ -96,12 +98,13 @@ def model_on(layout: str, config, compute: torch.dtype, without_master=()):
 
 
 def trained(
-    layout: str, config, plan: list[list[str]], version: str, compute=torch.float64, exact=False
+    layout: str, config, plan: list[list[str]], version: str, compute=torch.float64, exact=False, num_steps=2
 ) -> dict[str, Any]:
     """This rank's numbers, weights and moments at the end.
 
     Args:
         version: "" freezes; "dropped" computes all and drops; others are broken.
+        num_steps: of each stage.
         exact: whether what is not trained yet is held in the type of the computation.
     """
     from megacpt.config.trainable import Trainable, trainable_in
@@ -138,7 +141,7 @@ def trained(
             model.first_trained += 1
         found["dtypes"].append({name: p.dtype for name, p in optimizer.parameters.items()})
         before = {name: local_part(p).detach().clone() for name, p in optimizer.parameters.items()}
-        for _ in range(STEPS):
+        for _ in range(num_steps):
             loss = forward_backward(model, mine, counts, reduce)[0]
             if version == "dropped":
                 for name in frozen & optimizer.parameters.keys():
@@ -153,48 +156,83 @@ def trained(
         found["held"].append(set(optimizer.exp_avg))
     found["moved"] = {name for name, p in optimizer.parameters.items() if not torch.equal(local_part(p), start[name])}
     found["weights"] = {name: local_part(p).detach().clone() for name, p in optimizer.parameters.items()}
+    found["boxes"] = {name: box_of(p) for name, p in optimizer.parameters.items()}
     found["moments"] = {name: local_part(t).clone() for name, t in (*optimizer.exp_avg.items(), *prefixed(optimizer))}
     found["missed"] = dict(optimizer.missed)
     return found
+
+
+def box_of(tensor) -> tuple[slice, ...]:
+    """Which part of the whole this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
 
 
 def prefixed(optimizer) -> list[tuple[str, Any]]:
     return [(f"square {name}", tensor) for name, tensor in optimizer.exp_avg_sq.items()]
 
 
-def compared(layout: str, tied: bool, plan: list[list[str]], version: str = "") -> dict[str, float]:
-    """On a rank: the largest differences of a run from the one that drops gradients."""
+def plan_of(name: str, tied: bool):
+    """(the model's config, what each stage freezes)."""
     from megacpt.family.read import parse_config
 
     config = parse_config(tiny_config(num_hidden_layers=6, tie_word_embeddings=tied), "test")
-    plan = [[pattern for pattern in patterns if not (tied and pattern == "lm_head.weight")] for patterns in plan]
-    plan = [patterns for patterns in plan if len(frozen_in(patterns, list(config.shapes()))) < len(config.shapes())]
-    ours, theirs = trained(layout, config, plan, version), trained(layout, config, plan, "dropped")
+    plan = [[pattern for pattern in patterns if not (tied and pattern == "lm_head.weight")] for patterns in PLANS[name]]
+    return config, [
+        patterns for patterns in plan if len(frozen_in(patterns, list(config.shapes()))) < len(config.shapes())
+    ]
+
+
+def dropping(name: str, tied: bool) -> dict[str, Any]:
+    """Of one process, once a session: what a plan comes to when all gradients are computed and those of frozen parameters dropped."""
+    make = lambda: on_ranks(1, _drop, name, tied)[0]
+    return made_once(f"dropping {name} {tied}", make)
+
+
+def _drop(name: str, tied: bool) -> dict[str, Any]:
+    return trained("dp1", *plan_of(name, tied), "dropped", num_steps=STEPS.get(name, 1))
+
+
+def compared(layout: str, tied: bool, name: str, theirs: dict[str, Any], version: str = "") -> dict[str, float]:
+    """On a rank: the largest differences of its part of a run from the one process that drops gradients."""
+    config, plan = plan_of(name, tied)
+    num_steps = STEPS.get(name, 1)
+    ours = trained(layout, config, plan, version, num_steps=num_steps)
     pairs = [(a, b) for x, y in zip(ours["numbers"], theirs["numbers"], strict=True) for a, b in zip(x, y, strict=True)]
     if not version:
-        assert ours["missed"] == theirs["missed"]
-        stages = [frozen_in(patterns, list(config.shapes())) for patterns in plan]
         mine, held = set(ours["weights"]), set()
-        for i, frozen in enumerate(stages):
+        missed = lambda found: {name: count for name, count in found["missed"].items() if name in mine}
+        assert missed(ours) == missed(theirs)
+        for i, frozen in enumerate(frozen_in(patterns, list(config.shapes())) for patterns in plan):
             held |= mine - frozen
             assert ours["held"][i] == held, "moments of what is or was trained, and of nothing else"
-            assert all(grads == mine - frozen for grads in ours["grads"][i * STEPS : (i + 1) * STEPS])
-        assert ours["moved"] == held
+            assert all(grads == mine - frozen for grads in ours["grads"][i * num_steps : (i + 1) * num_steps])
+        assert ours["moved"] == {name for name in held if ours["weights"][name].numel()}
+
+    def part(kind: str, name: str) -> torch.Tensor:
+        return theirs[kind][name][ours["boxes"][name.removeprefix("square ")]]
+
     moments = {name for name, tensor in theirs["moments"].items() if tensor.any()}
+    moments = {name for name in moments if name.removeprefix("square ") in ours["weights"]}
     assert version or moments <= ours["moments"].keys()
+    difference_of = lambda kind, name: error_on(ours[kind][name], part(kind, name), theirs[kind][name])
     return {
         "numbers": max(abs(a - b) / abs(b) for a, b in pairs),
-        "weights": max(difference(ours["weights"][name], w) for name, w in theirs["weights"].items() if w.numel()),
-        "moments": max(
-            [difference(ours["moments"][name], theirs["moments"][name]) for name in moments & ours["moments"].keys()],
-            default=0.0,
-        ),
+        "weights": max(difference_of("weights", name) for name in ours["weights"]),
+        "moments": max([difference_of("moments", name) for name in moments & ours["moments"].keys()], default=0.0),
     }
 
 
-def all_compared(layout: str, tied: bool) -> dict[str, dict[str, float]]:
+def error_on(part: torch.Tensor, of_theirs: torch.Tensor, whole: torch.Tensor) -> float:
+    """Of a rank's part, on the scale of the whole tensor."""
+    return ((part - of_theirs).norm() / whole.norm()).item() if part.numel() else 0.0
+
+
+def all_compared(layout: str, tied: bool, theirs: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By plan, on a rank."""
-    return {name: compared(layout, tied, plan) for name, plan in PLANS.items()}
+    return {name: compared(layout, tied, name, theirs[name]) for name in PLANS}
 
 
 CASES = [(layout, False) for layout in LAYOUTS]
@@ -203,14 +241,15 @@ CASES += [(layout, True) for layout in ("dp1", "tp2", "dp2", "pp2 1f1b", "pp2 v2
 
 @pytest.mark.parametrize("layout, tied", CASES)
 def test_it_is_the_run_that_drops_gradients(layout, tied):
-    for ranks in on_ranks(world_size(layout), all_compared, layout, tied):
+    theirs = {name: dropping(name, tied) for name in PLANS}
+    for ranks in on_ranks(world_size(layout), all_compared, layout, tied, theirs):
         for plan, found in ranks.items():
             assert max(found.values()) < LAYOUT, (plan, found)
 
 
 @pytest.mark.parametrize("version", ["a stage too high", "moments are dropped"])
 def test_the_comparison_sees(version):
-    ranks = on_ranks(2, compared, "pp2 1f1b", False, PLANS["from below"], version)
+    ranks = on_ranks(2, compared, "pp2 1f1b", False, "from below", dropping("from below", False), version)
     assert max(found["weights"] for found in ranks) > 1e-6
 
 
