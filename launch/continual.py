@@ -218,7 +218,10 @@ def rows_of(path: Path, kind: str | None = None) -> list[dict]:
 def report(out: Path, seconds: float, growth: str) -> str:
     """Markdown, from what the runs wrote."""
     runs = {name: rows_of(out / name / "events.jsonl") for name in MIXTURES}
-    kinds = lambda name, kind: [row for row in runs[name] if row["kind"] == kind]
+
+    def kinds(name, kind):
+        return [row for row in runs[name] if row["kind"] == kind]
+
     first, last = (
         {n: kinds(n, "validation")[0]["losses"] for n in runs},
         {n: kinds(n, "validation")[-1]["losses"] for n in runs},

@@ -56,7 +56,10 @@ def run(layout: str) -> dict[str, dict]:
         rows = [ast.literal_eval(open(f"{folder}/{rank}").read()) for rank in range(size)]
     out = {}
     for axis in sorted({key[0] for counts, _ in rows for key in counts}):
-        total = lambda table, i, axis=axis: sum(value[i] for key, value in table.items() if key[0] == axis)
+
+        def total(table, i, axis=axis):
+            return sum(value[i] for key, value in table.items() if key[0] == axis)
+
         found, least = max(rows, key=lambda row: total(row[0], 1))
         out[axis] = {
             "count": total(found, 0),
@@ -216,7 +219,10 @@ def expected(config, parallel, layout, plan, mesh) -> dict[tuple[str, str], tupl
         sent["fsdp", "gather"] = sent["fsdp", "reduce-scatter"] = (sharers - 1) * whole // sharers
     if pp > 1:
         for stage in stages:
-            edge = lambda other: 0 <= other < len(plan.layers) and plan.placement[other] != rank
+
+            def edge(other):
+                return 0 <= other < len(plan.layers) and plan.placement[other] != rank
+
             add("pp", "send", m * (edge(stage + 1) + edge(stage - 1)), t * HIDDEN * e)
     for axis, size, scalars in (("dp_shard", layout.data_shard, 2), ("cp", cp, 2), ("pp", pp, 2), ("tp", tp, 1)):
         if size > 1:

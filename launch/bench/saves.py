@@ -39,7 +39,10 @@ def main() -> None:
     start_process_group(device)
     mesh = build_mesh(Layout(), device)
     count = max(1, options.megabytes * 10**6 // (3 * 4 * 2**20))
-    make = lambda: nn.Parameter(DTensor.from_local(torch.randn(1024, 1024, device=device), mesh.tensor, [Replicate()]))
+
+    def make():
+        return nn.Parameter(DTensor.from_local(torch.randn(1024, 1024, device=device), mesh.tensor, [Replicate()]))
+
     parameters = {f"w{i}": make() for i in range(count)}
     optimizer = AdamW(parameters)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:

@@ -89,7 +89,9 @@ def run(program: str, tokens: int, options) -> dict | None:
 
 
 def line(row: dict) -> str:
-    share = lambda x: "" if x is None else f"{100 * x:.1f} %"
+    def share(x):
+        return "" if x is None else f"{100 * x:.1f} %"
+
     cells = [
         row["program"], row["tokens"], row["layers"], f"{row['tokens_per_second']:.0f}", share(row["mfu"]), share(row["mfu_exact"]),
         f"{row['peak_gib']:.1f}", share(row["gpu_busy"]), f"{row['host_ms']:.1f}", f"{row['step_ms']:.1f}",
@@ -126,7 +128,10 @@ def measure(options) -> dict:
     dense, exact = step_flops(parse_config(raw, "bench"), tokens, tokens, int((lengths * (lengths + 1) // 2).sum()))
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    rate = lambda flops: flops / (numbers["step_ms"] / 1e3) / peak if peak else None
+
+    def rate(flops):
+        return flops / (numbers["step_ms"] / 1e3) / peak if peak else None
+
     facts = {"program": options.one, "tokens": tokens, "layers": layers, "documents": len(starts)}
     facts |= {"device": name or "CPU", "torch": torch.__version__}
     facts |= {"tokens_per_second": tokens / numbers["step_ms"] * 1e3, "mfu": rate(dense), "mfu_exact": rate(exact)}
@@ -168,7 +173,10 @@ def timed(step: Callable[[], None], steps: int, device) -> dict:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         wait()
-    time_of = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    def time_of(event):
+        return event.self_device_time_total if cuda else event.self_cpu_time_total
+
     events = sorted(profile.key_averages(), key=time_of, reverse=True)
     total = sum(map(time_of, events)) or 1.0
     median = statistics.median(whole)
@@ -229,7 +237,10 @@ def transformers_step(raw: dict, ids, starts, device, compiled: bool) -> Callabl
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
     ends = np.append(starts[1:], len(ids))
-    place = lambda array: torch.from_numpy(array)[None].to(device)
+
+    def place(array):
+        return torch.from_numpy(array)[None].to(device)
+
     tokens, positions = place(ids), place(np.arange(len(ids)) - np.repeat(starts, ends - starts))
 
     def step() -> None:

@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
@@ -33,10 +34,11 @@ from megacpt.checkpoint.manifest import (
 )
 from megacpt.errors import CheckpointError, LeaseError, MegacptError, SaveError
 from megacpt.files import DISK_ERRORS, describe_os_error, publish_folder, remove, restore_folders, sync_directory
+from megacpt.optim.adamw import AdamW
 from megacpt.parallel.sharded import copies, local_part
 
 
-def tensors_of(parameters: dict, optimizer) -> dict[str, Any]:
+def tensors_of(parameters: Mapping[str, Tensor], optimizer: AdamW | None) -> dict[str, Any]:
     """What is stored: parameters under their Hugging Face names, moments beside them."""
     tree: dict[str, Any] = {"model": {name: parameter.detach() for name, parameter in parameters.items()}}
     if optimizer is not None:

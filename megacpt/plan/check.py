@@ -1,7 +1,7 @@
 """Everything that can be said of a recipe before a process starts: all problems at once, and the facts of the resolved run. Imports no
 torch and no numpy; answers in a fraction of a second."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megacpt.config.clock import Clock
 from megacpt.config.layout import Layout, resolve_layout
@@ -247,7 +247,10 @@ def _trainable(recipe: Recipe, stage: Stage, config: ModelConfig) -> Trainable:
 
 def _trained_parameters(recipe: Recipe, stage: Stage, config: ModelConfig) -> tuple[int, int]:
     trainable = _trainable(recipe, stage, config)
-    count = lambda names: sum(p.size for p in config.parameters if p.name in names)
+
+    def count(names: Collection[str]) -> int:
+        return sum(p.size for p in config.parameters if p.name in names)
+
     return count(trainable.names), count(trainable.held)
 
 

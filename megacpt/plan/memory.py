@@ -268,7 +268,9 @@ class _Walk:
         )
         self.shards = job.layout.data_shard * job.layout.context
         self.root = self.total - sum(self.layers.values())
-        self.trained_root = self.trained_total - sum(self.trained_layers.values())
+        holds_lowest = any(job.lowest in self.plan.layers[stage] for stage in self.mine)  # whose input has no gradient
+        root = self.trained_total - sum(self.trained_layers.values())
+        self.reduced_last = self._trained_in(job.lowest) if holds_lowest else root
         chosen = job.parallel.reshard_after_forward
         self.frees = job.layout.pipeline == 1 if chosen is None else chosen
         self.every = job.reduce == "micro_batch"
@@ -338,7 +340,7 @@ class _Walk:
         self.activations -= self.kept[stage] if kind == "B" else self.deferred[stage]
         layers = 4.0 * self.trained_layers[stage]
         if self.every:  # FSDP keeps the input of the last reduction until the next
-            self.sharded, self.reducing = 4.0 * self.trained_total / self.shards, 4.0 * self.trained_root
+            self.sharded, self.reducing = 4.0 * self.trained_total / self.shards, 4.0 * self.reduced_last
             return
         self.reducing = 0.0
         self.accumulated.setdefault(stage, layers + 4.0 * self.trained_ends[stage])
@@ -353,7 +355,10 @@ class _Walk:
         if self.frees:
             ends = sum(self.ends[stage] for stage in self.used)
             return (min(ends, self.root) + 2 * self.layer) * width
-        needed_again = lambda s: self.left[s] if s >= self.job.first_trained else self.forwards[s]
+
+        def needed_again(s: int) -> int:
+            return self.left[s] if s >= self.job.first_trained else self.forwards[s]
+
         alive = sum(self.layers[s] * bool(self.every or needed_again(s)) + self.ends[s] for s in self.used)
         return min(alive, self.total) * width
 
@@ -401,7 +406,13 @@ class _Walk:
 
     def _start(self, stage: int) -> float:
         """Temporaries of a backward's fullest moment before its weights' gradients are put away."""
-        return max(self._backward() * bool(self.layers[stage]), self._loss() if stage == self.last else 0)
+        backward = self._backward() * bool(self.layers[stage])
+        if stage != self.last:
+            return backward
+        freed = (
+            2 * self.layer * self.job.width * self.frees
+        )  # no layer's weights are gathered while the loss is computed
+        return max(backward, self._loss() - freed)
 
     def _backward(self) -> float:
         """Temporaries of one layer's backward: gathered gradient and tokens, gradients of features, the weights' own gradients, and

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -158,7 +159,7 @@ class Stragglers:
         self.step_seconds += step_seconds
         self.data_seconds += data_seconds
 
-    def gather(self) -> dict[str, list]:
+    def gather(self) -> dict[str, list[Any]]:
         """`step_s_by_rank`: [least, median, most]; `slowest_ranks`: up to three [rank, step_s, data_s, probe_s], means over the interval,
         the most data_s + probe_s first. Collective; begins a new interval."""
         count = max(1, self.steps)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megacpt.config.clock import Clock, Step
@@ -186,7 +187,7 @@ class TensorBoard:
             self._scalar(f"data/share/{name}", share, step)
         self._flush()
 
-    def picture(self, name: str, pixels, step: int) -> None:
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """uint8 [height, width, 3]."""
         from torch.utils.tensorboard.summary import image
 

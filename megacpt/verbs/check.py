@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _argument_problems(options: Namespace) -> list[Problem]:
-    found = []
+    found: list[Problem] = []
     if not 0 < options.device_memory < math.inf:
         text = "is no memory that a card could have."
         found.append(Problem("--device-memory", options.device_memory, text, "Give a number of GiB, for example 79.1."))

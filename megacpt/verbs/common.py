@@ -4,8 +4,12 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from megacpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megacpt.config.recipe import Recipe
 
 OVERRIDES = "Any key of the recipe can be set with --section.key=value, a stage's with --stages.NAME.key=value."
 
@@ -33,7 +37,7 @@ def add_stored_dtype(parser: ArgumentParser) -> None:
     )
 
 
-def load(options: Namespace):
+def load(options: Namespace) -> "Recipe":
     """The recipe of a verb, with its overrides.
 
     Raises:
@@ -44,7 +48,7 @@ def load(options: Namespace):
     return load_recipe(options.recipe, options.overrides)
 
 
-def require_no_problems(recipe, path: str, world_size: int) -> None:
+def require_no_problems(recipe: "Recipe", path: str, world_size: int) -> None:
     """Checks a recipe before it is used; rank 0 prints the warnings.
 
     Args:

@@ -2,8 +2,12 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from megacpt.verbs.common import add_recipe, load, require_no_problems
+
+if TYPE_CHECKING:
+    from megacpt.data.loader import Batch
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def run(options: Namespace) -> None:
         print(f"written {options.output}")
 
 
-def _weighing(batch) -> str:
+def _weighing(batch: "Batch") -> str:
     """What the labels weigh, if not all alike."""
     if batch.weights is None:
         return ""

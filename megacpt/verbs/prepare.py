@@ -1,6 +1,7 @@
 """Tokenize jsonl, parquet or plain text into PREFIX.bin, PREFIX.idx and PREFIX.json."""
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from megacpt.errors import ConfigError
 
@@ -52,7 +53,7 @@ def run(options: Namespace) -> None:
     )
 
 
-def _adopt(options: Namespace) -> tuple[str, dict]:
+def _adopt(options: Namespace) -> tuple[str, dict[str, Any]]:
     from megacpt.data.join import adopt
 
     if options.inputs or options.output:
@@ -60,7 +61,7 @@ def _adopt(options: Namespace) -> tuple[str, dict]:
     return options.adopt, adopt(options.adopt, options.tokenizer, options.eos_token)
 
 
-def _prepare(options: Namespace) -> tuple[str, dict]:
+def _prepare(options: Namespace) -> tuple[str, dict[str, Any]]:
     from megacpt.data.prepare import Options, prepare
 
     problems = [] if options.inputs else ["INPUT: give files or folders."]

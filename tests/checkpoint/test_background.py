@@ -21,7 +21,9 @@ DEVICE = 3
 def cuda(monkeypatch):
     """Calls by (thread, what), of a GPU that has no number but 3."""
     calls: Counter = Counter()
-    asked = lambda what: calls.update([(threading.current_thread().name, what)])
+
+    def asked(what):
+        return calls.update([(threading.current_thread().name, what)])
 
     class Stream:
         device_type = "cuda"
@@ -53,7 +55,10 @@ def cuda(monkeypatch):
 
 def saved_behind(mesh, folder) -> None:
     """One save of a few tensors, 24 MiB."""
-    make = lambda: nn.Parameter(DTensor.from_local(torch.randn(512, 512), mesh.tensor, [Replicate()]))
+
+    def make():
+        return nn.Parameter(DTensor.from_local(torch.randn(512, 512), mesh.tensor, [Replicate()]))
+
     parameters = {f"w{i}": make() for i in range(8)}
     saver = Saver("rename", lambda: prune(folder, 1, None))
     saver.start(folder, tensors_of(parameters, AdamW(parameters)), RunState(1, 1, 1, "s"), {})

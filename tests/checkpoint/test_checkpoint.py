@@ -20,9 +20,10 @@ from megacpt.optim.adamw import AdamW
 
 def tensors(mesh, seed):
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: nn.Parameter(
-        DTensor.from_local(torch.randn(shape, generator=generator), mesh.tensor, [Replicate()])
-    )
+
+    def make(*shape):
+        return nn.Parameter(DTensor.from_local(torch.randn(shape, generator=generator), mesh.tensor, [Replicate()]))
+
     parameters = {"a.weight": make(5, 3), "b.weight": make(7)}
     optimizer = AdamW(parameters)
     for moments in (optimizer.exp_avg, optimizer.exp_avg_sq):

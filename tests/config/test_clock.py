@@ -111,7 +111,10 @@ def test_an_infinite_schedule_holds_its_constant_and_ends_at_its_minimum():
         shape="infinite", peak=3e-4, start=3e-5, warmup_tokens=100, cooldown_tokens=200, constant=1e-4, decay_tokens=300, min=1e-6,
         tail="exponential",
     )  # fmt: skip
-    rate = lambda tokens: learning_rate(lr, tokens, 1000)
+
+    def rate(tokens):
+        return learning_rate(lr, tokens, 1000)
+
     assert rate(0) == 3e-5 and rate(50) == pytest.approx(1.65e-4) and rate(100) == pytest.approx(3e-4)
     assert rate(200) == pytest.approx(2e-4) and rate(300) == rate(700) == pytest.approx(1e-4)
     assert rate(850) == pytest.approx(1e-5) and rate(1000) == pytest.approx(1e-6)

@@ -79,7 +79,10 @@ STAGES = [
 def test_a_resume_in_the_second_stage(recipe_file, stage, free):
     """Rates of finished stages are frozen, layouts never are; a stage that has not begun may change in all."""
     before = load_recipe(recipe_file(stages=STAGES))
-    resumed = lambda *flags: changes_on_resume(before, load_recipe(recipe_file(stages=STAGES), flags), "second")
+
+    def resumed(*flags):
+        return changes_on_resume(before, load_recipe(recipe_file(stages=STAGES), flags), "second")
+
     assert resumed(f"--stages.{stage}.parallel.context=2")
     if free:
         assert resumed(f"--stages.{stage}.lr.peak=0.5")

@@ -71,7 +71,10 @@ def test_every_step_is_trained_once_and_in_order(recipe):
 def test_events_stand_where_the_recipe_puts_them(recipe):
     clock = Clock(recipe)
     events, last = list(timeline(recipe, clock)), last_step(recipe, clock)
-    at = lambda kind: [event.step for event in events if event.kind == kind]
+
+    def at(kind):
+        return [event.step for event in events if event.kind == kind]
+
     steps = range(1, last + 1)
     assert at("checksum") == [n for n in steps if n % recipe.health.checksum_every_steps == 0]
     for n in steps:

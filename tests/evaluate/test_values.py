@@ -56,7 +56,10 @@ QUESTIONS = [
 @pytest.mark.parametrize("likes, dislikes, right", [("x", "z", 0.75), ("z", "x", 0.25), ("y", "z", 0.0)])
 def test_accuracy_of_a_model_that_likes_a_letter(mesh, tokenizer_dir, likes, dislikes, right):
     tokenizer = Tokenizer(tokenizer_dir)
-    last = lambda letter: tokenizer.encode_batch([f"a {letter}{letter}"])[0][-1]
+
+    def last(letter):
+        return tokenizer.encode_batch([f"a {letter}{letter}"])[0][-1]
+
     model = Liking(mesh, last(likes), last(dislikes)).model
     assert accuracy(model, QUESTIONS, tokenizer, 64, 64) == right
 

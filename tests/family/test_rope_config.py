@@ -65,7 +65,9 @@ def test_an_original_length_that_the_file_left_out_stays_what_it_was():
 
 
 def test_each_type_has_fields_of_its_own():
-    read = lambda scaling: parse_config(tiny_config(rope_scaling=scaling), "t").rope.scaling
+    def read(scaling):
+        return parse_config(tiny_config(rope_scaling=scaling), "t").rope.scaling
+
     assert read(None) is None and read({"type": "linear", "factor": 2}) == Linear(2)
     assert read(ROPE_LLAMA3) == Llama3(8.0, 1.0, 4.0, 32)
     assert read(ROPE_YARN | {"beta_fast": 32, "truncate": True}) == Yarn(4.0, 64) == read(ROPE_YARN)

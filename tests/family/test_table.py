@@ -70,7 +70,10 @@ def test_a_key_that_is_absent_means_what_the_class_means(name):
 def test_what_each_parameter_is():
     table = {p.name.removeprefix("model.layers.1."): p for p in parse_config(family_config("qwen3"), "t").parameters}
     qwen2 = {p.name.removeprefix("model.layers.1."): p for p in parse_config(family_config("qwen2"), "t").parameters}
-    describe = lambda p: (p.split, p.role, p.init, p.decay, p.layer, p.unit, p.units)
+
+    def describe(p):
+        return (p.split, p.role, p.init, p.decay, p.layer, p.unit, p.units)
+
     assert describe(table["self_attn.q_proj.weight"]) == ("column", "matmul", "normal", True, 1, 16, 4)
     assert describe(table["self_attn.k_norm.weight"]) == ("replicated", "norm", "ones", False, 1, 1, 16)
     assert describe(table["self_attn.o_proj.weight"]) == ("row", "matmul", "residual", True, 1, 16, 4)
@@ -193,6 +196,8 @@ def test_the_layout_rules_name_the_config_key_and_what_fits_all():
 
 
 def test_the_pages_list_all_families_and_named_shapes():
-    read = lambda name: (Path(__file__).parents[2] / "docs" / name).read_text()
+    def read(name):
+        return (Path(__file__).parents[2] / "docs" / name).read_text()
+
     assert all(name in read("recipe.md") for name in ARCHITECTURES)
     assert all(f"\n| `{name}` |" in read("families.md") for name in FAMILIES)

@@ -73,7 +73,10 @@ def run_ranks(
                 pids.append(pid)
             if during:
                 during(pids)
-            ended = lambda: [pid for pid in pids if has_ended(pid)]
+
+            def ended():
+                return [pid for pid in pids if has_ended(pid)]
+
             wait_until(
                 lambda: len(ended()) == world_size,
                 seconds=seconds,

@@ -119,7 +119,10 @@ def test_a_disk_that_refuses_for_a_while(whole, recipe_file, tmp_path, name):
 def test_a_file_that_cannot_be_written_to_the_end(whole, recipe_file, tmp_path):
     """metrics.jsonl alone is forbidden, as by an attribute: the run ends well, run.json says what is missing."""
     run = tmp_path / "run"
-    prepare = lambda: refuse(run, errno.EPERM, 3, 99, "metrics.jsonl")
+
+    def prepare():
+        return refuse(run, errno.EPERM, 3, 99, "metrics.jsonl")
+
     assert run_ranks(2, recipe_file(), [f"--run.directory={run}"], prepare=prepare)[0] == [0, 0]
     assert status(run)["status"] == "finished" and status(run)["disk"] == {"metrics.jsonl": "Operation not permitted"}
     assert list_steps(run / "checkpoints") == list_steps(whole / "checkpoints")
@@ -128,7 +131,10 @@ def test_a_file_that_cannot_be_written_to_the_end(whole, recipe_file, tmp_path):
 
 def test_a_disk_that_stays_full_ends_the_run_in_a_sentence(recipe_file, small):
     run = small / "run"
-    prepare = lambda: before_step(3, lambda: fill(small))
+
+    def prepare():
+        return before_step(3, lambda: fill(small))
+
     codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={run}"], prepare=prepare)
     assert codes == [75, 75] and errors[0].startswith("SaveError: the checkpoint of step 8 was not saved: rank 0: ")
     assert "Make room" in errors[0]
@@ -139,7 +145,10 @@ def test_a_disk_that_stays_full_ends_the_run_in_a_sentence(recipe_file, small):
 
 def test_an_end_that_run_json_cannot_tell_is_no_success(recipe_file, tmp_path):
     run = tmp_path / "run"
-    prepare = lambda: refuse(run, errno.ENOSPC, 3, 99, "run.json")
+
+    def prepare():
+        return refuse(run, errno.ENOSPC, 3, 99, "run.json")
+
     codes, errors = run_ranks(1, recipe_file(), [f"--run.directory={run}"], prepare=prepare)
     assert codes == [75] and "the run is finished, but run.json cannot say so" in errors[0] and "Make room" in errors[0]
 

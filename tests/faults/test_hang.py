@@ -290,7 +290,10 @@ def test_nodes_tell_each_other(tmp_path, monkeypatch):
             (folder / "attempt").write_text("attempt-3")
             words = [sys.executable, "-c", RANK, str(folder), str(rank), str(budget), str(step)]
             children.append(subprocess.Popen(words))
-            said = lambda path=folder / f"rank-{rank:05d}.beat": (beat := read_beat(path)) and beat.pid
+
+            def said(path=folder / f"rank-{rank:05d}.beat"):
+                return (beat := read_beat(path)) and beat.pid
+
             wait_until(said, alive=[children[-1].pid])
             watchdog = Watchdog(folder, run, 1, 2)
             watchdog.node = f"node{rank}"

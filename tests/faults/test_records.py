@@ -69,7 +69,7 @@ def test_rows_with_absurd_numbers_count_nothing(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("key, value", [("attempt", -5), ("attempt", 10**400), ("first_started", -1e9), ("first_started", 0),
-                                        ("first_started", 1e300), ("first_started", time.time() + 1e6), ("exit_code", 10**30)])  # fmt: skip
+                                        ("first_started", 1e300), ("first_started", 9e11), ("exit_code", 10**30)])  # fmt: skip
 def test_absurd_numbers_of_run_json_are_left_out(tmp_path, key, value):
     (tmp_path / "run.json").write_text(json.dumps({"status": "running", key: value}))
     assert read_status(tmp_path) == {"status": "running"}

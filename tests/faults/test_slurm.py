@@ -51,7 +51,10 @@ def cancel(slurm, job: str, told) -> None:
     """The ranks may save; the job does not come back."""
     before = field(slurm, job, "Restarts")
     output(slurm, "scancel", job)
-    ended = lambda: field(slurm, job, "JobState") in ("CANCELLED", "FAILED", "COMPLETED")
+
+    def ended():
+        return field(slurm, job, "JobState") in ("CANCELLED", "FAILED", "COMPLETED")
+
     until(lambda: ended() and not output(slurm, "squeue", "--noheader"), LONG_SECONDS, told)
     assert field(slurm, job, "Restarts") == before, told()
 
@@ -59,7 +62,10 @@ def cancel(slurm, job: str, told) -> None:
 def trained(run: Path, attempt: int, steps: int):
     """Whether that attempt has made so many steps more than its checkpoint had."""
     facts = read_status(run)
-    newer = lambda: [row for row in rows(run) if row["step"] > facts["started_at_step"]]
+
+    def newer():
+        return [row for row in rows(run) if row["step"] > facts["started_at_step"]]
+
     return facts.get("attempt") == attempt and (run / "metrics.jsonl").exists() and len(newer()) >= steps
 
 
@@ -71,7 +77,10 @@ def test_a_job_saves_when_its_end_is_near_or_it_is_to_leave_and_goes_on(slurm, r
     flags = ["--stages.s.tokens=1B", "--validation=[]", "--checkpoint.every_steps=1000000", "--log.tensorboard=false"]
     ranks = 2 if watchdog == "true" else 1
     job = submit(slurm, tmp_path, path, *flags, f"--health.watchdog={watchdog}", "--dtype", "float32", ranks=ranks)
-    told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
+
+    def told():
+        return (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
+
     try:
         until(lambda: trained(run, 1, 2), LONG_SECONDS, told)
         minutes = 2 + int(field(slurm, job, "RunTime").split(":")[1])
@@ -101,7 +110,10 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
     run = tmp_path / "run"
     flags = ["--stages.s.tokens=1B", "--validation=[]", "--checkpoint.every_steps=1000000", "--log.tensorboard=false"]
     job = submit(slurm, tmp_path, recipe_file(), *flags)
-    told = lambda: (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
+
+    def told():
+        return (tmp_path / "job.log").read_text()[-3000:] + output(slurm, "scontrol", "show", "job", job)
+
     try:
         until(lambda: trained(run, 1, 2), LONG_SECONDS, told)
         urgent = ["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
@@ -121,7 +133,10 @@ def test_a_preempted_job_saves_and_goes_on(slurm, recipe_file, tmp_path):
 
 def test_a_recipe_error_is_not_requeued_and_a_run_that_is_not_there_is_no_traceback(slurm, recipe_file, tmp_path):
     job = submit(slurm, tmp_path, recipe_file(), "--run.start=resume", f"--run.directory={tmp_path}/none")
-    told = lambda: (tmp_path / "job.log").read_text() + output(slurm, "scontrol", "show", "job", job)
+
+    def told():
+        return (tmp_path / "job.log").read_text() + output(slurm, "scontrol", "show", "job", job)
+
     until(lambda: field(slurm, job, "JobState") in ("COMPLETED", "FAILED"), LONG_SECONDS, told)
     assert field(slurm, job, "ExitCode") == "2:0" and field(slurm, job, "Restarts") == "0", told()
     after = told().rpartition("attempt 1: ")[2]  # torchrun's own traceback stands before

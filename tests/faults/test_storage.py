@@ -127,7 +127,9 @@ def test_fifty_saves_leave_memory_flat(mesh, tmp_path):
     from megacpt.optim.adamw import AdamW
     from megacpt.train.metrics import resident_gib
 
-    make = lambda: nn.Parameter(DTensor.from_local(torch.randn(512, 512), mesh.tensor, [Replicate()]))
+    def make():
+        return nn.Parameter(DTensor.from_local(torch.randn(512, 512), mesh.tensor, [Replicate()]))
+
     parameters = {f"w{i}": make() for i in range(8)}
     optimizer = AdamW(parameters)
     saver, sizes = Saver("rename", lambda: prune(tmp_path, 1, None)), []

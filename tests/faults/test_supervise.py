@@ -175,7 +175,9 @@ def test_a_request_that_comes_twice_is_one(monkeypatch):
 
 
 def test_what_is_tried_again():
-    again = lambda status, code=1, asked=False: judge(status, code, asked)
+    def again(status, code=1, asked=False):
+        return judge(status, code, asked)
+
     assert again({"status": "finished"}) == 0
     assert again({"status": "preempted", "signal": None}) == 0, "the recipe's stop_at_step"
     assert again({"status": "preempted", "signal": "SIGTERM"}) is None, (

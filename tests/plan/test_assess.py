@@ -36,7 +36,10 @@ def test_a_candidate_is_annealed_beside_the_default_mix(recipe, tmp_path, capsys
         rows = [json.loads(line) for line in (tmp_path / "trials" / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["lr"] for row in rows] == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0.0])
         assert rows[-1]["domain_tokens"]["b"] == (320 if name == "b" else 0)
-    attempts = lambda: json.loads((tmp_path / "trials/b/run.json").read_text())["attempt"]
+
+    def attempts():
+        return json.loads((tmp_path / "trials/b/run.json").read_text())["attempt"]
+
     before = attempts()
     run(command)
     assert attempts() == before and capsys.readouterr().out == out

@@ -1,10 +1,12 @@
 """The memory of a step by formula, against steps of the real program that were counted tensor by tensor, and against the cards of the
 recipes."""
 
+import fnmatch
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ranks import on_ranks
 from samples import tiny_config
 from tolerances import MEMORY_FORMULA
 
@@ -13,11 +15,12 @@ from megacpt.config.layout import Layout, resolve_layout
 from megacpt.config.load import load_recipe
 from megacpt.config.merge import parallel_in, reduction_under
 from megacpt.config.sections.parallel import Parallel
+from megacpt.config.trainable import Trainable
 from megacpt.family.read import parse_config
 from megacpt.family.shapes import ARCHITECTURES
 from megacpt.plan import memory
 from megacpt.plan.check import check, fullest_step, over_memory
-from megacpt.plan.memory import CARD_GIB, RESERVE_GIB, Job, kept_bytes, peak, peak_of_rank
+from megacpt.plan.memory import CARD_GIB, GIB, RESERVE_GIB, Job, kept_bytes, peak, peak_of_rank
 
 RECIPES = Path(__file__).parents[2] / "launch/recipes"
 LLAMA_13B = ARCHITECTURES["llama3-8b"] | {
@@ -55,8 +58,7 @@ def job_of(recipe: str, mode: str, micro_batches: int) -> Job:
     return Job(config, parallel, layout, stage.seq_len, micro_batches, reduction_under(loaded, parallel))
 
 
-# GiB of the real train_step at true shapes under FakeTensorMode and the fake process group, Triton operations as fakes, every storage
-# followed from its birth to its death (torch 2.13).
+# GiB of the real train_step at true shapes: tests/counted_step.py (torch 2.13).
 COUNTED = [
     ("llama31_405b_16384gpu", "none", 16, 1, 71.88),
     ("llama31_405b_16384gpu", "none", 16, 15, 64.65),
@@ -73,6 +75,60 @@ COUNTED = [
 def test_the_formula_is_what_was_counted(recipe, mode, micro_batches, rank, counted):
     found = peak_of_rank(job_of(recipe, mode, micro_batches), rank).gib
     assert abs(found / counted - 1) < MEMORY_FORMULA
+
+
+def training(job: Job, patterns: list[str]) -> Job:
+    """The job without what the patterns name, which was never trained."""
+    names = frozenset(job.config.shapes())
+    names = names.difference(*(fnmatch.filter(names, pattern) for pattern in patterns))
+    return replace(job, trainable=Trainable(names, names))
+
+
+EVERY_SECOND = [f"model.layers.{i}.{part}.*" for i in range(0, 32, 2) for part in ("self_attn", "mlp")]
+LOWER_HALF = ["model.embed_tokens.weight", *(f"model.layers.{i}.*" for i in range(16))]
+BUT_THE_ENDS = ["model.layers.*", "model.norm.weight"]
+FROZEN = [  # as above, of stages that freeze
+    ("none", EVERY_SECOND, 32, 46.98),
+    ("none", LOWER_HALF, 32, 31.51),
+    ("none", BUT_THE_ENDS, 32, 35.79),
+    ("full", BUT_THE_ENDS, 32, 14.76),
+    ("none", LOWER_HALF[:5], 8, 13.26),
+    ("none", ["*.mlp.*"], 8, 18.35),
+]
+
+
+def frozen_job(mode: str, patterns: list[str], layers: int) -> Job:
+    job = job_of("llama31_8b_8gpu_8k", mode, 2)
+    return training(replace(job, config=replace(job.config, num_hidden_layers=layers)), patterns)
+
+
+@pytest.mark.parametrize("mode, patterns, layers, counted", FROZEN)
+def test_the_formula_is_what_was_counted_of_a_stage_that_freezes(mode, patterns, layers, counted):
+    """And without knowing of it the formula is far off."""
+    job = frozen_job(mode, patterns, layers)
+    assert abs(peak(job).gib / counted - 1) < MEMORY_FORMULA
+    assert peak(replace(job, trainable=None)).gib > 1.2 * counted
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode, patterns, layers, counted", [case for case in FROZEN if case[2] == 8])
+def test_what_was_counted_is_counted_again(mode, patterns, layers, counted):
+    from counted_step import counted_peak
+
+    (found,) = on_ranks(1, counted_peak, frozen_job(mode, patterns, layers), 0)
+    assert round(found / GIB, 2) == counted
+
+
+def test_what_is_frozen_has_bytes_of_its_own():
+    """A model of 8B on 8 ranks, half of the layers frozen: 2 bytes a weight, and neither moments nor gradients."""
+    job = frozen_job("none", LOWER_HALF, 32)
+    whole, held = job.config.num_parameters(), sum(p.size for p in job.config.parameters if p.name in job.held)
+    parts = peak(job).parts
+    assert parts["weights"] == (4 * held + 2 * (whole - held)) / 8 and parts["moments"] == 8 * held / 8
+    thawed = replace(job, trainable=Trainable(job.trained, frozenset(job.config.shapes())))
+    parts = peak(thawed).parts
+    assert parts["weights"] == 4 * whole / 8 and parts["moments"] == 8 * whole / 8
+    assert peak(replace(job, exact=False)).parts["weights"] == 4 * whole / 8
 
 
 def test_the_comparison_sees_a_layer_that_forgets_a_tensor(monkeypatch):
@@ -143,9 +199,9 @@ def test_what_is_advised_fits():
     wide = replace(job, parallel=job.parallel.model_copy(update={"micro_batch_tokens": 16384}))
     assert peak(wide).gib > CARD_GIB
     text = str(over_memory("adapt", wide, peak(wide), CARD_GIB))
-    assert "It fits with micro_batch_tokens = 8192 (58.8 GiB)" in text
+    assert "It fits with micro_batch_tokens = 8192 (58.0 GiB)" in text
     fitting = replace(wide, parallel=wide.parallel.model_copy(update={"micro_batch_tokens": 8192}), micro_batches=4)
-    assert round(peak(fitting).gib, 1) == 58.8
+    assert round(peak(fitting).gib, 1) == 58.0
     tiny_card = str(over_memory("adapt", wide, peak(wide), 12.0))
     assert "It fits" not in tiny_card and "more ranks" in tiny_card
 

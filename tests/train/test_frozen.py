@@ -191,9 +191,10 @@ def moments_of_everything(path: str, flags: list[str]) -> None:
     from megacpt.train import start
 
     original = resolve.trainable_in
-    everything = lambda config, frozen, index: Trainable(
-        original(config, frozen, index).names, frozenset(config.shapes())
-    )
+
+    def everything(config, frozen, index):
+        return Trainable(original(config, frozen, index).names, frozenset(config.shapes()))
+
     resolve.trainable_in, start.held_exactly = everything, lambda *_: frozenset()
     trained(path, flags)
 
@@ -241,7 +242,10 @@ def test_without_masters_every_resume_gives_the_same_bits(path, tmp_path, half):
     """Never-trained weights are stored as their files have them; whatever was trained has its master, stopped in any stage, at any border,
     under another layout, and from a checkpoint that holds masters of everything."""
     flags, base = half
-    at = lambda name, *more: [f"--run.directory={tmp_path}/{name}", *flags, *more]
+
+    def at(name, *more):
+        return [f"--run.directory={tmp_path}/{name}", *flags, *more]
+
     on_ranks(1, trained, path, at("one"))
     whole = stored(tmp_path / "one")
     for step, kind in ((2, trained), (3, trained), (5, trained), (6, trained), (2, moments_of_everything)):

@@ -231,7 +231,10 @@ def test_weights_follow_the_losses_and_a_resume_follows_the_weights(staged, tmp_
     last = json.loads(rows[-1])["domain_tokens"]["a"] - json.loads(rows[-2])["domain_tokens"]["a"]
     assert sum(np.load(batches)["domain"] == "a") * 128 == last
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "domain_tokens")
-    plain = lambda lines: [[json.loads(line)[key] for key in keys] for line in lines]
+
+    def plain(lines):
+        return [[json.loads(line)[key] for key in keys] for line in lines]
+
     assert plain(again) == plain(rows)
 
 

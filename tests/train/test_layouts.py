@@ -265,9 +265,12 @@ def test_a_checkpoint_goes_on_under_any_other_layout(trained, tmp_path, kind):
     }
     for first, second in pairs[kind]:
         directory = tmp_path / f"{first}-{second}".replace(" ", "_")
-        run = lambda layout, *more, d=directory: on_ranks(
-            world_size(layout), only_train, path, [*common(d, layout), *flags, "--checkpoint.keep_last=9", *more]
-        )
+
+        def run(layout, *more, d=directory):
+            return on_ranks(
+                world_size(layout), only_train, path, [*common(d, layout), *flags, "--checkpoint.keep_last=9", *more]
+            )
+
         run(first, "--run.stop_at_step=4")
         before = weights(directory, 4)
         moments = StoredModel(directory / "checkpoints/step-00000004")

@@ -229,7 +229,10 @@ def test_every_family_comes_and_goes_bit_identical(train, tmp_path, tokenizer_di
     run(["export", str(directory), "--output", str(tmp_path / "out")])
     before, after = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    read = lambda folder: json.loads((tmp_path / folder / "config.json").read_text())
+
+    def read(folder):
+        return json.loads((tmp_path / folder / "config.json").read_text())
+
     assert read("hf") == read("out") and read("out")["model_type"] == name
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs) is type(model) and all(
@@ -383,10 +386,13 @@ def test_four_processes_under_torchrun_are_one_and_change_their_layout(train, re
         {"tensor": 2, "context": 2},
         {"pipeline": 2, "virtual_stages": 2, "schedule": "zb-v", "data_replicate": 2},
     ]
-    stages = lambda degrees: [
-        stage | {"name": name, "parallel": {"micro_batch_tokens": 64, **more}}
-        for name, more in zip("xy", degrees, strict=True)
-    ]
+
+    def stages(degrees):
+        return [
+            stage | {"name": name, "parallel": {"micro_batch_tokens": 64, **more}}
+            for name, more in zip("xy", degrees, strict=True)
+        ]
+
     one = train("--precision.compute=float64", name="one", stages=stages([{}, {}]))
     path = recipe_file(stages=stages(degrees))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "4", "PYTHON": sys.executable}
@@ -401,7 +407,10 @@ def test_four_processes_under_torchrun_are_one_and_change_their_layout(train, re
     events, alone = rows(tmp_path / "run", "events.jsonl"), rows(one, "events.jsonl")
     kinds = [event["kind"] for event in events]
     assert kinds.index("layout") < len(kinds) - 1 - kinds[::-1].index("validation")
-    validated = lambda events: [event["losses"] for event in events if event["kind"] == "validation"]
+
+    def validated(events):
+        return [event["losses"] for event in events if event["kind"] == "validation"]
+
     for a, b in zip(validated(events), validated(alone), strict=True):
         assert a == pytest.approx(b, rel=1e-12)
     change = events[kinds.index("layout")]

@@ -1,5 +1,7 @@
 """Gates at a stage's end: go on, go on with a warning, make the stage longer, or stop."""
 
+import numpy as np
+
 from megacpt import log
 from megacpt.config.decisions import Extension, GateAction, GateDecision
 from megacpt.config.resolve import ResolvedStage
@@ -71,7 +73,7 @@ def show_outcomes(session: Session, stage: ResolvedStage, outcomes: list[Outcome
         log.info(f"gate {outcome.gate} of stage {stage.name}: {words}")
 
 
-def draw(session: Session, name: str, picture, step: int) -> None:
+def draw(session: Session, name: str, picture: np.ndarray, step: int) -> None:
     """Keeps a picture in the run directory and in TensorBoard."""
     if session.directory.write:
         from PIL import Image
