@@ -148,7 +148,7 @@ def trained(
                     optimizer.parameters[name].grad = None
             found["grads"].append({name for name, p in optimizer.parameters.items() if p.grad is not None})
             norm = grad_norm(model.counted_parameters(), model.mesh)
-            optimizer.step(1e-2, (0.8, 0.9), 1e-7, 0.2, inverse_clip(norm, 0.5), frozen)
+            optimizer.step(1e-3, (0.8, 0.9), 1e-7, 0.2, inverse_clip(norm, 0.5), frozen)
             optimizer.zero_grad()
             found["numbers"].append((loss.item(), norm.item()))
         for name in frozen & before.keys():
@@ -382,7 +382,7 @@ def in_half_precision(
     config = parse_config(tiny_config(num_hidden_layers=6), "test")
     initial = hf._initial
     hf._initial = lambda *args: initial(*args).bfloat16().float()
-    whole = trained(layout, config, plan, "dropped", torch.bfloat16)
+    whole = trained(layout, config, plan, "dropped", torch.bfloat16, num_steps=1)
     if broken:  # a master goes when its parameter is frozen
         set_trainable = fsdp.set_trainable
 
@@ -393,7 +393,7 @@ def in_half_precision(
             set_trainable(root, blocks, names, master)
 
         fsdp.set_trainable = forgetful
-    ours = trained(layout, config, plan, "", torch.bfloat16, exact=True)
+    ours = trained(layout, config, plan, "", torch.bfloat16, exact=True, num_steps=1)
     same = ours["numbers"] == whole["numbers"]
     same = same and all(torch.equal(ours["weights"][name].float(), w) for name, w in whole["weights"].items())
     same = same and all(torch.equal(tensor, whole["moments"][name]) for name, tensor in ours["moments"].items())

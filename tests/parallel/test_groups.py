@@ -178,12 +178,13 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def test_64_ranks_connect_to_those_that_they_talk_to(port):
-    """About two connections a group, and to all ranks only where a checkpoint's plans are gathered: on rank 0."""
-    found = on_ranks(64, connected, port, True)
+def test_32_ranks_connect_to_those_that_they_talk_to(port):
+    """About two connections a group, and to all ranks only where a checkpoint's plans are gathered: on rank 0. Everybody with everybody
+    would be 31."""
+    found = on_ranks(32, connected, port, True)
     assert max(counts["started"] for counts in found) <= 4
     assert max(counts["meshed"] for counts in found) <= 30
-    assert max(counts["saved"] for counts in found[1:]) <= 36 and 64 <= found[0]["saved"] <= 100
+    assert max(counts["saved"] for counts in found[1:]) <= 36 and 32 <= found[0]["saved"] <= 68
     assert max(counts["again"] for counts in found) <= 30, "the groups before are gone"
 
 
