@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_named(recipe_file, tmp_path):
     run.mkdir()
     (run / "checkpoints").write_text("in the way")
     codes, errors = run_ranks(1, recipe_file(), [f"--run.directory={run}"])
-    assert codes == [75] and f"{run}/checkpoints" in errors[0]
+    assert codes == [2] and f"{run}/checkpoints" in errors[0]
     (tmp_path / "file").write_text("in the way")
     codes, errors = run_ranks(2, recipe_file(), [f"--run.directory={tmp_path}/file/run"])
     assert codes == [2, 2] and all(f"{tmp_path}/file/run cannot be written" in error for error in errors)

@@ -310,7 +310,7 @@ def test_the_average_verb_writes_the_mean(staged, tmp_path, capsys):
         assert torch.allclose(
             tensor.double(), torch.stack([p[name].double() for p in parts]).mean(0), rtol=0, atol=1e-7
         )
-    with pytest.raises(ConfigError, match="at least two checkpoints, all of those asked for; there are"):
+    with pytest.raises(ConfigError, match="the last 9 checkpoints: there are only 4"):
         run_verb(["average", str(tmp_path / "run"), "--last", "9", "--output", str(tmp_path / "no")])
 
 
